@@ -1,0 +1,12 @@
+"""lossguard: the guard for PyTorch training runs. The public face; imports no trainer, no tracker, no plotting."""
+
+from lossguard.actions import TrainingHalted
+from lossguard.coverage import Coverage
+from lossguard.device.signals import signal
+from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity
+from lossguard.guard import Guard
+from lossguard.host.history import History
+from lossguard.rules import Rule, rule
+
+__version__ = "0.1.0"
+__all__ = ["Cause", "Coverage", "Evidence", "Finding", "Guard", "History", "Remedy", "Rule", "Severity", "TrainingHalted", "rule", "signal"]

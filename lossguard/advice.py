@@ -1,0 +1,284 @@
+"""Causes and remedies, ranked by the evidence of the same run, and the readings of a history that several rules share.
+
+A history flows in; numbers, ``Cause`` and ``Remedy`` tuples flow out. Pure functions; only findings and history are known here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from lossguard.findings import Cause, Remedy, number
+from lossguard.host.history import Array, History, Mask
+
+Advice = tuple[tuple[Cause, ...], tuple[Remedy, ...]]
+MOST = 3  # causes of one finding; more is a lecture
+GREW = 10.0  # growth of loss or gradient norm before the fault that is called an explosion (SYMPTOMS C1; healthy medians stay below)
+LOSS_WINDOW = 20  # losses before the fault in which growth is looked for
+FAMILIES_WITHOUT_ORDER = frozenset({"adversarial", "reinforcement"})
+
+# Values at which a loss sticks, and what they are: detectors A, constant_loss.
+SPECIAL_LOSSES = (
+    (87.3365, "-ln(smallest float32)", "softmax underflow"),
+    (103.2789, "-ln(smallest float32 denormal)", "softmax underflow"),
+    (9.7041, "-ln(smallest normal float16)", "softmax underflow"),
+    (16.6355, "-ln(smallest float16 denormal)", "softmax underflow"),
+    (16.1181, "-ln(1e-7)", "probability clamped"),
+    (18.4207, "-ln(1e-8)", "probability clamped"),
+    (27.6310, "-ln(1e-12)", "probability clamped"),
+)
+
+
+# Readings
+
+
+def stretch(history: History, span: int, least: int) -> int:
+    """How many of the newest samples cover ``span`` steps and are at least ``least``; 0 if the history is too short.
+
+    >>> history = History()
+    >>> stretch(history, 20, 3)
+    0
+    """
+    steps = history.steps()
+    if steps.size < least:
+        return 0
+    old = np.flatnonzero(steps <= steps[-1] - (span - 1))
+    return max(int(steps.size - old[-1]), least) if old.size else 0
+
+
+def steady(history: History, signal: str, n: int, least: int, sick: Callable[[Array], Mask]) -> Mask:
+    """Sites at which every measured number of the last n samples is sick, and at least ``least`` were measured, the newest among them."""
+    values, seen = history.last(signal, n), history.seen(signal, n)
+    if not values.size or n == 0:
+        return np.zeros(values.shape[1], dtype=np.bool_)
+    with np.errstate(invalid="ignore"):
+        fine = seen & ~sick(values)
+    newest = seen[-max(1, len(seen) // least) :].any(axis=0)
+    return np.asarray(~fine.any(axis=0) & (seen.sum(axis=0) >= least) & newest)
+
+
+def typical(values: Array) -> Array:
+    """The median per site over finite numbers: (sites,), NaN where there is none."""
+    finite = np.where(np.isfinite(values), values, np.nan)
+    middle = np.full(values.shape[1], np.nan)
+    some = np.isfinite(finite).any(axis=0)
+    if some.any():
+        middle[some] = np.nanmedian(finite[:, some], axis=0)
+    return middle
+
+
+def newest(history: History, signal: str, within: int) -> tuple[Array, Array]:
+    """Per site the newest measured number within so many samples, and its step; NaN where there is none."""
+    values, seen, steps = history.last(signal, within), history.seen(signal, within), history.steps(within)
+    if not values.size:
+        return np.empty(0), np.empty(0)
+    row = len(values) - 1 - np.argmax(seen[::-1], axis=0)
+    there = seen.any(axis=0)
+    return np.where(there, values[row, np.arange(values.shape[1])], np.nan), np.where(there, steps[row], np.nan)
+
+
+def matrices(history: History) -> Mask:
+    """Parameters on which ratio rules may run: matrices that an optimizer holds, neither zero-born nor cancelled by a norm."""
+    sound = np.array([p.optimizer >= 0 and not p.cancelled for p in history.params], dtype=np.bool_)
+    return np.asarray(history.kinds("matrix") & sound & ~history.zero_born)
+
+
+def without_gradient(history: History) -> Mask:
+    """Parameters whose gradient is None in the newest sample."""
+    listed = set(history.facts().get("no_gradient") or ())
+    return np.array([i in listed or p.name in listed for i, p in enumerate(history.params)], dtype=np.bool_)
+
+
+def listing(names: Iterable[str], most: int = 3) -> str:
+    """Names as people list them.
+
+    >>> listing("abcde")
+    'a, b, c and 2 more'
+    """
+    names = list(names)
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def informational(history: History) -> bool:
+    """Loss curves of this run have no order: several optimizers, or an adversarial or reinforcement loss (detectors A, machinery 4)."""
+    return history.optimizers > 1 or history.loss_family in FAMILIES_WITHOUT_ORDER
+
+
+def fallen(history: History) -> float:
+    """The typical newest loss over the typical first loss; NaN where the loss is not positive throughout or too short."""
+    losses = history.losses()
+    losses = losses[np.isfinite(losses)]
+    if losses.size < 10 or losses.min() < 0 or np.median(losses[:5]) <= 0:
+        return float("nan")
+    return float(np.median(losses[-10:]) / np.median(losses[:5]))
+
+
+def converged(history: History, share: float = 0.01) -> bool:
+    """The loss is below this share of where it began: small gradients and constant losses are a success there."""
+    return fallen(history) < share
+
+
+def sound_gradient(history: History) -> float:
+    """The median gradient norm while the run was healthy: over the older two thirds of the window, NaN if unknown."""
+    total = history.last("grad_total")
+    return float(typical(total[: max(1, 2 * len(total) // 3), :1])[0]) if total.size else float("nan")
+
+
+def row_at(history: History, step: int) -> int | None:
+    """The index into ``history.losses()`` of a step, None if it is not held."""
+    at = np.flatnonzero(history.loss_steps() == step)
+    return int(at[-1]) if at.size else None
+
+
+def input_is_bad(history: History, step: int) -> bool:
+    """The batch of that step held NaN or infinite values."""
+    at = row_at(history, step)
+    if at is not None and history.inputs()[at] == 0:
+        return True
+    if not history.samples or history.steps(1)[0] != step:
+        return False
+    return bool((history.seen("input_rms", 1) & ~np.isfinite(history.last("input_rms", 1))).any())
+
+
+def loss_growth(history: History, step: int) -> tuple[float, float, int]:
+    """Before, after, over how many steps: the older half of the last finite losses before the step, and the newest of them."""
+    held, steps = history.losses(), history.loss_steps()
+    past = np.isfinite(held) & (steps < step)
+    losses, when = held[past][-LOSS_WINDOW:], steps[past][-LOSS_WINDOW:]
+    if losses.size < 2 or losses.min() <= 0:
+        return float("nan"), float("nan"), 0
+    half = losses.size // 2
+    return float(np.median(losses[:half])), float(losses[half:].max()), int(when[-1] - when[0])
+
+
+def gradient_growth(history: History) -> float:
+    """The largest of the last 5 finite gradient norms over the median of those before; NaN if unknown."""
+    total = history.last("grad_total")[:, 0] if history.last("grad_total").size else np.empty(0)
+    total = total[np.isfinite(total) & (total > 0)]
+    cut = max(1, total.size - 5)
+    return float(total[cut:].max() / np.median(total[:cut])) if total.size >= 2 else float("nan")
+
+
+# Remedies
+
+
+def lr_remedy(history: History, factor: float) -> Remedy:
+    """The learning rate now and the one to try."""
+    now = history.lr
+    if not math.isfinite(now) or now <= 0:
+        word = f"divide the learning rate by {1 / factor:g}" if factor < 1 else f"multiply the learning rate by {factor:g}"
+        return Remedy(word, {"lr_factor": factor})
+    return Remedy(f"learning rate {number(now)} -> {number(now * factor)}", {"lr": now * factor})
+
+
+def clip_remedy(history: History) -> Remedy:
+    """A clip value: about the median gradient norm while the run was healthy."""
+    median = sound_gradient(history)
+    if not math.isfinite(median) or median <= 0:
+        return Remedy("clip the gradient norm at 1.0", {"max_norm": 1.0})
+    value = float(f"{median:.1g}")
+    return Remedy(f"clip the gradient norm at {number(value)} (its healthy median was {number(median)})", {"max_norm": value})
+
+
+def ranked(pairs: Sequence[tuple[Cause, Sequence[Remedy]]]) -> Advice:
+    """The most likely causes and, in their order, what to do about each; nothing twice."""
+    best = sorted(pairs, key=lambda pair: -pair[0].confidence)[:MOST]
+    remedies: list[Remedy] = []
+    for _, tries in best:
+        remedies += [r for r in tries if r not in remedies]
+    return tuple(cause for cause, _ in best), tuple(remedies[:MOST])
+
+
+# Causes
+
+
+def nonfinite_advice(history: History, step: int) -> Advice:
+    """The four causes of non-finite values (SYMPTOMS C1 to C6): input, weights, explosion, loss function."""
+    pairs: list[tuple[Cause, Sequence[Remedy]]] = []
+    if input_is_bad(history, step):
+        pairs.append((Cause("bad input", 0.95, f"the batch of step {step} holds NaN or infinite values"), [batch_remedy(history, step)]))
+    weights = sick_before(history)
+    if weights is not None:
+        cause = Cause("bad weights", 0.9, f"{weights} was not finite before this step's update")
+        pairs.append((cause, [Remedy(f"go back to a checkpoint before step {step}, then {lr_remedy(history, 0.1)}", {"rewind_before": step})]))
+    because = explosion(history, step)
+    if because:
+        pairs.append((Cause("exploding gradient", 0.9, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
+    if not pairs:
+        before, after, over = loss_growth(history, step)
+        calm = f"the loss was calm ({number(before)} -> {number(after)} in {over} steps)" if over else "the first values are already not finite"
+        confidence = 0.8 if over and bool(np.isfinite(history.inputs()[-1:]).all()) else 0.5
+        guard = Remedy("guard the loss: log(p + 1e-8), a divisor of at least 1e-8, labels in range", {"eps": 1e-8})
+        pairs.append((Cause("loss function", confidence, f"{calm} and the weights are finite"), [guard]))
+        pairs.append((Cause("exploding gradient", 0.3, "growth within a single step leaves no trace"), [lr_remedy(history, 0.1)]))
+    return ranked(pairs)
+
+
+def explosion(history: History, step: int) -> str:
+    """What speaks for an exploding gradient before the step, in words; empty if nothing does."""
+    before, after, over = loss_growth(history, step)
+    grown, ratio = gradient_growth(history), history.last("update_ratio", 3)
+    words = []
+    if after >= GREW * before:
+        words.append(f"loss {number(before)} -> {number(after)} in {over} steps")
+    if grown >= GREW:
+        words.append(f"gradient norm x {number(grown)}")
+    largest = float(np.max(ratio, initial=0.0, where=np.isfinite(ratio) & (ratio > 0) & _wide(matrices(history), ratio)))
+    if largest >= 1.0:
+        words.append(f"an update {number(largest)} times its weights")
+    return "; ".join(words)
+
+
+def sick_before(history: History) -> str | None:
+    """The name of the first parameter that was not finite before the newest sample's update, if any."""
+    if not history.samples or history.facts().get("forced"):
+        return None
+    bad = history.seen("weight_norm", 1) & ~np.isfinite(history.last("weight_norm", 1))
+    return history.params[int(np.flatnonzero(bad[0])[0])].name if bad.any() else None
+
+
+def batch_remedy(history: History, step: int) -> Remedy:
+    """Which batch to look at."""
+    at_step = history.samples and history.steps(1)[0] == step
+    batch = history.facts().get("batch") if at_step else None
+    which = int(batch) if batch is not None else step
+    return Remedy(f"repair or drop batch {which}: torch.isfinite(x).all() is false for it", {"batch": which})
+
+
+def step_size_advice(history: History, because: str, confidence: float = 0.9) -> Advice:
+    """A learning rate that is too high, and what to do."""
+    return ranked([(Cause("learning rate too high", confidence, because), [lr_remedy(history, 0.1), clip_remedy(history)])])
+
+
+def constant_advice(history: History, value: float) -> Advice:
+    """Why a loss sticks at this value (SYMPTOMS B7, B8)."""
+    pairs: list[tuple[Cause, Sequence[Remedy]]] = []
+    for special, formula, name in SPECIAL_LOSSES:
+        if abs(value - special) < 2e-3 * special:
+            tries = [lr_remedy(history, 0.1), Remedy("scale the logits down: divide the last layer's initial weights by 10", {"head_scale": 0.1})]
+            pairs.append((Cause(name, 0.9, f"{number(value)} is {formula}"), tries))
+    classes = round(math.exp(value)) if 0.6 < value < 12 else 0
+    if classes >= 2 and abs(value - math.log(classes)) < 1e-3 * min(1.0, 10 / classes):
+        what = "both" if classes == 2 else "all"
+        pairs.append((Cause("same output for every sample", 0.7, f"{number(value)} is ln {classes}: {what} classes are equally likely"),
+                      [Remedy("initialise the weights at random (He for ReLU, Xavier else), not by zeros", {"init": "he"})]))  # fmt: skip
+    total = history.last("grad_total", 5)
+    if total.size and np.nanmax(np.where(np.isfinite(total), total, 0.0)) == 0.0:
+        pairs.append((Cause("no gradient", 0.8, "the gradient norm is exactly 0"), [Remedy("look for detach(), no_grad() or dead units before the loss")]))
+    updates = history.last("update_norm", 5)
+    if updates.size and np.nanmax(np.where(np.isfinite(updates), updates, 0.0)) == 0.0:
+        pairs.append((Cause("weights do not move", 0.8, "every update of the last samples is exactly 0"), [lr_remedy(history, 10.0)]))
+    if not pairs:
+        pairs.append((Cause("gradients do not reach the output", 0.4, "the loss is the same for different batches"), [lr_remedy(history, 0.1)]))
+    return ranked(pairs)
+
+
+def _wide(mask: Mask, values: Array) -> Mask:
+    """The mask of sites, cut or filled to the width of the values."""
+    wide = np.zeros(values.shape[1] if values.ndim == 2 else 0, dtype=np.bool_)
+    n = min(len(mask), len(wide))
+    wide[:n] = mask[:n]
+    return wide

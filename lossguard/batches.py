@@ -1,0 +1,40 @@
+"""A loader whose batches the guard sees on their way. Batches pass through untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+TARGETS = ("labels", "label", "targets", "target", "y")  # keys under which a dict of a batch holds its targets
+
+
+class _Shown(Protocol):
+    def batch(self, inputs: Any, targets: Any = None) -> None: ...
+
+
+def split(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets of a batch: the first two of a tuple or list, a dict and its labels, else all of it and None.
+
+    >>> split((1, 2)), split({"x": 1, "labels": 2}), split(3)
+    ((1, 2), ({'x': 1, 'labels': 2}, 2), (3, None))
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[0], batch[1]
+    if isinstance(batch, dict):
+        return batch, next((batch[k] for k in TARGETS if k in batch), None)
+    return batch, None
+
+
+class Batches:
+    """Iterates like the loader, as often as the loader allows."""
+
+    def __init__(self, guard: _Shown, loader: Iterable[Any]) -> None:
+        self._guard, self._loader = guard, loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            self._guard.batch(*split(batch))
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]

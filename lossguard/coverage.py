@@ -1,0 +1,55 @@
+"""What the guard observes and what it does not, and why: silence means that it looked. Host facts only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from lossguard.device.recorder import Recorder
+from lossguard.host.handover import Handover
+from lossguard.host.history import History
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """observed: signal -> number of sites seen so far. not_observed: what -> why."""
+
+    observed: dict[str, int] = field(default_factory=dict)
+    not_observed: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        seen = ", ".join(f"{name} ({sites})" for name, sites in self.observed.items()) or "nothing yet"
+        unseen = [f"  {what}: {why}" for what, why in self.not_observed.items()]
+        return "\n".join([f"observed: {seen}", *(["not observed:", *unseen] if unseen else [])])
+
+
+def survey(recorder: Recorder, history: History, handover: Handover, steps: int, backward_seen: bool, silenced: Collection[str]) -> Coverage:
+    """Ask every part what it has seen."""
+    observed = {"loss": 1} if history.loss_steps(1).size else {}
+    observed.update(history.observed())
+    unseen = dict(recorder.roster.unread)
+    unseen.update({name: "held by no optimizer" for name in recorder.roster.missing})
+    unseen.update({entry.partition(": ")[0]: entry.partition(": ")[2] for entry in recorder.forward.unwatched})
+    if steps:
+        unseen.update(_after_steps(recorder, observed, backward_seen))
+    if handover.late:
+        unseen["late rows"] = f"{handover.late} rows had not arrived at their step and were waited for; a larger lag= avoids that"
+    unseen.update({part: "failed once and is switched off" for part in silenced})
+    return Coverage(observed, unseen)
+
+
+def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: bool) -> dict[str, str]:
+    unseen: dict[str, str] = {}
+    quiet = sorted(name for name, _ in recorder.modules.values() if name not in recorder.fired)
+    if quiet:
+        shown = ", ".join(quiet[:5]) + (f" and {len(quiet) - 5} more" if len(quiet) > 5 else "")
+        unseen["activations"] = f"no forward pass in training mode was seen of {shown}: compiled, frozen, unused, or called past its __call__"
+    if not backward_seen and "grad_norm" not in observed:
+        unseen["gradients"] = "no backward pass was seen to end between two guard steps"
+    elif "update_norm" not in observed:
+        unseen["updates"] = "no step of an optimizer was seen since the guard was attached"
+    if recorder.graph is not None:
+        unseen.update({f"graph region ({what})": "its inside cannot be read for roles and functional ReLUs" for what in sorted(recorder.graph.opaque)})
+    if "logit_peak" not in observed:
+        unseen["softmax logits"] = "no softmax was found at the loss; pass them with guard.step(loss, logits=...) if there is one"
+    return unseen

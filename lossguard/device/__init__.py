@@ -1,0 +1,1 @@
+"""On the device: taps, signals, tape, gate. Nothing here reads a value."""

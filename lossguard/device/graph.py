@@ -1,0 +1,142 @@
+"""Reads the shape of the autograd graph behind a loss: host-side node names only, never a tensor's values.
+
+A graph flows in (once, at the first recorded step); out flow facts that hooks cannot see: the loss's family, which
+module gave the softmax its logits, which parameters feed a functional ReLU, which biases a batch-norm cancels.
+Nodes are read, none is kept: activations stay free to go.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+MAX_NODES = 50_000  # nodes walked at most, once: about 2 us each
+
+FAMILIES = {
+    "NllLossBackward0": "cross_entropy", "NllLoss2DBackward0": "cross_entropy", "NllLossNdBackward0": "cross_entropy",
+    "BinaryCrossEntropyBackward0": "binary", "BinaryCrossEntropyWithLogitsBackward0": "binary", "MseLossBackward0": "mse",
+    "SmoothL1LossBackward0": "huber", "HuberLossBackward0": "huber", "KlDivBackward0": "kl", "CtcLossBackward0": "ctc",
+}  # fmt: skip
+SOFTMAXES = ("LogSoftmaxBackward0", "SoftmaxBackward0")
+# Nodes that only re-shape, select or re-type what passes through them.
+VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "TransposeBackward", "PermuteBackward", "SliceBackward", "SelectBackward",
+         "SqueezeBackward", "UnsqueezeBackward", "CloneBackward", "ToCopyBackward", "AsStridedBackward", "TBackward", "IndexBackward", "ExpandBackward",
+         "ViewBackward0", "ContiguousBackward", "DivBackward", "MulBackward")  # fmt: skip
+NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0", "NativeLayerNormBackward0", "NativeGroupNormBackward0")
+BATCH_NORMS = NORMS[:3]
+LINEAR = ("AddmmBackward0", "ConvolutionBackward0", "LinearBackward0")
+RELUS = ("ReluBackward0", "ThresholdBackward0", "HardtanhBackward0")
+OPAQUE = {"CompiledFunctionBackward": "compiled", "CheckpointFunctionBackward": "reentrant checkpoint"}
+
+
+@dataclass
+class GraphFacts:
+    """What the graph says. Producers are named by the keys of the mapping given to :func:`read`."""
+
+    loss_family: str = "unknown"
+    head: Any = None  # the producer of the logits, None if it was not found
+    head_dim: int = -1  # the class dimension there, counted from the end
+    relu_parameters: list[int] = field(default_factory=list)  # ids of the 1-d parameters right before a ReLU that no hook saw
+    cancelled: set[int] = field(default_factory=set)  # ids of biases that only feed a batch-norm
+    opaque: set[str] = field(default_factory=set)  # regions that cannot be read, such as "compiled"
+
+
+def read(losses: Sequence[Tensor], producers: Mapping[Any, Any]) -> GraphFacts:
+    """Walk the graph behind the loss, or behind its terms. producers: graph node of a module's output -> that module's key."""
+    facts = GraphFacts()
+    roots = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    for root in roots:
+        if facts.head is None:
+            _read_head(root, producers, facts)
+    seen, queue = set(roots), deque(roots)
+    while queue and len(seen) < MAX_NODES:
+        node = queue.popleft()
+        name = node.name()
+        for prefix, what in OPAQUE.items():
+            if name.startswith(prefix):
+                facts.opaque.add(what)
+        if facts.loss_family == "unknown" and name in FAMILIES:
+            facts.loss_family = FAMILIES[name]
+        if name in RELUS and node not in producers:
+            _read_relu(node, facts)
+        if name in BATCH_NORMS:
+            _read_norm(node, facts)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                queue.append(child)
+    return facts
+
+
+def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts) -> None:
+    """The softmax nearest to the loss that no parameter stands before, and the module output that feeds it."""
+    seen, queue = {root}, deque([root])
+    while queue and len(seen) < 256:  # the loss's own nodes are few
+        node = queue.popleft()
+        if node.name() in SOFTMAXES and node.next_functions:
+            producer = _through_views(node.next_functions[0][0], producers)
+            if producer is not None:
+                facts.head = producer
+                facts.head_dim = _dim(node)
+                return
+        if node in producers or _parameters(node):
+            continue  # the model begins here
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                queue.append(child)
+
+
+def _dim(node: Any) -> int:
+    """The class dimension as seen from the module's output: 1 stays 1 (images), anything else is the last."""
+    dim = getattr(node, "_saved_dim", -1)
+    dim = dim - 2**64 if dim > 2**63 else dim
+    return 1 if dim == 1 else -1
+
+
+def _through_views(node: Any, producers: Mapping[Any, Any]) -> Any:
+    for _ in range(32):
+        if node is None:
+            return None
+        if node in producers:
+            return producers[node]
+        if not node.name().rstrip("0123456789").startswith(VIEWS) or not node.next_functions:
+            return None
+        node = node.next_functions[0][0]
+    return None
+
+
+def _parameters(node: Any) -> list[Tensor]:
+    """The leaf tensors that feed a node directly."""
+    return [c.variable for c, _ in node.next_functions if c is not None and hasattr(c, "variable")]
+
+
+def _read_relu(node: Any, facts: GraphFacts) -> None:
+    """The 1-d parameter (bias, or a norm's beta) of the layer that feeds a functional ReLU."""
+    feeder = node.next_functions[0][0] if node.next_functions else None
+    for _ in range(4):
+        if feeder is None:
+            return
+        name = feeder.name()
+        vectors = [p for p in _parameters(feeder) if p.dim() == 1]
+        if name in LINEAR or name in NORMS:
+            if vectors:
+                facts.relu_parameters.append(id(vectors[-1]))  # the norm's beta comes after its gain
+            return
+        if not name.rstrip("0123456789").startswith((*VIEWS, "AddBackward")) or not feeder.next_functions:
+            return
+        if vectors:  # matmul + bias
+            facts.relu_parameters.append(id(vectors[-1]))
+            return
+        feeder = feeder.next_functions[0][0]
+
+
+def _read_norm(node: Any, facts: GraphFacts) -> None:
+    """A bias of the linear or convolution right before a batch-norm: the norm subtracts it, its true gradient is zero."""
+    feeder = node.next_functions[0][0] if node.next_functions else None
+    if feeder is not None and feeder.name() in LINEAR:
+        facts.cancelled.update(id(p) for p in _parameters(feeder) if p.dim() == 1)

@@ -1,0 +1,326 @@
+"""One step's record on the device: the phases of a step come in, rows of the tape go out. Never reads a value.
+
+The recorder owns banks (parameters), the forward collector and the rows; who calls its phases is not its business
+(hooks in a plain loop, a trainer's callbacks elsewhere).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lossguard.device import graph, roles
+from lossguard.device.bank import Bank
+from lossguard.device.forward import Forward, Site, first_tensor, float_tensors, logits_numbers, watched
+from lossguard.device.tape import Row, Segment
+from lossguard.device.units import SilentUnits, window
+
+MAX_HEADS = 16  # explicit softmax modules watched besides the one at the loss
+MAX_INPUTS = 4  # float inputs of the first module watched
+
+
+class Recorder:
+    """Everything recorded of one model. ``on`` says whether the current step is a sampled one."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], scaler: Any = None) -> None:
+        self.model, self.optimizers, self.scaler = model, optimizers, scaler
+        self.roster = roles.Roster()
+        self.banks: list[Bank] = []
+        self.forward = Forward()
+        self.heads: list[str] = ["loss"]
+        self.facts: dict[str, Any] = {}
+        self.graph: graph.GraphFacts | None = None
+        self.targets: Tensor | None = None
+        self.on = False
+        self.backwards = 0  # since the last update of any optimizer
+        self.modules = watched(model)
+        self.fired: set[str] = set()  # modules whose hook ever fired
+        self._rows: dict[torch.device, Row] = {}
+        self._signature: tuple[int, ...] = ()
+        self._producers: dict[Any, str] = {}  # graph node -> module call, in the first recorded step only
+        self._head_seen = False
+        self._first_module = True
+        self._batch_rows: int | None = None
+        self._kept_before: set[int] = set()  # banks whose weights before the update are kept in this step
+        self._updated: set[int] = set()  # optimizers that stepped in this step
+        self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient after the last update
+        self._functional = SilentUnits()
+        self._functional_at: dict[int, tuple[Tensor, list[tuple[int, int, int]]]] = {}  # bank -> (indices, (site, first, units))
+
+    # ---- phases
+
+    def begin(self, sampled: bool) -> None:
+        """A new step starts."""
+        self.on = sampled
+        self.facts = {}
+        self._head_seen, self._first_module = False, True
+        self._kept_before.clear()
+        self._updated.clear()
+        self.forward.begin()
+        for row in self._rows.values():
+            row.discard()
+
+    def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A module's forward pass ended. Recomputations and evaluation are passed over."""
+        if torch._C._current_graph_task_id() != -1:
+            return  # an activation checkpoint recomputes: counted already
+        known = self.modules.get(id(module))
+        if known is None:
+            if type(module) is nn.CrossEntropyLoss and torch.is_grad_enabled() and len(args) == 2:
+                self._logits(args[0], 1 if args[0].dim() > 1 else 0, args[1])
+            return
+        if not module.training:
+            return
+        with torch.no_grad():
+            self._record_module(module, *known, args, output)
+
+    def backward_done(self, *, unscaled: bool = False) -> None:
+        """All gradients of a backward pass are there, unclipped. Later passes before an update overwrite earlier ones."""
+        if not self.banks:
+            self.build()
+        self.backwards += 1
+        if self._versions:
+            self._look_at_clearing()
+        if not self.on:
+            return
+        with torch.no_grad():
+            if self.scaler is not None and not unscaled and getattr(self.scaler, "_scale", None) is not None:
+                self.row(self.scaler._scale.device).add_scalars("loss_scale", np.zeros(1, dtype=np.intp), [self.scaler._scale.clone()])
+            for k, bank in enumerate(self.banks):
+                if bank.optimizer in self._updated:
+                    continue  # already stepped: what arrives now is not its own
+                self._record_bank(k, bank)
+
+    def before_update(self, index: int) -> None:
+        """Optimizer ``index`` is about to step: see what clipping did since the backward pass."""
+        if not self.on or not self.backwards:
+            return
+        with torch.no_grad():
+            for k, bank in enumerate(self.banks):
+                if bank.optimizer == index and k in self._kept_before and index not in self._updated:
+                    bank.record_probes(self.row(bank.device))
+                    self.facts["probes_unscaled"] = self._unscaled(index)
+
+    def after_update(self, index: int, *, look_at_clearing: bool) -> None:
+        """Optimizer ``index`` stepped."""
+        self.backwards = 0
+        if look_at_clearing:
+            for bank in self.banks:
+                if bank.optimizer == index:
+                    self._versions.update({s: v for s, p in bank.probes if (v := _version(p)) is not None})
+        if not self.on:
+            return
+        with torch.no_grad():
+            for k, bank in enumerate(self.banks):
+                if bank.optimizer == index and k in self._kept_before and index not in self._updated:
+                    bank.record_after(self.row(bank.device))
+        self._updated.add(index)
+        self.facts["stepped"] = 1.0
+        self._read_rates()
+
+    def finish(self, losses: Sequence[Tensor], logits: Tensor | None) -> list[tuple[Tensor, list[Segment]]]:
+        """The step is over: lay every device's numbers down."""
+        if not self.banks:
+            self.build()
+        with torch.no_grad():
+            if logits is not None:
+                self._head_seen = False
+                self._logits(logits, -1, self.targets)
+            for device in list(self._rows) or [self._default_device()]:
+                self.row(device)
+            if self._rows:
+                self.forward.finish(next(iter(self._rows.values())))
+            if self.graph is None and any(loss.grad_fn is not None for loss in losses):
+                self._read_graph(losses)
+        self._producers.clear()
+        self.facts.setdefault("stepped", 0.0)
+        return [row.lay_down() for row in self._rows.values()]
+
+    def post_mortem(self) -> None:
+        """A non-finite number was seen: add the exact norms of all weights as they are now to the row."""
+        with torch.no_grad():
+            for bank in self.banks:
+                bank.record_exact_weights(self.row(bank.device))
+        self.facts["forced"] = 1.0
+
+    # ---- what is known
+
+    def row(self, device: torch.device) -> Row:
+        """The row of a device, made at first sight."""
+        row = self._rows.get(device)
+        if row is None:
+            row = self._rows[device] = Row(device)
+        return row
+
+    def build(self) -> None:
+        """Group the parameters into banks; again when parameter groups or frozen parameters changed."""
+        old = {t.name for t in self.roster.trained}
+        self.roster = roles.read(self.model, self.optimizers)
+        known = [t for t in self.roster.trained if t.name in old]
+        self.roster.trained = [*known, *(t for t in self.roster.trained if t.name not in old)]
+        groups: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
+        elements = 0
+        for i, t in enumerate(self.roster.trained):
+            if t.name in self.roster.unread or t.optimizer < 0:
+                continue
+            elements += t.tensor.numel()
+            groups.setdefault((t.optimizer, t.tensor.device), []).append((i, t.tensor))
+        self.banks = [Bank(members, optimizer, elements) for (optimizer, _), members in groups.items()]
+        self._signature = roles.signature(self.optimizers)
+        self._kept_before.clear()
+        self._functional_at.clear()
+
+    @property
+    def expects_clearing(self) -> bool:
+        """Whether the next backward pass shows if gradients were cleared."""
+        return bool(self._versions)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the optimizers hold other parameters than the banks."""
+        return bool(self.banks) and roles.signature(self.optimizers) != self._signature
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes held."""
+        return sum(b.nbytes for b in self.banks) + sum(r.nbytes for r in self._rows.values()) + self.forward.nbytes + self._functional.nbytes
+
+    # ---- inside
+
+    def _record_module(self, module: nn.Module, name: str, kind: str, args: tuple[Any, ...], output: Any) -> None:
+        self.fired.add(name)
+        tensor = output if isinstance(output, Tensor) and output.is_floating_point() else first_tensor(output)
+        if tensor is None or tensor.layout != torch.strided or not tensor.numel():
+            return
+        row = self.row(tensor.device)
+        if self._first_module:
+            self._first_module = False
+            leaves = [x for _, x in zip(range(MAX_INPUTS), float_tensors(args), strict=False)]
+            if leaves:
+                self._batch_rows = leaves[0].shape[0] if leaves[0].dim() > 1 else None
+                norms = [torch.linalg.vector_norm(x.detach(), dtype=torch.float32) for x in leaves]
+                self.row(leaves[0].device).add_scalars("input_rms", np.arange(len(leaves)), norms, np.array([x.numel() ** -0.5 for x in leaves]))
+        site = self.forward.add(name, kind, tensor, row)
+        if site is None:
+            return
+        if self.graph is None and tensor.grad_fn is not None:
+            self._producers[tensor.grad_fn] = site.name
+        elif self.graph is not None and self.graph.head == site.name:
+            self._logits(tensor, self.graph.head_dim if tensor.dim() > 1 else 0, self.targets)
+        if kind in ("Softmax", "LogSoftmax") and args and isinstance(args[0], Tensor) and args[0].dim():
+            self._softmax_module(site.name, args[0], getattr(module, "dim", -1))
+
+    def _softmax_module(self, name: str, logits: Tensor, dim: int | None) -> None:
+        if name not in self.heads:
+            if len(self.heads) > MAX_HEADS:
+                return
+            self.heads.append(name)
+        logits_numbers(self.heads.index(name), logits, -1 if dim is None else dim, None, self.row(logits.device))
+
+    def _logits(self, logits: Any, dim: int, targets: Any) -> None:
+        """The softmax at the loss, once a step."""
+        if self._head_seen or not isinstance(logits, Tensor) or not logits.is_floating_point() or not logits.dim() or not logits.numel():
+            return
+        self._head_seen = True
+        with torch.no_grad():
+            logits_numbers(0, logits, dim, targets if isinstance(targets, Tensor) else None, self.row(logits.device))
+
+    def _record_bank(self, k: int, bank: Bank) -> None:
+        row = self.row(bank.device)
+        if k not in self._kept_before:
+            bank.record_before(row)
+            self._kept_before.add(k)
+        missing = bank.record_gradients(row)
+        if missing:
+            self.facts["no_gradient"] = tuple(sorted({*self.facts.get("no_gradient", ()), *missing}))
+        if k in self._functional_at:
+            self._record_functional(k, bank, row)
+
+    def _record_functional(self, k: int, bank: Bank, row: Row) -> None:
+        """Dead units of ReLUs that no hook sees: a bias whose gradient is exactly zero belongs to a unit that fired for no sample."""
+        indices, spans = self._functional_at[k]
+        fired = bank.gradients.index_select(0, indices).abs()
+        for site, first, units in spans:
+            share = self._functional.update((k, site), fired[first : first + units].view(1, units), window(self._batch_rows))
+            if share is not None:
+                row.add("dead_fraction", np.array([site], dtype=np.intp), share)
+
+    def _read_graph(self, losses: Sequence[Tensor]) -> None:
+        self.graph = graph.read(losses, self._producers)
+        index = {id(t.tensor): i for i, t in enumerate(self.roster.trained)}
+        for k, bank in enumerate(self.banks):
+            self._plan_functional(k, bank, [index[i] for i in dict.fromkeys(reversed(self.graph.relu_parameters)) if i in index])
+
+    def _plan_functional(self, k: int, bank: Bank, chosen: list[int]) -> None:
+        positions, spans, first = [], [], 0
+        for i in chosen:
+            if i not in bank.offsets:
+                continue
+            trained = self.roster.trained[i]
+            name = trained.name.rpartition(".")[0] or trained.name
+            units = trained.tensor.numel()
+            site = Site(len(self.forward.sites), name, "gradient rows", units, False)
+            self.forward.sites.append(site)
+            positions.append(np.arange(bank.offsets[i], bank.offsets[i] + units))
+            spans.append((site.index, first, units))
+            first += units
+        if spans:
+            host = torch.from_numpy(np.concatenate(positions).astype(np.int64))
+            pinned = host.pin_memory() if bank.device.type == "cuda" else host
+            self._functional_at[k] = (pinned.to(bank.device, non_blocking=True), spans)
+
+    def _look_at_clearing(self) -> None:
+        """Gradients whose memory and version counter show that they were added to since the last update, not cleared."""
+        carried = looked = 0
+        for bank in self.banks:
+            for site, p in bank.probes:
+                before, now = self._versions.get(site), _version(p)
+                if before is None or now is None or now == before:
+                    continue
+                looked += 1
+                carried += now == (before[0], before[1] + 1)
+        self._versions.clear()
+        if looked:
+            self.facts["not_cleared"] = carried / looked
+
+    def _unscaled(self, index: int) -> bool:
+        """Whether the gradients at the update have their true scale (a fused step under a scaler unscales inside)."""
+        if self.scaler is None:
+            return True
+        states: Mapping[int, Mapping[str, Any]] = getattr(self.scaler, "_per_optimizer_states", {})
+        stage = states.get(id(self.optimizers[index]), {}).get("stage")
+        return getattr(stage, "name", "") == "UNSCALED" or not getattr(self.optimizers[index], "_step_supports_amp_scaling", False)
+
+    def _read_rates(self) -> None:
+        """Learning rates: host numbers become facts, device numbers go through the tape."""
+        groups = [g for o in self.optimizers for g in o.param_groups]
+        rates = [g["lr"] for g in groups if "lr" in g]
+        host = [float(r) for r in rates if not isinstance(r, Tensor)]
+        if host:
+            self.facts["lr"] = max(host)
+        device = [r for r in rates if isinstance(r, Tensor)]
+        if device and "lr_on_tape" not in self.facts:
+            self.facts["lr_on_tape"] = 1.0
+            self.row(device[0].device).add_scalars("lr", np.arange(len(device)), [r.detach().clone() for r in device])
+        self.facts["optimizer_name"] = type(self.optimizers[0]).__name__
+        eps = [g["eps"] for g in groups if isinstance(g.get("eps"), float)]
+        if eps:
+            self.facts["adam_eps"] = max(eps)
+
+    def _default_device(self) -> torch.device:
+        return next((b.device for b in self.banks), torch.device("cpu"))
+
+
+def _version(p: Tensor) -> tuple[int, int] | None:
+    g = p.grad
+    if g is None:
+        return None
+    try:
+        return g.data_ptr(), g._version
+    except RuntimeError:  # a wrapper without memory of its own
+        return id(g), g._version

@@ -1,0 +1,71 @@
+"""Which parameters a run trains, and what each is: names, kinds, owners. Decided once, on the host, from Python objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lossguard.device.bank import why_not
+
+MATRIX_ELEMENTS = 64  # a weight with fewer elements is judged like a vector: its statistics are too noisy
+
+
+@dataclass
+class Trained:
+    """One trainable parameter: its name in the model, the tensor, its kind (see ``history.Param``), its optimizer's index."""
+
+    name: str
+    tensor: nn.Parameter
+    kind: str
+    optimizer: int
+    module: str
+
+
+@dataclass
+class Roster:
+    """All trainable parameters in model order, and what does not fit between model and optimizers."""
+
+    trained: list[Trained] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # trainable, but held by no optimizer
+    foreign: int = 0  # held by an optimizer, but not the model's
+    unread: dict[str, str] = field(default_factory=dict)  # name -> why it cannot be measured
+
+
+def read(model: nn.Module, optimizers: Sequence[Optimizer]) -> Roster:
+    """Go through the model's parameters (shared ones once) and the optimizers' groups."""
+    owner = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
+    roster, own = Roster(), set()
+    modules = dict(model.named_modules())
+    for name, p in model.named_parameters():
+        own.add(id(p))
+        if not p.requires_grad:
+            continue
+        holder = modules.get(name.rpartition(".")[0], model)
+        optimizer = owner.get(id(p), -1)
+        roster.trained.append(Trained(name, p, _kind(p, holder), optimizer, type(holder).__name__))
+        if optimizer < 0:
+            roster.missing.append(name)
+        reason = why_not(p)
+        if reason is not None:
+            roster.unread[name] = reason
+    roster.foreign = sum(1 for i in owner if i not in own)
+    return roster
+
+
+def signature(optimizers: Sequence[Optimizer]) -> tuple[int, ...]:
+    """Changes when a parameter group is added or a parameter is frozen or thawed."""
+    groups = [group for o in optimizers for group in o.param_groups]
+    return (*(len(g["params"]) for g in groups), sum(p.requires_grad for g in groups for p in g["params"]))
+
+
+def _kind(p: Tensor, holder: nn.Module) -> str:
+    if isinstance(holder, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    if "Norm" in type(holder).__name__:
+        return "norm"
+    if isinstance(p, nn.parameter.UninitializedTensorMixin):
+        return "matrix"
+    return "matrix" if p.dim() >= 2 and p.numel() >= MATRIX_ELEMENTS else "vector"

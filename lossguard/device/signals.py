@@ -1,0 +1,158 @@
+"""What is measured: one pure function per signal, and their registry. Torch only; never reads a value.
+
+Tensors flow in on their device, float32 vectors flow out on the same device. NaN and Inf pass through to the numbers,
+so that a non-finite value anywhere in what was read is seen later on the host. Legend of shapes: K sites measured
+together, N padded elements of a site, R samples (rows of a batch), F features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TAPS = ("gradient", "weight", "update", "activation", "logits")
+
+# Normalised derivative below which a sigmoid or tanh position is at its rail, and the share of positions that makes a
+# unit saturated (evidence: 100-batch windows of hidden units of healthy sigmoid and tanh networks stay below both).
+RAIL_DERIVATIVE = 0.02
+RAIL_SHARE = 0.95
+CONFIDENT = 0.99  # softmax probability above which a row counts as one-hot
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One named family of numbers. kinds: module classes it applies to (activation tap only), empty for all."""
+
+    name: str
+    tap: str
+    unit: str
+    measure: Callable[[Tensor], Tensor]
+    kinds: tuple[str, ...] = ()
+
+
+SIGNALS: dict[str, Signal] = {}
+
+
+def signal(tap: str, *, unit: str, kinds: tuple[str, ...] = ()) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
+    """Register a signal; the function's name is the signal's name.
+
+    tap ``gradient``, ``weight``, ``update``: (K, N) rows, zero-padded, a spread sample for large tensors -> (K,).
+    tap ``activation``: (K, R, F) samples of module outputs -> (K,). tap ``logits``: (R, C) -> 0-dim.
+
+    >>> @signal("gradient", unit="max |g|")
+    ... def grad_peak(rows):
+    ...     return rows.abs().amax(dim=1)
+    >>> SIGNALS.pop("grad_peak").unit
+    'max |g|'
+    """
+    if tap not in TAPS:
+        raise ValueError(f"unknown tap {tap!r}; expected one of: {', '.join(TAPS)}")
+
+    def register(measure: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        name = str(getattr(measure, "__name__", ""))
+        SIGNALS[name] = Signal(name, tap, unit, measure, kinds)
+        return measure
+
+    return register
+
+
+def of(tap: str) -> list[Signal]:
+    """The registered signals of one tap, in order of registration."""
+    return [s for s in SIGNALS.values() if s.tap == tap]
+
+
+@signal("gradient", unit="L2 norm, true scale, before clipping")
+def grad_norm(rows: Tensor) -> Tensor:
+    """L2 norm of each row; padding adds nothing. (K, N) -> (K,)"""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+
+
+@signal("weight", unit="L2 norm before the update")
+def weight_norm(rows: Tensor) -> Tensor:
+    """L2 norm of each row. (K, N) -> (K,)"""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+
+
+@signal("update", unit="L2 norm of the real weight difference")
+def update_norm(rows: Tensor) -> Tensor:
+    """L2 norm of each row of weights after minus before. (K, N) -> (K,)"""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+
+
+@signal("activation", unit="between-sample variance over second moment")
+def sample_variance(samples: Tensor) -> Tensor:
+    """Variance over samples, averaged over features, over the mean square: 0 where every sample gives the same. (K, R, F) -> (K,)
+
+    A layer that is exactly zero everywhere gives 0 / 0 and reads as 0: all samples agree.
+    """
+    spread = torch.var(samples, dim=1, correction=0).mean(dim=1)
+    moment = samples.square().mean(dim=(1, 2))
+    return spread / moment.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+RELU_KINDS = ("ReLU", "ReLU6", "Threshold")
+RAIL_KINDS = ("Sigmoid", "Tanh", "Hardsigmoid", "Hardtanh")
+
+
+@signal("activation", unit="share of zero elements in the batch", kinds=RELU_KINDS)
+def zero_fraction(samples: Tensor) -> Tensor:
+    """Share of exactly zero elements; up to 0.97 is healthy sparsity. (K, R, F) -> (K,)"""
+    return (samples == 0).to(torch.float32).mean(dim=(1, 2))
+
+
+@signal("activation", unit="share of units at their rails", kinds=("Sigmoid", "Hardsigmoid"))
+def saturated_fraction(samples: Tensor) -> Tensor:
+    """Share of units whose normalised derivative 4 s (1 - s) is below RAIL_DERIVATIVE on most positions. (K, R, F) -> (K,)"""
+    return _at_rails(4.0 * samples * (1.0 - samples))
+
+
+@signal("activation", unit="share of units at their rails", kinds=("Tanh", "Hardtanh"))
+def saturated_fraction_tanh(samples: Tensor) -> Tensor:
+    """As :func:`saturated_fraction`, derivative 1 - y^2. Reported under the same name. (K, R, F) -> (K,)"""
+    return _at_rails(1.0 - samples.square())
+
+
+def _at_rails(derivative: Tensor) -> Tensor:
+    railed = (derivative < RAIL_DERIVATIVE).to(torch.float32).mean(dim=1)  # (K, F)
+    return (railed > RAIL_SHARE).to(torch.float32).mean(dim=1)
+
+
+@signal("logits", unit="largest finite magnitude")
+def logit_peak(logits: Tensor) -> Tensor:
+    """Largest magnitude; -inf is a legal mask and counts as 0, NaN and +inf pass through. (R, C) -> ()"""
+    return torch.nan_to_num(logits, nan=float("nan"), posinf=float("inf"), neginf=0.0).abs().amax()
+
+
+@signal("logits", unit="share of rows with a probability above CONFIDENT")
+def confident_fraction(logits: Tensor) -> Tensor:
+    """Share of nearly one-hot rows. (R, C) -> ()"""
+    return (top_probability(logits) > CONFIDENT).to(torch.float32).mean()
+
+
+@signal("logits", unit="|mean log Z|")
+def log_normalizer(logits: Tensor) -> Tensor:
+    """Magnitude of the mean log-normaliser of the softmax. (R, C) -> ()"""
+    return torch.logsumexp(logits, dim=1).mean().abs()
+
+
+def top_probability(logits: Tensor) -> Tensor:
+    """The largest softmax probability of each row. (R, C) -> (R,)"""
+    return torch.exp(logits.amax(dim=1) - torch.logsumexp(logits, dim=1))
+
+
+def confident_wrong(logits: Tensor, targets: Tensor) -> Tensor:
+    """Share of rows that are confident and wrong; rows whose target is outside the classes do not count. (R, C), (R,) -> ()"""
+    counted = (targets >= 0) & (targets < logits.shape[1])
+    wrong = (top_probability(logits) > CONFIDENT) & (logits.argmax(dim=1) != targets) & counted
+    return wrong.to(torch.float32).sum() / counted.to(torch.float32).sum().clamp_min(1.0)
+
+
+def label_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the labels, over rows whose target is a class. (R, C), (R,) -> ()"""
+    counted = (targets >= 0) & (targets < logits.shape[1])
+    picked = logits.gather(1, torch.where(counted, targets, torch.zeros_like(targets)).unsqueeze(1)).squeeze(1)
+    rows = torch.where(counted, torch.logsumexp(logits, dim=1) - picked, torch.zeros_like(picked))
+    return rows.sum() / counted.to(torch.float32).sum().clamp_min(1.0)

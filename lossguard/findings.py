@@ -1,0 +1,205 @@
+"""What the guard says: findings, their parts, and the table of diagnoses. Standard library only.
+
+Numbers flow in from rules; text and dictionaries flow out to people, records and exceptions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+
+class Severity(IntEnum):
+    """How grave a finding is; members compare in this order.
+
+    >>> Severity.INFO < Severity.WARNING < Severity.ERROR < Severity.HALT
+    True
+    >>> Severity.parse("warning")
+    <Severity.WARNING: 1>
+    """
+
+    INFO = 0
+    WARNING = 1
+    ERROR = 2
+    HALT = 3
+
+    @property
+    def label(self) -> str:
+        """The lower-case name that people read."""
+        return self.name.lower()
+
+    @classmethod
+    def parse(cls, value: str | Severity) -> Severity:
+        """The severity of that name; ``ValueError`` with the known names otherwise."""
+        if isinstance(value, Severity):
+            return value
+        try:
+            return cls[value.upper()]
+        except KeyError:
+            known = ", ".join(s.label for s in cls)
+            raise ValueError(f"unknown severity {value!r}; expected one of: {known}") from None
+
+
+# diagnosis -> (severity unless the evidence says otherwise, one sentence). One name everywhere.
+DIAGNOSES: dict[str, tuple[Severity, str]] = {
+    "nonfinite_loss": (Severity.HALT, "the loss is NaN or infinite"),
+    "nonfinite_input": (Severity.HALT, "a batch holds NaN or infinite values"),
+    "nonfinite_activation": (Severity.HALT, "a module's output is NaN or infinite although its input is finite"),
+    "nonfinite_gradient": (Severity.HALT, "gradients are NaN or infinite"),
+    "nonfinite_weight": (Severity.HALT, "weights are NaN or infinite"),
+    "exploding_gradient": (Severity.WARNING, "the gradient norm has grown far beyond its own past"),
+    "vanishing_gradient": (Severity.WARNING, "gradients all but disappear on their way to some layers"),
+    "update_ratio_high": (Severity.WARNING, "updates are so large that they rewrite the weights"),
+    "update_ratio_low": (Severity.WARNING, "updates are so small that the weights hardly move"),
+    "unchanged_weights": (Severity.WARNING, "trainable weights do not change at all"),
+    "missing_zero_grad": (Severity.WARNING, "gradients are never cleared and add up over steps"),
+    "clipping_dominates": (Severity.WARNING, "gradient clipping, not the learning rate, sets the step size"),
+    "dead_relu": (Severity.WARNING, "ReLU units are silent for every sample of a whole window"),
+    "saturated_activation": (Severity.WARNING, "sigmoid or tanh units sit at their rails"),
+    "collapsed_activation": (Severity.WARNING, "a layer gives the same output for every sample"),
+    "saturated_softmax": (Severity.WARNING, "the softmax is one-hot and wrong, or its logits are out of scale"),
+    "loss_spike": (Severity.WARNING, "the loss jumped far above its recent past"),
+    "diverging_loss": (Severity.WARNING, "the loss rises and stays above where it was"),
+    "constant_loss": (Severity.WARNING, "the loss does not change from batch to batch"),
+    "skipped_steps": (Severity.WARNING, "optimizer steps are silently not applied"),
+}
+
+
+def check_names(names: Iterable[str], argument: str, known: Iterable[str] | None = None) -> frozenset[str]:
+    """The names as a set; ``ValueError`` with a suggestion for the first unknown one.
+
+    >>> check_names({"loss_spike"}, "halt")
+    frozenset({'loss_spike'})
+    """
+    known = sorted(DIAGNOSES if known is None else known)
+    chosen = frozenset([names] if isinstance(names, str) else names)
+    for name in sorted(chosen, key=str):
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown diagnosis {name!r} in {argument}=; {hint}known: {', '.join(known)}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One measured number behind a finding and, where there is one, the limit it is held against."""
+
+    what: str
+    value: float
+    limit: float | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.what} {number(self.value)}"
+        return text if self.limit is None else f"{text} (limit {number(self.limit)})"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A possible reason, the measurement that supports it, and a confidence in [0, 1]."""
+
+    name: str
+    confidence: float
+    because: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.confidence:.1f}): {self.because}"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One thing to change. ``change`` holds the same advice for programs, such as ``{"lr": 0.003}``."""
+
+    text: str
+    change: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One event: what is ill, since when, where, by which numbers, why, and what to do.
+
+    ``step`` is the guard step (0 for the first ``guard.step``) at which the fault shows in the data; ``count`` and
+    ``last_step`` grow while the episode lasts. ``consequences`` are later findings that follow from this one.
+
+    >>> print(Finding("loss_spike", Severity.WARNING, 12, "loss", "9 times its recent median"))
+    lossguard: warning loss_spike at step 12
+      seen in    loss: 9 times its recent median
+      more       python -m lossguard explain loss_spike      silence: Guard(mute={"loss_spike"})
+    """
+
+    diagnosis: str
+    severity: Severity
+    step: int
+    where: str
+    message: str
+    evidence: tuple[Evidence, ...] = ()
+    causes: tuple[Cause, ...] = ()
+    remedies: tuple[Remedy, ...] = ()
+    consequences: tuple[Finding, ...] = ()
+    count: int = 1
+    last_step: int | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        rows = [("seen in", f"{self.where}: {self.message}")]
+        rows += [("measured", "; ".join(str(e) for e in self.evidence))] if self.evidence else []
+        rows += [("cause" if i == 0 else "", str(c)) for i, c in enumerate(self.causes)]
+        rows += [("try" if i == 0 else "", str(r)) for i, r in enumerate(self.remedies)]
+        rows += [("then", "; ".join(f"{f.diagnosis} at step {f.step} ({f.where})" for f in self.consequences))] if self.consequences else []
+        rows += [("kept", self.note)] if self.note else []
+        rows += [("more", f'python -m lossguard explain {self.diagnosis}      silence: Guard(mute={{"{self.diagnosis}"}})')]
+        again = f", {self.count} times until step {self.last_step}" if self.count > 1 else ""
+        head = f"lossguard: {self.severity.label} {self.diagnosis} at step {self.step}{again}"
+        return "\n".join([head] + [f"  {label:<10} {text}" for label, text in rows])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON; non-finite numbers become the strings ``NaN``, ``Infinity``, ``-Infinity``."""
+        return {
+            "diagnosis": self.diagnosis, "severity": self.severity.label, "step": self.step, "where": self.where,
+            "message": self.message, "count": self.count, "last_step": self.last_step, "note": self.note,
+            "evidence": [{"what": e.what, "value": plain(e.value), "limit": plain(e.limit)} for e in self.evidence],
+            "causes": [{"name": c.name, "confidence": c.confidence, "because": c.because} for c in self.causes],
+            "remedies": [{"text": r.text, "change": {k: plain(v) for k, v in r.change.items()}} for r in self.remedies],
+            "consequences": [f.to_dict() for f in self.consequences],
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Finding:
+        """The inverse of :meth:`to_dict`."""
+        return cls(
+            diagnosis=data["diagnosis"], severity=Severity.parse(data["severity"]), step=data["step"],
+            where=data["where"], message=data["message"], count=data["count"], last_step=data["last_step"], note=data["note"],
+            evidence=tuple(Evidence(e["what"], float(e["value"]), None if e["limit"] is None else float(e["limit"])) for e in data["evidence"]),
+            causes=tuple(Cause(**c) for c in data["causes"]),
+            remedies=tuple(Remedy(**r) for r in data["remedies"]),
+            consequences=tuple(cls.from_dict(f) for f in data["consequences"]),
+        )  # fmt: skip
+
+
+def number(value: float) -> str:
+    """A number as people read it: at most 4 significant digits.
+
+    >>> number(0.0000123456), number(2.30258), number(float("nan"))
+    ('1.235e-05', '2.303', 'NaN')
+    """
+    if math.isnan(value):
+        return "NaN"
+    return f"{value:.4g}"
+
+
+def plain(value: Any) -> Any:
+    """The value for JSON, which knows neither NaN nor infinity.
+
+    >>> plain(float("inf")), plain(1.5), plain("a")
+    ('Infinity', 1.5, 'a')
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value

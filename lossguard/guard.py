@@ -1,0 +1,388 @@
+"""The guard: wires taps, tape, hand-over, history, rules and actions together. No formula, no threshold of a rule.
+
+Users call it once an iteration; it raises only ``TrainingHalted`` and errors about how it was called.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lossguard import actions, batches, resume
+from lossguard.coverage import Coverage, survey
+from lossguard.device import gate as gates
+from lossguard.device.recorder import Recorder
+from lossguard.device.taps import Taps, unwrap
+from lossguard.findings import Finding, Severity, check_names
+from lossguard.host.handover import Handover
+from lossguard.host.history import History, Param
+from lossguard.host.intake import Intake
+from lossguard.pulses import Pulses, check_loss
+from lossguard.rules import RULES, Rule
+from lossguard.rules.judge import Judge
+from lossguard.sinks import Record, Sink
+
+LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
+DENSE = 50  # steps at the start that are all sampled: a rate 100 times too large shows for 5 to 10 steps only
+ALARM = 10  # steps sampled densely after a non-finite number
+MICRO_BATCHES = 16  # iterations a sample waits for an update where ``accumulate`` is not given
+
+_watching: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Guard]] = weakref.WeakKeyDictionary()
+
+
+class Guard:
+    """Watches one training run.
+
+    model: any ``nn.Module``. optimizers: one ``torch.optim.Optimizer`` or a list. every: interval, in steps, of the
+    costly signals; the first ``dense`` steps are all sampled. halt: diagnosis names, or a ``Severity`` and above, that
+    raise ``TrainingHalted``; None for never. skip: diagnoses whose update is left out on the device
+    (``nonfinite_gradient``; needs fused optimizers). mute: diagnosis names not to report. rules: rule objects that
+    replace the default of the same diagnosis or join them. record: a folder for the run's record. scaler: the
+    ``GradScaler``, so that gradient norms have their true scale. accumulate: micro-batches per update, where the guard
+    is stepped for each. loss_family: such as ``"adversarial"`` where the loss's fall means nothing. lag: steps between
+    recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
+    plain loop, ``"explicit"`` for trainers that call ``after_backward`` and the like themselves.
+
+    Raises ``ValueError`` for arguments that cannot work, and says what to do.
+
+    >>> model = torch.nn.Linear(4, 2); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with Guard(model, optimizer) as guard:
+    ...     for _ in range(3):
+    ...         loss = model(torch.ones(8, 4)).square().mean()
+    ...         loss.backward(); optimizer.step(); optimizer.zero_grad()
+    ...         guard.step(loss)
+    >>> guard.findings
+    []
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Any,
+        *,
+        every: int = 10,
+        dense: int = DENSE,
+        halt: Iterable[str] | Severity | str | None = Severity.HALT,
+        skip: Iterable[str] = (),
+        mute: Iterable[str] = (),
+        rules: Iterable[Rule] = (),
+        record: str | Path | None = None,
+        scaler: Any = None,
+        accumulate: int | None = None,
+        loss_family: str | None = None,
+        lag: int | None = None,
+        sinks: Sequence[Sink] = (),
+        phases: str = "hooks",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}; give the model itself first: Guard(model, optimizer)")
+        parameters = list(model.parameters())
+        if not parameters:
+            raise ValueError(f"{type(model).__name__} has no parameters, so there is no training to guard; give the module that holds the weights")
+        self.optimizers = [unwrap(o) for o in (optimizers if isinstance(optimizers, (list, tuple)) else [optimizers])]
+        self.every, self.dense = _at_least(1, every, "every"), _at_least(0, dense, "dense")
+        self._accumulate = None if accumulate is None else _at_least(1, accumulate, "accumulate")
+        if phases not in ("hooks", "explicit"):
+            raise ValueError(f"unknown phases {phases!r}; expected 'hooks' or 'explicit'")
+        skipped = check_names(skip, "skip", gates.SKIPPABLE) if skip else frozenset()
+        chosen = _rules(rules)
+        self._policy = actions.Policy.of(halt)
+        self.model, self.steps, self.closed = model, 0, False
+        self._muted = check_names(mute, "mute")
+        self._scaler = scaler
+        on_host = all(p.device.type == "cpu" for p in parameters)
+        self._gates = [gates.Gate(o) for o in self.optimizers] if skipped else []
+        self._recorder = Recorder(model, self.optimizers, scaler)
+        self._history = History(loss_family=loss_family or "unknown", optimizers=len(self.optimizers))
+        self._declared = loss_family is not None
+        self._judge = Judge(chosen, self._muted, on_fault=self._rule_failed)
+        self._handover = Handover((0 if on_host else LAG) if lag is None else _at_least(0, lag, "lag"))
+        self._record = None if record is None else Record(record, {"torch": torch.__version__, "model": type(model).__name__, "every": every})
+        self._intake = Intake(self._history, self._handover)
+        self._pulses = Pulses(self._handover, min(self.every, 10))
+        self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), *sinks]
+        self._batches = 0
+        self._tries = 0  # iterations the open sample has waited for an update
+        self._updates_seen = False
+        self._alarm_until = -1
+        self._overdue: actions.TrainingHalted | None = None
+        self._silenced: set[str] = set()
+        _take_over(model, self)
+        self._taps = Taps(self._recorder, self.after_backward, self.after_update, backward=phases == "hooks")
+        self._open_step()
+
+    # ---- what a loop calls
+
+    def step(self, loss: Tensor | float | Mapping[str, Tensor | float], *, logits: Tensor | None = None) -> None:
+        """One iteration is over. loss: a scalar, still on its device, or a dict of named scalars whose sum is the loss.
+
+        logits: the softmax's input, (rows, ..., classes), where the guard cannot find it by itself.
+        Raises ``TrainingHalted`` when a finding halts, ``ValueError`` for a loss that is no scalar or a closed guard.
+        """
+        self._check_open()
+        terms = check_loss(loss)
+        now = self.steps
+        sick = self._pulses.write(now, terms)
+        sampled = self._recorder.on
+        if sick:
+            self._alarm_until = now + ALARM
+            self._recorder.post_mortem()
+        if sick or (sampled and self._has_update()):
+            self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits)
+        elif self._pulses.full:
+            self._pulses.send()
+        self.steps += 1
+        self._open_step()
+        self._receive(now)
+        if self._overdue is not None:
+            halt, self._overdue = self._overdue, None
+            raise halt
+
+    def batches(self, loader: Iterable[Any]) -> batches.Batches:
+        """The loader's batches, each shown to the guard: ``for x, y in guard.batches(loader)``. Keeps ``len``."""
+        self._check_open()
+        return batches.Batches(self, loader)
+
+    def batch(self, inputs: Any, targets: Any = None) -> None:
+        """Shows the guard the batch of the coming step: a non-finite one is named, labels sharpen the softmax signals."""
+        self._check_open()
+        self._batches += 1
+        self._recorder.targets = targets if isinstance(targets, Tensor) else None
+        self._pulses.show((inputs, targets))
+
+    def flush(self) -> None:
+        """Judge all that was recorded; may wait for the device. Raises ``TrainingHalted`` as :meth:`step` does."""
+        self._pulses.send()
+        self._receive(self.steps, everything=True)
+
+    def close(self) -> None:
+        """Flush, then take every hook off. A finding that would halt is kept, not raised. Harmless when closed already."""
+        if self.closed:
+            return
+        try:
+            self.flush()
+        except actions.TrainingHalted:
+            pass  # the run is over anyway: the finding stands in ``findings``
+        finally:
+            self.closed = True
+            self._taps.close()
+            for gate in self._gates:
+                gate.close()
+            if self._record:
+                self._record.close()
+            if _watching.get(self.model) is not None and _watching[self.model]() is self:
+                del _watching[self.model]
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- phases, for trainers that know better than hooks
+
+    def after_backward(self, *, unscaled: bool = False) -> None:
+        """A backward pass ended; gradients are complete and unclipped. unscaled: they have their true scale already."""
+        if self.closed:
+            return
+        self._watch(self._recorder.backward_done, unscaled=unscaled)
+        for gate in self._gates:
+            gradients = [p.grad for group in gate.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            gate.judge([g._values() if g.is_sparse else g for g in gradients])
+
+    def after_update(self, index: int) -> None:
+        """Optimizer ``index`` stepped."""
+        if self.closed:
+            return
+        self._updates_seen = True
+        look = self._recorder.on or self._is_due(self.steps + 1)
+        self._watch(self._recorder.after_update, index, look_at_clearing=look)
+
+    # ---- what was found
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The events so far, oldest first; one an episode, with counts and consequences."""
+        return list(self._judge.findings)
+
+    @property
+    def coverage(self) -> Coverage:
+        """What is observed and what is not, and why."""
+        return survey(self._recorder, self._history, self._handover, self.steps, self._taps.backward_seen, self._silenced)
+
+    @property
+    def memory(self) -> int:
+        """Bytes the guard holds now, on devices and on the host; bounded, and reached after the first full window."""
+        return self._recorder.nbytes + self._pulses.nbytes + self._handover.nbytes + self._history.nbytes
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "watching"
+        found = len(self._judge.findings)
+        what = f"{len(self._recorder.roster.trained)} parameter tensors, {self.steps} steps"
+        return f"<lossguard.Guard {state} {type(self.model).__name__}: {what}, {found or 'no'} finding{'' if found == 1 else 's'}>"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to give the same alarms; tensors and plain types, safe to ``torch.save``."""
+        try:
+            self.flush()
+        except actions.TrainingHalted as halt:
+            self._overdue = halt  # raised by the next step: a checkpoint is written first
+        return {"steps": self.steps, "batches": self._batches, "history": resume.pack(self._history.state_dict()), "judge": resume.pack(self._judge.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`. Raises ``ValueError`` for the state of another model."""
+        self._check_open()
+        if not self._recorder.banks:
+            self._recorder.build()
+            self._name_parameters()
+        self._history.load_state_dict(resume.unpack(state["history"]))
+        self._judge.load_state_dict(resume.unpack(state["judge"]))
+        self.steps, self._batches = state["steps"], state["batches"]
+        self._open_step()
+
+    # ---- inside
+
+    def _open_step(self) -> None:
+        """Decide whether the coming step is sampled, and attach what it needs."""
+        sampled = self._is_due(self.steps) or self._tries > 0
+        if sampled and self._recorder.outdated:
+            self._recorder.build()
+            self._taps.rehook()
+        elif sampled and self._recorder.on and not self._taps.backward_seen:
+            self._taps.rehook()
+        self._recorder.begin(sampled)
+        self._taps.watch_forward(sampled)
+        self._taps.listening = sampled or bool(self._gates) or bool(self._recorder.expects_clearing)
+
+    def _is_due(self, step: int) -> bool:
+        return step < self.dense or step % self.every == 0 or step <= self._alarm_until
+
+    def _has_update(self) -> bool:
+        """Whether the open sample is complete. Where gradients accumulate, it waits for the iteration with the update."""
+        if self._recorder.facts.get("stepped") or (self._scaler is not None and self._accumulate is None):
+            self._tries = 0
+            return True
+        self._tries += 1
+        patience = self._accumulate or (MICRO_BATCHES if self._updates_seen else 1)
+        if self._tries < patience:
+            return False
+        self._tries = 0
+        return True
+
+    def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None) -> None:
+        for k, gate in enumerate(self._gates):
+            row = self._recorder.row(gate.device)
+            row.add_scalars("consecutive_skips", np.array([k]), [gate.in_a_row])
+            row.add_scalars("total_skips", np.array([k]), [gate.total])
+        parts = self._watch(self._recorder.finish, losses, logits)
+        self._pulses.send()
+        if parts is None:
+            return
+        facts = {**self._recorder.facts, "batch": self._batches - 1 if self._batches else now}
+        if self._scaler is not None:
+            facts["scaler"] = 1.0
+        if self._gates:
+            facts["gated"] = 1.0
+        self._name_parameters()
+        for k, (row, segments) in enumerate(parts):
+            self._handover.send(now, row, ("row", now, segments, facts, k == len(parts) - 1))
+
+    def _name_parameters(self) -> None:
+        """Tell the history what is known of parameters, units and the loss."""
+        history, recorder = self._history, self._recorder
+        known = recorder.graph.cancelled if recorder.graph else set()
+        if len(history.params) != len(recorder.roster.trained) or known:
+            history.params = [
+                Param(t.name, _numel(t.tensor), t.kind, t.optimizer, str(t.tensor.dtype).removeprefix("torch."), id(t.tensor) in known, t.module)
+                for t in recorder.roster.trained
+            ]
+        history.notes.update(missing_from_optimizer=tuple(recorder.roster.missing), foreign_in_optimizer=recorder.roster.foreign, trainable=len(recorder.roster.trained))
+        history.name_units([(s.name, s.kind, s.width) for s in recorder.forward.sites])
+        history.heads = list(recorder.heads)
+        if recorder.graph and not self._declared and recorder.graph.loss_family != "unknown":
+            history.loss_family = recorder.graph.loss_family
+
+    def _receive(self, now: int, *, everything: bool = False) -> None:
+        """Take what has arrived, judge it, act. Raises ``TrainingHalted``."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # asking an event would break the capture
+        heard: list[Finding] = []
+        for news in self._intake.receive(now, everything=everything):
+            if news.sick:
+                self._alarm_until = max(self._alarm_until, self.steps + ALARM)
+            if self._record:
+                self._watch(news.write, self._record, self._history)
+            heard += self._judge.observe(self._history, new_sample=news.sample is not None)
+        heard = [self._with_gate(f) for f in heard]
+        for finding in heard:
+            for sink in self._sinks:
+                self._watch(sink, finding)
+        halting = [f for f in heard if self._policy.halts(f)]
+        if halting:
+            raise actions.TrainingHalted(max(halting, key=lambda f: f.severity))
+
+    def _with_gate(self, finding: Finding) -> Finding:
+        """What the gate skips has done no harm, and says so."""
+        if not self._gates or finding.diagnosis not in gates.SKIPPABLE:
+            return finding
+        return replace(finding, severity=min(finding.severity, Severity.WARNING), note="the updates with such gradients were skipped on the device: weights and moments are those before them")
+
+    def _watch(self, call: Any, *args: Any, **keywords: Any) -> Any:
+        """Our own faults never end a run: one warning for each place, then that part stays silent."""
+        name = getattr(call, "__qualname__", type(call).__name__)
+        if name in self._silenced:
+            return None
+        try:
+            return call(*args, **keywords)
+        except Exception as error:
+            self._silenced.add(name)
+            warnings.warn(f"lossguard: {name} failed and is switched off for this run ({type(error).__name__}: {error}); training goes on", RuntimeWarning, stacklevel=3)
+            return None
+
+    def _rule_failed(self, diagnosis: str, error: Exception) -> None:
+        self._silenced.add(f"rule {diagnosis}")
+        warnings.warn(f"lossguard: the rule {diagnosis} failed and is switched off for this run ({type(error).__name__}: {error})", RuntimeWarning, stacklevel=3)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("this guard is closed; make a new one with Guard(model, optimizer), a closed guard keeps only its findings")
+
+
+def _rules(given: Iterable[Rule]) -> list[Rule]:
+    """The default rules, with the user's in the place of those of the same diagnosis or behind them."""
+    chosen: dict[str, Rule] = {name: cls() for name, cls in RULES.items()}
+    for rule in given:
+        if isinstance(rule, type) or not isinstance(rule, Rule):
+            raise ValueError(f"rules= holds {rule!r}, which is no rule object; give instances such as LossSpike(sigmas=10.0)")
+        chosen[rule.diagnosis] = rule
+    return list(chosen.values())
+
+
+def _take_over(model: nn.Module, guard: Guard) -> None:
+    """One guard a model: a second one (a notebook cell run again) closes the first."""
+    held = _watching.get(model)
+    old = held() if held is not None else None
+    if old is not None and not old.closed:
+        warnings.warn("this model was watched by another Guard, which is closed now; use one Guard for each model, or close() the old one first", UserWarning, stacklevel=3)
+        old.close()
+    _watching[model] = weakref.ref(guard)
+
+
+def _at_least(low: int, value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+    return value
+
+
+def _numel(tensor: Tensor) -> int:
+    return 0 if isinstance(tensor, nn.parameter.UninitializedTensorMixin) else math.prod(tensor.shape)

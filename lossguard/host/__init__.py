@@ -1,0 +1,1 @@
+"""What arrives on the host: hand-over and history."""

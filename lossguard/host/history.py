@@ -1,0 +1,316 @@
+"""What has arrived from the device: a bounded numpy window, read by rules. No torch.
+
+Losses arrive for every step, the other signals for sampled steps ("samples"), oldest first. A number that is missing
+was not observed in that sample and reads as NaN where ``seen`` is False; a NaN where ``seen`` is True was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+# Signals with one site per parameter: their arrays are always as wide as ``History.params``.
+PER_PARAMETER = ("grad_norm", "grad_rms", "weight_norm", "update_norm", "update_ratio")
+
+# A tensor born with a root mean square below this is zero-born (zero-gamma, LoRA B, zero heads and biases): detectors measure it as a role.
+ZERO_BORN_RMS = 1e-3
+
+
+@dataclass(frozen=True)
+class Param:
+    """What the rules may know of one parameter tensor, decided on the host.
+
+    kind: ``matrix`` (at least 2 dimensions and 64 elements), ``vector``, ``norm`` (gain or bias of a normalisation) or
+    ``embedding``. cancelled: a bias whose only consumer is a batch-norm, so that its true gradient is zero.
+    """
+
+    name: str
+    numel: int
+    kind: str = "matrix"
+    optimizer: int = 0  # which optimizer holds it; -1: none
+    dtype: str = "float32"
+    cancelled: bool = False
+    module: str = ""  # the name of the owning module's class, such as "Linear"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One place where a forward value was measured: a module call, in execution order."""
+
+    name: str
+    kind: str  # the module's class name, such as "ReLU"; "gradient rows" where dead units are read from gradients
+    width: int = 0  # how many units (channels, features) it has; 0: unknown
+
+
+@dataclass
+class Sample:
+    """One recorded step, as it leaves the hand-over.
+
+    values: signal name -> (site indices, numbers). facts: host-known things of the same step: ``lr`` (largest learning
+    rate), ``stepped`` (optimizers that stepped), ``max_norm``, ``batch`` (index), ``no_gradient`` (names of parameters
+    whose gradient is None), ``not_cleared`` (share of gradients that were not cleared since the last update), ...
+    """
+
+    step: int
+    values: dict[str, tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class History:
+    """A ring of losses (every step) and of samples (sampled steps).
+
+    >>> history = History(losses=8, samples=4, params=[Param("w", 4)])
+    >>> history.add_loss(0, 2.3)
+    >>> history.add_sample(Sample(0, {"grad_norm": (np.array([0]), np.array([0.5], np.float32))}, {"lr": 0.1}))
+    >>> history.last("grad_norm", 1)
+    array([[0.5]])
+    >>> history.fact("lr", 1)
+    array([0.1])
+    """
+
+    def __init__(
+        self,
+        losses: int = 2048,
+        samples: int = 256,
+        params: Sequence[Param] = (),
+        *,
+        loss_family: str = "unknown",
+        optimizers: int = 1,
+    ) -> None:
+        self.params = list(params)
+        self.units: list[Unit] = []  # module calls in execution order; grows as they are first seen
+        self.heads: list[str] = []  # softmaxes observed; the one at the loss is called "loss"
+        self.loss_family = loss_family  # "cross_entropy", "binary", "mse", ..., "unknown"
+        self.optimizers = optimizers
+        self.notes: dict[str, Any] = {}  # host-known facts that hold for the whole run, such as "missing_from_optimizer"
+        self._losses = np.full((losses, 3), np.nan)  # step, total, input finite (1), not (0), not looked at (NaN)
+        self._terms: dict[str, Array] = {}
+        self._loss_count = 0
+        self._capacity = samples
+        self._steps = np.full(samples, -1, dtype=np.int64)
+        self._signals: dict[str, Array] = {}
+        self._seen: dict[str, Mask] = {}
+        self._facts: list[dict[str, Any]] = []
+        self._count = 0
+        self._born: dict[str, Array] = {}
+        self._judged_losses = 0
+        self.lr_peak = 0.0
+
+    # ---- what arrives
+
+    def add_loss(self, step: int, total: float, terms: Mapping[str, float] | None = None, input_finite: float = np.nan) -> None:
+        """One step's loss, its named terms if it has any, and whether the batch was finite (1, 0, NaN: not looked at)."""
+        self._losses[self._loss_count % len(self._losses)] = step, total, input_finite
+        for name, value in (terms or {}).items():
+            ring = self._terms.setdefault(name, np.full(len(self._losses), np.nan))
+            ring[self._loss_count % len(ring)] = value
+        self._loss_count += 1
+
+    def add_sample(self, sample: Sample) -> None:
+        """One sampled step; derived signals (``update_ratio``, ``grad_total``, ``grad_rms``) are filled in here."""
+        row = self._count % self._capacity
+        self._steps[row] = sample.step
+        for seen in self._seen.values():
+            seen[row] = False
+        for ring in self._signals.values():
+            ring[row] = np.nan
+        for signal, (sites, numbers) in sample.values.items():
+            self._write(row, signal, np.asarray(sites), np.asarray(numbers, dtype=np.float64))
+        self._derive(row)
+        self._facts.append(sample.facts)
+        del self._facts[: max(0, len(self._facts) - self._capacity)]
+        self._count += 1
+        lr = sample.facts.get("lr")
+        if lr is not None and np.isfinite(lr):
+            self.lr_peak = max(self.lr_peak, float(lr))
+
+    # ---- what rules read
+
+    @property
+    def samples(self) -> int:
+        """How many samples the window holds now."""
+        return min(self._count, self._capacity)
+
+    @property
+    def step(self) -> int:
+        """The newest step that has arrived, as loss or as sample; -1 before the first."""
+        newest = self._steps[(self._count - 1) % self._capacity] if self._count else -1
+        loss = self._losses[(self._loss_count - 1) % len(self._losses), 0] if self._loss_count else -1
+        return int(max(newest, loss))
+
+    def steps(self, n: int | None = None) -> npt.NDArray[np.int64]:
+        """The steps of the last n samples, oldest first."""
+        return self._steps[self._rows(n)]
+
+    def last(self, signal: str, n: int | None = None) -> Array:
+        """The last n samples of a signal: (at most n, sites), oldest first, NaN where unseen. Empty if never seen."""
+        ring = self._signals.get(signal)
+        return np.empty((0, 0)) if ring is None else ring[self._rows(n)]
+
+    def seen(self, signal: str, n: int | None = None) -> Mask:
+        """Where :meth:`last` holds measured numbers."""
+        ring = self._seen.get(signal)
+        return np.empty((0, 0), dtype=np.bool_) if ring is None else ring[self._rows(n)]
+
+    def born(self, signal: str) -> Array:
+        """The first finite number seen at each site of a signal, however long ago: (sites,)."""
+        return self._born.get(signal, np.empty(0))
+
+    def fact(self, name: str, n: int | None = None, default: float = np.nan) -> Array:
+        """A numeric host-known fact of the last n samples: (at most n,), ``default`` where a sample lacks it."""
+        facts = self._facts if n is None else self._facts[max(0, len(self._facts) - n) :]
+        return np.array([default if f.get(name) is None else float(f[name]) for f in facts], dtype=np.float64)
+
+    def facts(self, back: int = 1) -> dict[str, Any]:
+        """All host-known facts of the newest sample (``back=2``: the one before it); empty if there is none."""
+        return self._facts[-back] if len(self._facts) >= back else {}
+
+    def losses(self, n: int | None = None) -> Array:
+        """The last n losses, one per step, oldest first."""
+        return self._loss_rows(n)[:, 1]
+
+    def loss_steps(self, n: int | None = None) -> npt.NDArray[np.int64]:
+        """The steps of :meth:`losses`."""
+        return self._loss_rows(n)[:, 0].astype(np.int64)
+
+    def inputs(self, n: int | None = None) -> Array:
+        """Whether the batches of :meth:`losses` were finite: 1 yes, 0 no, NaN not looked at."""
+        return self._loss_rows(n)[:, 2]
+
+    def term(self, name: str, n: int | None = None) -> Array:
+        """A named loss term, as :meth:`losses`."""
+        return self._terms[name][self._loss_index(n)]
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of the loss terms."""
+        return tuple(self._terms)
+
+    @property
+    def fresh_losses(self) -> int:
+        """How many of the newest losses no rule has judged yet."""
+        return min(self._loss_count - self._judged_losses, len(self._losses))
+
+    def name_units(self, units: Sequence[tuple[str, str, int]]) -> None:
+        """The module calls known by now, in execution order."""
+        if len(units) != len(self.units):
+            self.units = [Unit(*u) for u in units]
+
+    @property
+    def nbytes(self) -> int:
+        """Host bytes held."""
+        arrays = [self._losses, *self._terms.values(), *self._signals.values(), *self._seen.values(), *self._born.values()]
+        return sum(a.nbytes for a in arrays)
+
+    def observed(self) -> dict[str, int]:
+        """How many sites of each signal were ever seen with a finite number."""
+        counts = {name: int(np.isfinite(born).sum()) for name, born in self._born.items()}
+        return {name: n for name, n in counts.items() if n}
+
+    def mark_judged(self) -> None:
+        """Called by the judge after a round."""
+        self._judged_losses = self._loss_count
+
+    # ---- what rules ask often
+
+    def kinds(self, *kinds: str) -> Mask:
+        """Which parameters are of these kinds: (params,)."""
+        return np.array([p.kind in kinds for p in self.params], dtype=np.bool_)
+
+    @property
+    def zero_born(self) -> Mask:
+        """Which parameters began with a root mean square below ZERO_BORN_RMS: (params,); unknown counts as zero-born."""
+        norms = self.born("weight_norm")
+        rms = np.full(len(self.params), np.nan)
+        sizes = np.array([max(p.numel, 1) for p in self.params], dtype=np.float64)
+        rms[: len(norms)] = norms / np.sqrt(sizes[: len(norms)])
+        return ~(rms >= ZERO_BORN_RMS)
+
+    @property
+    def lr(self) -> float:
+        """The newest learning rate (the largest over parameter groups), NaN if unknown."""
+        lr = self.fact("lr", 1)
+        return float(lr[0]) if lr.size else float("nan")
+
+    @property
+    def schedule_tail(self) -> bool:
+        """The learning rate is below a tenth of its peak: low-side rules are off there."""
+        return bool(self.lr < 0.1 * self.lr_peak)
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to give the alarms of an uninterrupted one; plain types and numpy arrays."""
+        keys = ("_losses", "_terms", "_loss_count", "_steps", "_signals", "_seen", "_facts", "_count", "_born", "_judged_losses", "lr_peak")
+        state = {key: getattr(self, key) for key in keys}
+        return {**state, "units": [(u.name, u.kind, u.width) for u in self.units], "heads": self.heads, "params": [p.name for p in self.params], "loss_family": self.loss_family}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse; ``ValueError`` if the state is of another model."""
+        names = [p.name for p in self.params]
+        if list(state["params"]) != names:
+            raise ValueError(f"the state is of a model with parameters {list(state['params'])[:3]}..., this one has {names[:3]}...; load it into the guard of the same model")
+        for key, value in state.items():
+            if key == "units":
+                self.units = [Unit(*u) for u in value]
+            elif key != "params":
+                setattr(self, key, value)
+
+    # ---- inside
+
+    def _rows(self, n: int | None) -> npt.NDArray[np.int64]:
+        n = self.samples if n is None else min(n, self.samples)
+        return np.arange(self._count - n, self._count) % self._capacity
+
+    def _loss_index(self, n: int | None) -> npt.NDArray[np.int64]:
+        held = min(self._loss_count, len(self._losses))
+        n = held if n is None else min(n, held)
+        return np.arange(self._loss_count - n, self._loss_count) % len(self._losses)
+
+    def _loss_rows(self, n: int | None) -> Array:
+        return self._losses[self._loss_index(n)]
+
+    def _write(self, row: int, signal: str, sites: npt.NDArray[np.intp], numbers: Array) -> None:
+        width = len(self.params) if signal in PER_PARAMETER else int(sites.max(initial=-1)) + 1
+        ring = self._signals.get(signal)
+        if ring is None or ring.shape[1] < width:
+            self._widen(signal, width)
+        self._signals[signal][row, sites] = numbers
+        self._seen[signal][row, sites] = True
+        born = self._born[signal]
+        new = np.isnan(born[sites]) & np.isfinite(numbers)
+        born[sites[new]] = numbers[new]
+
+    def _widen(self, signal: str, width: int) -> None:
+        old, seen, born = self._signals.get(signal), self._seen.get(signal), self._born.get(signal)
+        self._signals[signal] = np.full((self._capacity, width), np.nan)
+        self._seen[signal] = np.zeros((self._capacity, width), dtype=np.bool_)
+        self._born[signal] = np.full(width, np.nan)
+        if old is not None and seen is not None and born is not None:
+            self._signals[signal][:, : old.shape[1]] = old
+            self._seen[signal][:, : old.shape[1]] = seen
+            self._born[signal][: len(born)] = born
+
+    def _derive(self, row: int) -> None:
+        every = np.arange(len(self.params))
+        if "update_norm" in self._seen and "weight_norm" in self._seen:
+            update, weight = self._signals["update_norm"][row], self._signals["weight_norm"][row]
+            n = min(len(update), len(weight))
+            both = self._seen["update_norm"][row, :n] & self._seen["weight_norm"][row, :n]
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                ratio = np.where((update[:n] == 0.0) & (weight[:n] == 0.0), 0.0, update[:n] / weight[:n])
+            self._write(row, "update_ratio", every[:n][both], ratio[both])
+        if "grad_norm" in self._seen and self._seen["grad_norm"][row].any():
+            there = self._seen["grad_norm"][row]
+            norms = self._signals["grad_norm"][row, there]
+            with np.errstate(over="ignore"):
+                self._write(row, "grad_total", np.array([0]), np.sqrt(np.array([np.sum(np.square(norms))])))
+            sizes = np.array([max(p.numel, 1) for p in self.params], dtype=np.float64)[: len(there)]
+            self._write(row, "grad_rms", every[: len(there)][there], norms / np.sqrt(sizes[there]))

@@ -1,0 +1,82 @@
+"""Turns what the hand-over delivers into history, in order. Numbers flow in, history grows, news flow out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from lossguard.host.decode import decode
+from lossguard.host.handover import Handover, Numbers
+from lossguard.host.history import History, Sample
+
+
+class _Writer(Protocol):
+    def losses(self, first: int, totals: list[float], terms: dict[str, list[float]]) -> None: ...
+    def sample(self, sample: Sample, history: History) -> None: ...
+
+
+@dataclass
+class News:
+    """What became known at once: losses of consecutive steps, and perhaps a sample at their end."""
+
+    first: int = 0
+    totals: list[float] = field(default_factory=list)
+    terms: dict[str, list[float]] = field(default_factory=dict)
+    sample: Sample | None = None
+    sick: bool = False  # a loss or a batch is not finite
+
+    def write(self, record: _Writer, history: History) -> None:
+        """Put it into the run's record."""
+        if self.totals:
+            record.losses(self.first, self.totals, self.terms)
+        if self.sample is not None:
+            record.sample(self.sample, history)
+
+
+class Intake:
+    """Receives blocks of losses and rows of samples; rows of one step from several devices become one sample."""
+
+    def __init__(self, history: History, handover: Handover) -> None:
+        self._history, self._handover = history, handover
+        self._parts: list[tuple[Numbers, Any]] = []
+
+    def receive(self, now: int, *, everything: bool = False) -> Iterator[News]:
+        """What is due at step ``now``: one piece of news for each sample, and one for losses without a sample behind them."""
+        news = News()
+        for numbers, meaning in self._handover.receive(now, everything=everything):
+            if meaning[0] == "pulse":
+                if news.totals:  # a block without a sample behind it
+                    yield news
+                    news = News()
+                if numbers is not None:
+                    self._take_losses(numbers, meaning, news)
+                continue
+            _, step, segments, facts, last = meaning
+            if numbers is not None:
+                self._parts.append((numbers.copy(), segments))
+            if last:
+                parts, self._parts = self._parts, []
+                if parts:
+                    news.sample = decode(step, parts, facts, self._history.params)
+                    self._history.add_sample(news.sample)
+                    yield news
+                news = News()
+        if news.totals:
+            yield news
+
+    def _take_losses(self, numbers: Numbers, meaning: Any, news: News) -> None:
+        _, news.first, looked, names = meaning
+        leaves = numbers.shape[1] - len(names)
+        for k, row in enumerate(numbers.astype(np.float64)):
+            values = row[leaves:]
+            terms = dict(zip(names, values.tolist(), strict=True)) if names != ("",) else {}
+            finite = float(np.isfinite(row[: looked[k]]).all()) if looked[k] else np.nan
+            total = float(values.sum())
+            self._history.add_loss(news.first + k, total, terms, finite)
+            news.totals.append(total)
+            for name, value in terms.items():
+                news.terms.setdefault(name, []).append(value)
+            news.sick |= not np.isfinite(total) or finite == 0.0

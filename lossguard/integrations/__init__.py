@@ -1,0 +1,1 @@
+"""Trainers: each integration translates hooks into phases and holds no rule."""

@@ -1,0 +1,112 @@
+"""The few numbers of every step: the loss, its terms, whether the batch was finite. One device copy a number, no wait.
+
+Scalars flow in on their device; blocks of steps flow into the hand-over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossguard.device.forward import float_tensors
+from lossguard.device.tape import Pulse
+from lossguard.host.handover import Handover, host_view
+
+MAX_LEAVES = 2  # float tensors of a batch looked at in every step
+MAX_CHECKED = 2**20  # elements of a batch on the host that are looked at in every step of a run on an accelerator
+
+
+def check_loss(loss: Tensor | float | Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+    """The loss as named terms (``{"": loss}`` for a plain one). ``ValueError`` if a term is no scalar."""
+    terms = dict(loss) if isinstance(loss, Mapping) else {"": loss}
+    if not terms:
+        raise ValueError("the loss is an empty dict; give a scalar tensor or a dict of named scalar tensors")
+    for name, value in terms.items():
+        what = f"loss term {name!r}" if name else "loss"
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"the {what} must be a scalar, got a tensor of shape {tuple(value.shape)}; reduce it first, with .mean() for instance")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"the {what} must be a scalar tensor, a float or a dict of them, got {type(value).__name__}; pass the loss that was backpropagated")
+    return terms
+
+
+class Pulses:
+    """Blocks of steps on their way. Columns: finiteness of up to two leaves of the batch, then the loss's terms."""
+
+    def __init__(self, handover: Handover, rows: int) -> None:
+        self._handover, self._rows = handover, rows
+        self._pulse: Pulse | None = None
+        self._names: tuple[str, ...] = ()
+        self._first = 0
+        self._leaves: list[Tensor] = []
+        self._looked: list[int] = []  # how many leaves were looked at in each step of the block
+        self._host: Any = None  # the block as numpy where it lies in host memory
+
+    def show(self, batch: Any) -> None:
+        """The coming step's batch; its float tensors are summed when the step ends."""
+        self._leaves = [x for _, x in zip(range(MAX_LEAVES), float_tensors(batch), strict=False)]
+
+    def write(self, step: int, terms: Mapping[str, Tensor | float]) -> bool:
+        """One step's numbers. True if they lie in host memory already and one is not finite."""
+        pulse = self._ready(step, terms)
+        row, looked = pulse.filled, 0
+        with torch.no_grad():
+            for leaf in self._leaves:
+                looked += self._look_at(looked, leaf, pulse)
+            for k, value in enumerate(terms.values(), MAX_LEAVES):
+                pulse.put(k, value.reshape(()) if isinstance(value, Tensor) and value.dim() else value)
+        self._leaves = []
+        self._looked.append(looked)
+        pulse.advance()
+        if self._host is None:
+            return False
+        numbers = self._host[row]
+        return not all(math.isfinite(v) for v in (*numbers[:looked], *numbers[MAX_LEAVES:]))
+
+    def send(self) -> None:
+        """Hand the block over, complete or not, and start the next."""
+        if self._pulse is not None and self._pulse.filled:
+            filled = self._pulse.filled
+            self._handover.send(self._first + filled - 1, self._pulse.block[:filled], ("pulse", self._first, self._looked, self._names))
+            self._pulse.clear()
+            self._looked = []
+
+    @property
+    def full(self) -> bool:
+        """The block must be sent before the next step."""
+        return self._pulse is not None and self._pulse.full
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes held."""
+        return 0 if self._pulse is None else self._pulse.nbytes
+
+    def _ready(self, step: int, terms: Mapping[str, Tensor | float]) -> Pulse:
+        names = tuple(terms)
+        if self._pulse is None or names != self._names:
+            self.send()
+            device = next((v.device for v in terms.values() if isinstance(v, Tensor)), torch.device("cpu"))
+            self._pulse, self._names = Pulse(self._rows, MAX_LEAVES + len(names), device), names
+            self._host = host_view(self._pulse.block)
+        if self._pulse.full:
+            self.send()
+        if not self._pulse.filled:
+            self._first = step
+        return self._pulse
+
+    def _look_at(self, column: int, leaf: Tensor, pulse: Pulse) -> int:
+        """The sum of a leaf shows whether it is finite. Returns how many columns were used."""
+        cell = pulse.cells[pulse.filled][column]
+        if leaf.device == cell.device:
+            torch.sum(leaf.detach(), dim=tuple(range(leaf.dim())), dtype=torch.float32, out=cell)
+            return 1
+        host = host_view(leaf) if leaf.numel() <= MAX_CHECKED else None
+        if host is None:
+            return 0
+        cell.fill_(float(host.sum()))
+        return 1

@@ -1,0 +1,191 @@
+"""Units that are dead, at their rails, or the same for every sample. History in, finding or None out; numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from lossguard.advice import converged, fallen, listing, lr_remedy, newest, ranked, steady, stretch, typical
+from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
+from lossguard.host.history import Array, History, Mask, Unit
+from lossguard.rules.rule import rule
+
+_GATES = ("gate", "attn", "attention", "glu", "excite", "lstm", "gru")  # parts of a module's name that say: rails are its working points
+_RAILS = ("Sigmoid", "Tanh", "Softmax", "Hardsigmoid", "Hardtanh", "Softsign", "LogSigmoid")
+
+
+def unit_at(history: History, site: int) -> Unit:
+    """The unit of a site; a nameless one if it was not registered."""
+    return history.units[site] if site < len(history.units) else Unit(f"module call {site}", "Module")
+
+
+@rule
+@dataclass(frozen=True)
+class DeadRelu:
+    """dead_relu: more than half of a layer's units are silent for every sample of a whole window (detectors A, dead_relu; SYMPTOMS D5).
+
+    Element-wise sparsity (healthy up to 0.97) never counts; shares of silent units reach 0.17, and 0.36 in a narrow bottleneck.
+    """
+
+    diagnosis: ClassVar[str] = "dead_relu"
+    reads: ClassVar[tuple[str, ...]] = ("dead_fraction",)
+    share: float = 0.5  # share of units, warns; detectors A
+    grave: float = 0.9  # share of units, error; detectors A
+    few: int = 8  # units; a narrower layer must be dead altogether; detectors A
+    narrow: int = 32  # units; below it chance is large (bottleneck of 16: 0.36), and the share must exceed `narrow_share`; our own choice
+    narrow_share: float = 0.75  # share of units in a narrow layer; our own choice
+    memory: int = 64  # samples for which a window's verdict stands; windows end at every 30 samples or more
+    grace: int = 0  # steps; the window of at least 30 samples is the grace
+    patience: int = 1  # samples; the window is the patience
+
+    def check(self, history: History) -> Finding | None:
+        dead, when = newest(history, "dead_fraction", self.memory)
+        if not dead.size:
+            return None
+        dead = np.where((dead >= 0) & (dead <= 1), dead, np.nan)  # what is no share was not measured
+        units = [unit_at(history, i) for i in range(dead.size)]
+        limits = np.array([self._limit(u.width) for u in units])
+        with np.errstate(invalid="ignore"):
+            sick = np.where(limits >= 1.0, dead >= 1.0, dead > limits)
+        rows = np.array([u.kind == "gradient rows" for u in units])
+        if converged(history) or (history.losses(1).size and history.losses(1)[0] == 0.0):
+            sick &= ~rows  # a loss of 0 has no gradient anywhere
+        if not sick.any():
+            return None
+        return self._finding(history, units, dead, self._root(dead, sick, rows), sick, when)
+
+    def _limit(self, width: int) -> float:
+        return 1.0 if 0 < width < self.few else self.narrow_share if 0 < width < self.narrow else self.share
+
+    def _root(self, dead: Array, sick: Mask, rows: Mask) -> int:
+        """Where it begins: the first sick layer; of gradient rows that are all dead the last, for everything before it reads as dead."""
+        whole = np.flatnonzero(sick & rows & (dead >= 1.0))
+        if whole.size and not (sick & ~rows).any():
+            return int(whole[-1])
+        forward = np.flatnonzero(sick & ~rows)
+        all_dead = forward[dead[forward] > self.grave]
+        return int((all_dead if all_dead.size else forward if forward.size else np.flatnonzero(sick))[0])
+
+    def _finding(self, history: History, units: list[Unit], dead: Array, root: int, sick: Mask, when: Array) -> Finding:
+        unit, share = units[root], float(dead[root])
+        many = f"{round(share * unit.width)} of {unit.width} units" if unit.width else f"{share:.0%} of the units"
+        causes, remedies = ranked([
+            (Cause("learning rate too high", 0.6, f"{many} of {unit.name} were pushed below zero for every sample"),
+             [lr_remedy(history, 0.1), Remedy(f"use LeakyReLU(0.01) for {unit.name}", {"activation": "LeakyReLU", "slope": 0.01})]),
+            (Cause("bias or initialisation", 0.4, f"look at the bias of the layer before {unit.name}"), [Remedy(f"set the bias before {unit.name} to 0", {"bias": 0.0})]),
+        ])  # fmt: skip
+        others = listing(units[i].name for i in np.flatnonzero(sick) if i != root)
+        message = f"{many} are silent for every sample of the last window" + (f"; also {others}" if others else "")
+        severity = Severity.ERROR if share > self.grave else Severity.WARNING
+        evidence = (Evidence("share of silent units", share, self._limit(unit.width)),)
+        return Finding(self.diagnosis, severity, int(when[root]), f"{unit.name} ({unit.kind})", message, evidence, causes, remedies)
+
+
+@rule
+@dataclass(frozen=True)
+class SaturatedActivation:
+    """saturated_activation: more than half of a hidden layer's sigmoid or tanh units sit at their rails (detectors A, saturated_activation; SYMPTOMS D6).
+
+    The output that feeds the loss and gates are excluded: there rails are what is learned.
+    """
+
+    diagnosis: ClassVar[str] = "saturated_activation"
+    reads: ClassVar[tuple[str, ...]] = ("saturated_fraction",)
+    share: float = 0.5  # share of units whose normalised derivative is below 0.02 on more than 95 % of positions; detectors A
+    span: int = 20  # steps (detectors A: 100 batches; a share over a whole batch is steady, and short runs must hear it)
+    least: int = 3  # samples in the span
+    grace: int = 0  # steps; the span is the grace
+    patience: int = 1  # samples; the span is the patience
+
+    def check(self, history: History) -> Finding | None:
+        n = stretch(history, self.span, self.least)
+        if not n or not history.last("saturated_fraction", n).size:
+            return None
+        sick = steady(history, "saturated_fraction", n, self.least, lambda v: v > self.share)
+        output = self._output(history)
+        sick &= np.array([i != output and not self._gate(unit_at(history, i)) for i in range(sick.size)], dtype=np.bool_)
+        if not sick.any():
+            return None
+        first = int(np.flatnonzero(sick)[0])
+        unit, share = unit_at(history, first), float(typical(history.last("saturated_fraction", n))[first])
+        rms = typical(history.last("input_rms", n)) if history.last("input_rms", n).size else np.empty(0)
+        loud = float(np.nanmax(rms)) if np.isfinite(rms).any() else 1.0
+        pairs = [(Cause("weights or learning rate too large", 0.5, f"{share:.0%} of the units of {unit.name} are at their rails"),
+                  [Remedy(f"initialise the layer before {unit.name} by Xavier", {"init": "xavier"}), lr_remedy(history, 0.1)])]  # fmt: skip
+        if loud > 10:  # detectors A, unnormalized_input: std outside [1e-2, 1e1]
+            pairs.append((Cause("input not normalised", 0.8, f"its root mean square is {number(loud)}"), [Remedy(f"divide the input by {number(loud)}", {"input_scale": 1 / loud})]))
+        causes, remedies = ranked(pairs)
+        message = f"{share:.0%} of its units are at their rails on more than 95 % of the positions; {int(sick.sum())} layers are"
+        evidence = (Evidence("share of saturated units", share, self.share),)
+        return Finding(self.diagnosis, Severity.WARNING, int(history.steps(n)[0]), f"{unit.name} ({unit.kind})", message, evidence, causes, remedies)
+
+    @staticmethod
+    def _output(history: History) -> int:
+        """The site that feeds the loss: the last module call that contains no other, if it has rails; else -1."""
+        names = [u.name for u in history.units]
+        leaves = [i for i, name in enumerate(names) if name and not any(other.startswith(f"{name}.") for other in names)]
+        return leaves[-1] if leaves and history.units[leaves[-1]].kind in _RAILS else -1
+
+    @staticmethod
+    def _gate(unit: Unit) -> bool:
+        return any(word in unit.name.lower() or word in unit.kind.lower() for word in _GATES)
+
+
+@rule
+@dataclass(frozen=True)
+class CollapsedActivation:
+    """collapsed_activation: a layer, and all that follow it, give the same output for every sample (detectors A, collapsed_activation; SYMPTOMS D12).
+
+    Law: between-sample variance over second moment < 1e-6 (error), or < 1e-5 after step 100 (warning), for 20 steps. Healthy >= 7e-4.
+    Layers that are followed by one that tells samples apart (positional streams, residual branches) do not count.
+    """
+
+    diagnosis: ClassVar[str] = "collapsed_activation"
+    reads: ClassVar[tuple[str, ...]] = ("sample_variance",)
+    variance: float = 1e-6  # of the second moment, error; detectors A
+    mild: float = 1e-5  # of the second moment, warning; detectors A
+    mild_after: int = 100  # steps; detectors A
+    span: int = 20  # steps; detectors A (20 in a row)
+    least: int = 3  # samples in the span; two decades of margin
+    learning: float = 0.5  # loss over the first loss below which the network evidently tells samples apart; our own choice
+    grace: int = 20  # steps; zero-initialised heads give identical outputs at first
+    patience: int = 1  # samples; the span is the patience
+
+    def check(self, history: History) -> Finding | None:
+        n = stretch(history, self.span, self.least)
+        if not n or not history.last("sample_variance", n).size or fallen(history) < self.learning:
+            return None
+        found = self._collapsed(history, n, self.variance, Severity.ERROR)
+        if found is None and history.step >= self.mild_after:
+            found = self._collapsed(history, n, self.mild, Severity.WARNING)
+        return found
+
+    def _collapsed(self, history: History, n: int, limit: float, severity: Severity) -> Finding | None:
+        sick = steady(history, "sample_variance", n, self.least, lambda v: v < limit) | self._silent(history, n)
+        measured = np.flatnonzero(history.seen("sample_variance", n).any(axis=0))
+        varied = measured[~sick[measured]]
+        tail = measured[measured > varied[-1]] if varied.size else measured
+        offset = history.loss_family in ("mse", "l1", "huber", "unknown")  # a target far from 0 makes the output's own variance small beside it
+        if tail.size < (2 if offset and measured.size > 1 else 1):
+            return None
+        first = int(tail[0])
+        unit, value = unit_at(history, first), float(typical(history.last("sample_variance", n))[first])
+        pairs = [(Cause("dead, saturated or constant weights", 0.6, f"samples differ before {unit.name} and not after"),
+                  [Remedy(f"initialise {unit.name} at random (He for ReLU, Xavier else)", {"init": "he"}), lr_remedy(history, 0.1)])]  # fmt: skip
+        if not varied.size:
+            pairs = [(Cause("constant weights or identical inputs", 0.6, "no measured layer tells samples apart"),
+                      [Remedy(f"look at one batch, and initialise {unit.name} at random", {"init": "he"})])]  # fmt: skip
+        causes, remedies = ranked(pairs)
+        message = f"its output is the same for every sample, and so is that of the {tail.size - 1} layers after it"
+        evidence = (Evidence("between-sample variance over second moment", value, limit),)
+        return Finding(self.diagnosis, severity, int(history.steps(n)[0]), f"{unit.name} ({unit.kind})", message, evidence, causes, remedies)
+
+    def _silent(self, history: History, n: int) -> Mask:
+        """Sites whose output is 0 throughout, so that the variance over the second moment is 0/0."""
+        width = history.last("sample_variance", n).shape[1]
+        silent = np.zeros(width, dtype=np.bool_)
+        zero = steady(history, "activation_rms", n, self.least, lambda v: v == 0.0)[:width]
+        silent[: zero.size] = zero
+        return silent & np.isnan(history.last("sample_variance", n)).all(axis=0) & history.seen("sample_variance", n).any(axis=0)

@@ -1,0 +1,188 @@
+"""The training loss over time: spikes, divergence, standstill. Losses in, finding or None out; numpy only.
+
+Every fresh loss is judged against its own past. Runs whose losses have no order (several optimizers, adversarial or
+reinforcement losses) get information only. Losses are compared by ratios only while they have one sign.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from lossguard.advice import clip_remedy, constant_advice, converged, informational, lr_remedy, ranked
+from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
+from lossguard.host.history import Array, History
+from lossguard.rules.rule import rule
+
+_NORMAL = 1.4826  # standard deviation over MAD of a normal distribution
+
+
+def robust_z(value: float, past: Array) -> float:
+    """How many robust deviations the value is above the median of its past; a MAD of 0 is taken as rounding of float32."""
+    median = float(np.median(past))
+    spread = _NORMAL * float(np.median(np.abs(past - median)))
+    return (value - median) / max(spread, 1e-6 * abs(median), 1e-300)
+
+
+@rule
+@dataclass(frozen=True)
+class LossSpike:
+    """loss_spike: one loss stands far above its recent past (detectors A, loss_spike; SYMPTOMS B5).
+
+    Law: robust z > 8 over the 128 losses before (healthy <= 6.7) and L > 1.5 median; where signs mix, z > 12. Positive losses must
+    also stand out by z > 5 on a logarithmic scale without its trend: small batches near convergence have heavy tails.
+    """
+
+    diagnosis: ClassVar[str] = "loss_spike"
+    reads: ClassVar[tuple[str, ...]] = ("loss",)
+    sigmas: float = 8.0  # robust deviations above the median; detectors A
+    mixed: float = 12.0  # the same where the past has both signs; detectors A
+    logarithmic: float = 5.0  # robust deviations of ln L about its trend; our own choice
+    rise: float = 0.5  # of |median| above the median; detectors A
+    floor: float = 0.05  # of the run's first losses: spikes below it harm nobody; our own choice
+    window: int = 128  # losses of the past; detectors A
+    least: int = 64  # losses of the past; detectors A
+    grace: int = 64  # steps; detectors A
+    patience: int = 1  # answers; a spike is an event
+
+    def check(self, history: History) -> Finding | None:
+        fresh = history.fresh_losses
+        if fresh == 0:
+            return None
+        losses, steps = history.losses(), history.loss_steps()
+        for at in range(len(losses) - fresh, len(losses)):
+            z, past = self._z(losses, at)
+            if z > 0:
+                return self._finding(history, int(steps[at]), float(losses[at]), past, z)
+        return None
+
+    def _z(self, losses: Array, at: int) -> tuple[float, Array]:
+        """The robust z of a loss if it is a spike, else 0; and the past that judged it: finite losses without earlier spikes."""
+        now, past = losses[at], losses[max(0, at - 2 * self.window) : at]
+        past = past[np.isfinite(past)]
+        if past.size < self.least or not np.isfinite(now):
+            return 0.0, past
+        median = float(np.median(past))
+        spread = max(_NORMAL * float(np.median(np.abs(past - median))), 1e-6 * abs(median))
+        past = past[np.abs(past - median) <= self.sigmas * spread][-self.window :]
+        if past.size < self.least:
+            return 0.0, past
+        z, median = robust_z(float(now), past), float(np.median(past))
+        if past.min() <= 0 <= past.max():
+            return (z if z > self.mixed else 0.0), past
+        if z <= self.sigmas or now <= median + self.rise * abs(median):
+            return 0.0, past
+        first = np.abs(losses[np.isfinite(losses)][:5])
+        if past.min() > 0 and (self._log_z(float(now), past) <= self.logarithmic or now < self.floor * float(np.median(first))):
+            return 0.0, past
+        return z, past
+
+    @staticmethod
+    def _log_z(now: float, past: Array) -> float:
+        """The robust z of ln L about the straight line through ln of the past."""
+        x = np.arange(past.size, dtype=np.float64) - past.size
+        logs = np.log(past)
+        slope = float(np.dot(x - x.mean(), logs) / np.dot(x - x.mean(), x - x.mean()))
+        residual = logs - slope * (x - x.mean())
+        return robust_z(float(np.log(now)) + slope * float(x.mean()), residual)
+
+    def _finding(self, history: History, step: int, now: float, past: Array, z: float) -> Finding:
+        median = float(np.median(past))
+        causes, remedies = ranked([
+            (Cause("odd batch", 0.5, f"the losses before were calm (median {number(median)})"), [Remedy(f"look at the batch of step {step}", {"batch_of_step": step}), clip_remedy(history)]),
+            (Cause("learning rate too high", 0.4, f"at learning rate {number(history.lr)}"), [lr_remedy(history, 0.1)]),
+        ])  # fmt: skip
+        severity = Severity.INFO if informational(history) else Severity.WARNING
+        evidence = (Evidence("loss", now), Evidence("median of its past", median), Evidence("robust deviations above it", z, self.sigmas))
+        return Finding(self.diagnosis, severity, step, "loss", f"{number(median)} -> {number(now)} in one step", evidence, causes, remedies)
+
+
+@rule
+@dataclass(frozen=True)
+class DivergingLoss:
+    """diverging_loss: the loss rises and stays above where it was (detectors A, diverging_loss; SYMPTOMS A7, B4).
+
+    Law: for 20 steps the mean of 20 losses is above the best such mean so far by max(4 sd, 10 % of it), and above the mean of
+    the first 20. Halts if that goes on for 300 steps.
+    """
+
+    diagnosis: ClassVar[str] = "diverging_loss"
+    reads: ClassVar[tuple[str, ...]] = ("loss",)
+    width: int = 20  # losses in a mean; detectors A
+    deviations: float = 4.0  # standard deviations of single losses, at the best and at the first; detectors A
+    rise: float = 0.1  # of the |best mean|; detectors A
+    sustained: int = 20  # steps; detectors A
+    halt_after: int = 300  # steps above, after which the run is lost; our own choice
+    grace: int = 40  # steps; detectors A
+    patience: int = 1  # answers; `sustained` is the patience
+
+    def check(self, history: History) -> Finding | None:
+        losses, steps = history.losses(), history.loss_steps()
+        finite = np.isfinite(losses)
+        losses, steps = losses[finite], steps[finite]
+        if losses.size < 2 * self.width + self.sustained - 1:
+            return None
+        scale = float(np.abs(losses).max()) or 1.0
+        windows = np.lib.stride_tricks.sliding_window_view(losses / scale, self.width)
+        means, sds = windows.mean(axis=1), windows.std(axis=1)
+        best_at = int(np.argmin(means[: -self.sustained]))
+        best, first = float(means[best_at]), float(means[0])
+        limit = max(best + max(self.deviations * max(float(sds[best_at]), float(sds[0])), self.rise * abs(best)), first)
+        above = means > limit
+        if not above[-self.sustained :].all():
+            return None
+        below = np.flatnonzero(~above)
+        run = above.size - (int(below[-1]) + 1 if below.size else 0)
+        return self._finding(history, int(steps[-run]), run, float(means[-1]) * scale, best * scale, limit * scale)
+
+    def _finding(self, history: History, step: int, run: int, now: float, best: float, limit: float) -> Finding:
+        severity = Severity.HALT if run >= self.halt_after else Severity.WARNING
+        causes, remedies = ranked([
+            (Cause("learning rate too high", 0.6, f"the loss has been above its start for {run} steps at learning rate {number(history.lr)}"), [lr_remedy(history, 0.1), clip_remedy(history)]),
+            (Cause("labels or sign of the loss", 0.3, f"it climbs away from its best, {number(best)}"), [Remedy("check the loss's sign and 20 labels by eye", {"look_at": 20})]),
+        ])  # fmt: skip
+        evidence = (Evidence("mean of the last losses", now, limit), Evidence("best mean so far", best), Evidence("steps above", float(run), float(self.sustained)))
+        severity = Severity.INFO if informational(history) else severity
+        return Finding(self.diagnosis, severity, step, "loss", f"{number(best)} -> {number(now)}, above its start for {run} steps", evidence, causes, remedies)
+
+
+@rule
+@dataclass(frozen=True)
+class ConstantLoss:
+    """constant_loss: the loss is the same for 20 different batches; says what a special value means (detectors A, constant_loss; SYMPTOMS B7, B8).
+
+    Silent at exactly 0, on a converged run, and while the learning rate is 0. A loss that came down and settled smoothly
+    (full-batch descent) is information only.
+    """
+
+    diagnosis: ClassVar[str] = "constant_loss"
+    reads: ClassVar[tuple[str, ...]] = ("loss",)
+    range: float = 1e-6  # of |mean|; detectors A
+    window: int = 20  # losses; detectors A
+    near: float = 0.01  # of the value: the losses before the standstill lie within it if the run settled; our own choice
+    fell: float = 0.9  # value over the first loss below which a settled run has learned something; our own choice
+    grace: int = 0  # steps; the window is the grace
+    patience: int = 1  # answers; the window is the patience
+
+    def check(self, history: History) -> Finding | None:
+        losses = history.losses(self.window)
+        if losses.size < self.window or not np.isfinite(losses).all():
+            return None
+        value, spread = float(losses.mean()), float(losses.max() - losses.min())
+        if value == 0.0 or not spread <= self.range * abs(value) or history.lr == 0.0 or converged(history):
+            return None
+        everything = history.losses()
+        apart = np.flatnonzero(~(np.abs(everything - value) <= self.range * abs(value)))
+        since = int(apart[-1]) + 1 if apart.size else 0
+        since = min(since, everything.size - self.window)
+        causes, remedies = constant_advice(history, value)
+        severity = Severity.INFO if informational(history) or self._settled(everything, since, value) else Severity.WARNING
+        evidence = (Evidence("range over mean", spread / abs(value), self.range), Evidence("losses in a row", float(everything.size - since), float(self.window)))
+        return Finding(self.diagnosis, severity, int(history.loss_steps()[since]), "loss", f"it is {number(value)} for every batch", evidence, causes, remedies)
+
+    def _settled(self, losses: Array, since: int, value: float) -> bool:
+        """The loss came down and approached the value smoothly."""
+        before, first = losses[max(0, since - self.window) : since], losses[np.isfinite(losses)][0]
+        return bool(before.size >= 3 and value < first - (1 - self.fell) * abs(first) and (np.abs(before - value) <= self.near * abs(value))[-3:].all())

@@ -1,0 +1,168 @@
+"""Asks every rule, and turns what they say into events: grace, patience, episodes, cascades. Numpy only.
+
+History in, findings out. The judge holds the only state on the rules' side: streaks and open episodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lossguard.findings import Finding, Severity
+from lossguard.host.history import History
+from lossguard.rules.rule import Rule
+
+_DIVERGENCE = ("nonfinite_loss", "nonfinite_activation", "nonfinite_gradient", "nonfinite_weight", "exploding_gradient",
+               "diverging_loss", "loss_spike", "saturated_softmax", "saturated_activation", "collapsed_activation", "dead_relu",
+               "vanishing_gradient", "constant_loss", "clipping_dominates", "unchanged_weights", "update_ratio_low")  # fmt: skip
+_NO_SIGNAL = ("vanishing_gradient", "collapsed_activation", "constant_loss", "unchanged_weights", "update_ratio_low")
+
+# root -> what may follow from it. A later symptom found while its root's episode is fresh is attached to the root.
+# Order matters: of findings born in one round, the earlier row is the root.
+FOLLOWS: dict[str, tuple[str, ...]] = {
+    "nonfinite_input": (*_DIVERGENCE, "update_ratio_high"),
+    "missing_zero_grad": (*_DIVERGENCE, "update_ratio_high"),
+    "unchanged_weights": _NO_SIGNAL,
+    "update_ratio_high": _DIVERGENCE,
+    "exploding_gradient": (*_DIVERGENCE, "update_ratio_high"),
+    "nonfinite_activation": (*_DIVERGENCE, "update_ratio_high"),
+    "nonfinite_gradient": (*_DIVERGENCE, "update_ratio_high"),
+    "nonfinite_weight": (*_DIVERGENCE, "update_ratio_high"),
+    "nonfinite_loss": (*_DIVERGENCE, "update_ratio_high"),
+    "saturated_softmax": ("vanishing_gradient", "constant_loss", "loss_spike", "diverging_loss", "update_ratio_low"),
+    "dead_relu": _NO_SIGNAL,
+    "saturated_activation": _NO_SIGNAL,
+    "collapsed_activation": _NO_SIGNAL,
+    "vanishing_gradient": _NO_SIGNAL,
+    "update_ratio_low": ("constant_loss", "unchanged_weights"),
+    "diverging_loss": ("loss_spike",),
+}
+SEEN_LATE = ("dead_relu",)  # measured over a window that began before what follows from it was seen
+RANK = {name: i for i, name in enumerate(FOLLOWS)}
+
+
+@dataclass
+class Judge:
+    """Asks rules and keeps the events.
+
+    horizon: how many steps after a root's last sign a symptom still counts as its consequence. calm: how many quiet
+    answers end an episode, after which the same rule may report anew. on_fault: called with a rule's own exception,
+    after which that rule is asked no more.
+    """
+
+    rules: Sequence[Rule]
+    mute: frozenset[str] = frozenset()
+    horizon: int = 200  # steps; healthy cascades of detectors' faulty runs unfold within this
+    calm: int = 20  # quiet answers
+    on_fault: Callable[[str, Exception], None] | None = None
+    findings: list[Finding] = field(default_factory=list)
+    _streaks: dict[str, int] = field(default_factory=dict)
+    _quiet: dict[str, int] = field(default_factory=dict)
+    _open: dict[str, tuple[int, ...]] = field(default_factory=dict)  # diagnosis -> path into findings: (event,) or (event, consequence)
+    _broken: set[str] = field(default_factory=set)
+
+    def observe(self, history: History, *, new_sample: bool) -> list[Finding]:
+        """Ask all rules that have news; return the events that people should hear of now (new or graver)."""
+        asked = [r for r in self.rules if self._due(r, history, new_sample)]
+        found = [f for f in (self._ask(r, history) for r in asked) if f is not None]
+        history.mark_judged()
+        return self.admit(found)
+
+    def admit(self, found: Iterable[Finding]) -> list[Finding]:
+        """Take findings (of rules or of checks) into the list of events; returns the new or graver events."""
+        heard: list[Finding] = []
+        for finding in sorted(found, key=lambda f: (f.step, RANK.get(f.diagnosis, len(RANK)))):
+            event = self._admit(finding)
+            if event is not None:
+                heard.append(event)
+        return heard
+
+    def state_dict(self) -> dict[str, Any]:
+        """Events and streaks, as plain types."""
+        return {"findings": [f.to_dict() for f in self.findings], "streaks": self._streaks, "quiet": self._quiet, "open": self._open}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.findings = [Finding.from_dict(f) for f in state["findings"]]
+        self._streaks, self._quiet = dict(state["streaks"]), dict(state["quiet"])
+        self._open = {k: tuple(v) for k, v in state["open"].items()}
+
+    def _due(self, rule: Rule, history: History, new_sample: bool) -> bool:
+        if rule.diagnosis in self._broken or rule.diagnosis in self.mute or history.step < rule.grace:
+            return False
+        return new_sample or rule.reads == ("loss",)
+
+    def _ask(self, rule: Rule, history: History) -> Finding | None:
+        try:
+            finding = rule.check(history)
+        except Exception as error:  # a rule's own fault never kills a run: it is reported once and the rule rests
+            self._broken.add(rule.diagnosis)
+            if self.on_fault is None:
+                raise
+            self.on_fault(rule.diagnosis, error)
+            return None
+        name = rule.diagnosis
+        if finding is None:
+            self._streaks[name] = 0
+            self._quiet[name] = self._quiet.get(name, 0) + 1
+            if self._quiet[name] >= self.calm:
+                self._open.pop(name, None)
+            return None
+        self._quiet[name] = 0
+        self._streaks[name] = self._streaks.get(name, 0) + 1
+        return finding if self._streaks[name] >= rule.patience or finding.severity == Severity.HALT else None
+
+    def _admit(self, finding: Finding) -> Finding | None:
+        name = finding.diagnosis
+        if name in self.mute:
+            return None
+        if name in self._open:
+            return self._continue(self._open[name], finding)
+        root = self._root_of(finding)
+        if root is not None and finding.severity < Severity.HALT:
+            event = self.findings[root]
+            self.findings[root] = replace(event, consequences=(*event.consequences, finding))
+            self._open[name] = (root, len(event.consequences))
+            return None
+        if name in SEEN_LATE:
+            finding = self._adopt(finding)
+        self.findings.append(finding)
+        self._open[name] = (len(self.findings) - 1,)
+        return finding
+
+    def _adopt(self, root: Finding) -> Finding:
+        """Events that follow from a root which takes a whole window to see become its consequences."""
+        follow = [i for i, f in enumerate(self.findings)
+                  if f.diagnosis in FOLLOWS[root.diagnosis] and f.severity < Severity.HALT and root.step - (f.last_step or f.step) <= self.horizon]  # fmt: skip
+        for i in reversed(follow):
+            self._open = {n: (p[0] - (p[0] > i), *p[1:]) for n, p in self._open.items() if p[0] != i}
+        adopted = tuple(replace(self.findings[i], consequences=()) for i in follow)
+        self.findings = [f for i, f in enumerate(self.findings) if i not in follow]
+        for k, f in enumerate(adopted):
+            self._open[f.diagnosis] = (len(self.findings), k)
+        return replace(root, consequences=adopted)
+
+    def _continue(self, path: tuple[int, ...], finding: Finding) -> Finding | None:
+        event = self.findings[path[0]]
+        old = event if len(path) == 1 else event.consequences[path[1]]
+        graver = finding.severity > old.severity
+        new = replace(finding if graver else old, step=old.step, count=old.count + 1, last_step=max(finding.step, old.last_step or old.step), consequences=old.consequences)
+        if len(path) == 1:
+            self.findings[path[0]] = new
+            return new if graver else None
+        if finding.severity == Severity.HALT:  # a halt is never hidden below its root
+            self.findings.append(new)
+            self._open[finding.diagnosis] = (len(self.findings) - 1,)
+            return new
+        listed = event.consequences
+        self.findings[path[0]] = replace(event, consequences=(*listed[: path[1]], new, *listed[path[1] + 1 :]))
+        return None
+
+    def _root_of(self, finding: Finding) -> int | None:
+        """The earliest event that explains this finding and is still fresh."""
+        for i, event in enumerate(self.findings):
+            fresh = finding.step - (event.last_step if event.last_step is not None else event.step) <= self.horizon
+            if fresh and event.severity >= Severity.WARNING and finding.diagnosis in FOLLOWS.get(event.diagnosis, ()) and event.step <= finding.step:
+                return i
+        return None

@@ -1,0 +1,104 @@
+"""Where findings and samples go: the run's record on disk. Host values flow in; a folder of JSON Lines flows out.
+
+Each line is complete when it is written, so a record is readable after a kill; a truncated last line is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from lossguard.findings import Finding, plain
+from lossguard.host.history import History, Sample
+
+SCHEMA = 1
+Sink = Callable[[Finding], None]
+
+
+class Record:
+    """A folder with ``findings.jsonl`` and ``rows.jsonl``; opened again, a run is appended behind a new header."""
+
+    def __init__(self, folder: str | Path, facts: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        header = {"kind": "header", "schema": SCHEMA, "time": time.time(), "python": platform.python_version(), **facts}
+        self._files: dict[str, IO[str]] = {}
+        for name in ("findings", "rows"):
+            path = self.folder / f"{name}.jsonl"
+            _end_last_line(path)
+            self._files[name] = path.open("a", encoding="utf-8")
+            self._write(name, header)
+        self._units = 0
+        self._params = 0
+
+    def finding(self, finding: Finding) -> None:
+        """One event, as it stands now."""
+        self._write("findings", {"kind": "finding", **finding.to_dict()})
+
+    def losses(self, first: int, totals: list[float], terms: Mapping[str, list[float]]) -> None:
+        """The losses of consecutive steps."""
+        line = {"kind": "losses", "first": first, "total": [_short(v) for v in totals]}
+        self._write("rows", {**line, "terms": {k: [_short(v) for v in vs] for k, vs in terms.items()}} if terms else line)
+
+    def sample(self, sample: Sample, history: History) -> None:
+        """One sampled step: ``values`` maps a signal to its sites and numbers; names of sites stand in lines of their own."""
+        if len(history.params) > self._params:
+            self._params = len(history.params)
+            self._write("rows", {"kind": "parameters", "names": [p.name for p in history.params], "kinds": [p.kind for p in history.params]})
+        if len(history.units) > self._units:
+            self._units = len(history.units)
+            self._write("rows", {"kind": "units", "names": [u.name for u in history.units], "kinds": [u.kind for u in history.units]})
+        values = {name: [sites.tolist(), [_short(v) for v in np.asarray(numbers, dtype=np.float64).tolist()]] for name, (sites, numbers) in sample.values.items()}
+        facts = {k: plain(v) for k, v in sample.facts.items() if isinstance(v, (int, float, str))}
+        self._write("rows", {"kind": "sample", "step": sample.step, "facts": facts, "values": values})
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _write(self, name: str, line: Mapping[str, Any]) -> None:
+        file = self._files.get(name)
+        if file is not None:
+            file.write(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n")
+            file.flush()
+
+
+def read(folder: str | Path, name: str = "findings") -> Iterator[dict[str, Any]]:
+    """The lines of a record's ``findings`` or ``rows``, oldest first; a line that a kill cut short is passed over.
+
+    Raises ``ValueError`` for a folder without a record or with a newer schema.
+    """
+    path = Path(folder) / f"{name}.jsonl"
+    if not path.exists():
+        raise ValueError(f"no record at {path}; give the folder that was passed as Guard(record=...)")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if line.get("kind") == "header" and line.get("schema", 0) > SCHEMA:
+                raise ValueError(f"{path} has schema {line['schema']}, this version reads up to {SCHEMA}; update lossguard")
+            yield line
+
+
+def _short(value: float) -> Any:
+    """Six significant digits keep a record small; non-finite numbers become text."""
+    return plain(float(f"{value:.6g}"))
+
+
+def _end_last_line(path: Path) -> None:
+    """A file that a kill cut short gets its line ended, so that the next one stands alone."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
