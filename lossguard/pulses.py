@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossguard.device.forward import float_tensors
+from lossguard.device.outputs import float_tensors
 from lossguard.device.tape import Pulse
 from lossguard.host.handover import Handover, host_view
 

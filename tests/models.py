@@ -105,8 +105,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        x = x + self.down(self.act(self.up(self.norm2(x))))
-        return x
+        mixed: Tensor = x + self.down(self.act(self.up(self.norm2(x))))
+        return mixed
 
 
 class Transformer(nn.Module):

@@ -61,8 +61,11 @@ FACTORIES = ("empty.memory_format", "empty_strided", "arange", "arange.start", "
 METADATA_SURGERY = frozenset({"set_", "resize_", "resize_as_", "_resize_output_"})
 
 
-class HostRead(RuntimeError):
-    """On a GPU, this line would have waited for the device."""
+class HostRead(BaseException):
+    """On a GPU, this line would have waited for the device.
+
+    No Exception, so that a guard which turns its own faults into warnings cannot hide it.
+    """
 
 
 def reading(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> str | None:

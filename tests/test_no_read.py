@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import subprocess
@@ -300,6 +301,17 @@ def test_post_accumulate_hook_and_engine_callback(ghost: torch.device) -> None:
     assert seen == [[True] * len(handles)] * 2
 
 
+def test_no_handler_of_faults_hides_a_read(ghost: torch.device) -> None:
+    """Code that survives its own faults still fails on a host read."""
+
+    def careful(t: Tensor) -> None:
+        with contextlib.suppress(Exception):
+            t.item()
+
+    with pytest.raises(HostRead):
+        careful(torch.ones((), device=ghost))
+
+
 def test_callback_that_reads_raises(ghost: torch.device) -> None:
     """A read on the engine's thread is caught too, and reaches the caller of backward."""
     model = mlp(ghost)
@@ -387,7 +399,7 @@ def test_count_ops() -> None:
     assert count.total == sum(count.ops.values()) > count.computing.total() > 0
     assert not count.reads
     with count_ops() as count:
-        float(x.sum())
+        float(x.detach().sum())
         x.nonzero()
         x[x > 0]
         x[torch.tensor([0, 1])]

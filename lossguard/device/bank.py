@@ -109,14 +109,13 @@ class Bank:
         """Norms of all weights as they are, every element read: for the post-mortem of a non-finite loss."""
         for sites, parameters in ((self._small_sites, self._small), (self._large_sites, self._large)):
             if parameters:
-                row.add_scalars("weight_norm", sites, list(torch._foreach_norm([_plain(p) for p in parameters], 2, dtype=torch.float32)))
+                row.add_scalars("weight_norm", sites, signals.l2_of_each([p.detach() for p in parameters]))
 
     def record_probes(self, row: Row) -> None:
         """Norms of a few gradients as they are now: held against the earlier ones they give what clipping did."""
         there = [(s, g) for s, p in self.probes if (g := _gradient(p)) is not None]
         if there:
-            norms = torch._foreach_norm([g for _, g in there], 2, dtype=torch.float32)
-            row.add_scalars("clipped_norm", np.array([s for s, _ in there], dtype=np.intp), list(norms))
+            row.add_scalars("clipped_norm", np.array([s for s, _ in there], dtype=np.intp), signals.l2_of_each([g for _, g in there]))
 
     # ---- inside
 
@@ -151,9 +150,8 @@ class Bank:
         missing += [int(s) for s, p in zip(self._large_sites, self._large, strict=True) if _gradient(p) is None]
         if not there:
             return
-        norms = torch._foreach_norm([g for _, g in there], 2, dtype=torch.float32)
         sites = np.array([s for s, _ in there], dtype=np.intp)
-        row.add_scalars("grad_norm", sites, list(norms))
+        row.add_scalars("grad_norm", sites, signals.l2_of_each([g for _, g in there]))
         others = [s for s in signals.of("gradient") if s.name != "grad_norm"]
         if others:
             rows = torch.stack([_spread(g.contiguous(), self._runs).reshape(-1) for _, g in there]).to(torch.float32)

@@ -1,38 +1,30 @@
 """Collects what the modules of one forward pass gave, and reduces it to a few numbers each. Never reads a value.
 
-Module outputs flow in one by one, vectors (one number per module call) flow into a ``Row``. Small outputs of one shape
-are kept until the end of the forward pass and reduced together, at most KEEP bytes in all; large ones are reduced at
-once. An output that was overwritten in place meanwhile is left out and reduced at once from then on.
+Module outputs flow in one by one, vectors (one number per module call) flow into rows of the tape. Small outputs of one
+shape are kept until the end of the forward pass and reduced together, at most KEEP bytes in all; of large ones the norm,
+a small sample and the peaks of ReLU units are taken at once. An output that was overwritten in place meanwhile is left
+out and read at once from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lossguard.device import signals
-from lossguard.device.tape import Row, Sites
+from lossguard.device import outputs, signals
+from lossguard.device.tape import Row
 from lossguard.device.units import SilentUnits, window
 
 SMALL = 16384  # elements of an output that is kept rather than reduced at once
 KEEP = 8 * 2**20  # bytes of outputs kept at most
-SAMPLES, FEATURES = 16, 64  # of an output, for the signals that need no more than a sample
 MIN_SAMPLES = 8  # rows below which samples say nothing about their spread
-LOGIT_ROWS = 256  # rows of logits looked at
+LARGE_SAMPLES = 16  # large outputs of other than activation modules that are sampled, spread over the depth
 MAX_CALLS = 8  # calls of one module told apart in a step
 MAX_SITES = 2048  # module calls watched at most
-
-# Modules that add nothing to what their neighbours show.
-PASSED_OVER = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d,
-               nn.MaxPool3d, nn.ZeroPad2d, nn.PixelShuffle, nn.Upsample)  # fmt: skip
-
-CHANNELS_FIRST = ("Conv1d", "ConvTranspose1d", "LazyConv1d", "InstanceNorm1d")
-SHAPING = (*CHANNELS_FIRST, "Linear", "LayerNorm", "Embedding", "LSTM", "GRU", "RNN", "MultiheadAttention")
 
 
 @dataclass(frozen=True)
@@ -48,42 +40,24 @@ class Site:
 
 
 @dataclass
-class _Piece:
+class _Kept:
+    """A small output, and the version it had."""
+
     site: Site
     output: Tensor
     version: int
 
 
-def watched(model: nn.Module) -> dict[int, tuple[str, str]]:
-    """The modules whose outputs are measured: id -> (name, class name)."""
-    chosen: dict[int, tuple[str, str]] = {}
-    for name, module in model.named_modules():
-        leaf = next(module.children(), None) is None or isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
-        loss = isinstance(module, nn.modules.loss._Loss)
-        if leaf and not loss and not isinstance(module, (*PASSED_OVER, nn.ParameterList, nn.ParameterDict)):
-            chosen[id(module)] = (name or type(module).__name__, type(module).__name__)
-    return chosen
+@dataclass
+class _Taken:
+    """What was taken of one output: its norm (large ones), a sample (r, f), the peak of each ReLU unit (units,)."""
 
-
-def first_tensor(value: Any, depth: int = 0) -> Tensor | None:
-    """The first floating-point tensor of a nested output (tuple, list, dict, dataclass), or None."""
-    return next(float_tensors(value, depth), None)
-
-
-def float_tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """All floating-point, strided, non-empty tensors of a nested value, in order."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and value.layout == torch.strided and value.numel() and not value.is_nested:
-            yield value
-    elif depth < 4 and isinstance(value, dict):
-        for item in value.values():
-            yield from float_tensors(item, depth + 1)
-    elif depth < 4 and isinstance(value, (tuple, list)):
-        for item in value:
-            yield from float_tensors(item, depth + 1)
-    elif depth < 4 and is_dataclass(value) and not isinstance(value, type):
-        for part in fields(value):
-            yield from float_tensors(getattr(value, part.name, None), depth + 1)
+    site: Site
+    elements: int
+    norm: Tensor | None = None
+    sample: Tensor | None = None
+    peaks: Tensor | None = None
+    positions: int = 0
 
 
 class Forward:
@@ -95,44 +69,46 @@ class Forward:
         self.unwatched: set[str] = set()  # calls that could not be measured, and why
         self._by_call: dict[tuple[str, int], Site] = {}
         self._calls: dict[str, int] = {}
-        self._pieces: list[_Piece] = []
-        self._kept = 0
+        self._kept: list[_Kept] = []
+        self._taken: list[_Taken] = []
+        self._bytes = 0
         self._at_once: set[int] = set()  # sites whose output is overwritten in place
+        self._large: list[int] = []  # sites with large outputs that are no activations, as first seen
         self._conv1d = False  # whether the last shaping module of three dimensions put channels first
 
     def begin(self) -> None:
         """A new step: forget calls that led to no update."""
         self._calls.clear()
-        self._pieces.clear()
-        self._kept = 0
+        self._clear()
 
-    def add(self, name: str, kind: str, output: Tensor, row: Row) -> Site | None:
+    def add(self, name: str, kind: str, output: Tensor) -> Site | None:
         """One module call's output. Returns its site, None if it is not watched."""
         site = self._site(name, kind, output)
         if site is None:
             return None
         nbytes = output.numel() * output.element_size()
-        if output.numel() <= SMALL and self._kept + nbytes <= KEEP and site.index not in self._at_once:
-            self._pieces.append(_Piece(site, output.detach(), output._version))
-            self._kept += nbytes
+        if output.numel() <= SMALL and self._bytes + nbytes <= KEEP and site.index not in self._at_once:
+            self._kept.append(_Kept(site, output, output._version))
+            self._bytes += nbytes
         else:
-            self._reduce([site], _matrix(output.detach(), site.channels_first).unsqueeze(0), row)
+            with torch.no_grad():
+                self._take(site, output)
         return site
 
-    def finish(self, row: Row) -> None:
+    def finish(self, row_of: Callable[[torch.device], Row]) -> None:
         """The forward pass is over: reduce what was kept, outputs of one shape together."""
-        groups: dict[Hashable, list[_Piece]] = {}
-        for piece in self._pieces:
-            if piece.output._version != piece.version:
-                self._at_once.add(piece.site.index)  # overwritten in place: too late for this step
+        groups: dict[Hashable, list[_Kept]] = {}
+        for kept in self._kept:
+            if kept.output._version != kept.version:
+                self._at_once.add(kept.site.index)  # overwritten in place: too late for this step
                 continue
-            rows = _matrix(piece.output, piece.site.channels_first)
-            groups.setdefault((tuple(rows.shape), piece.site.width, rows.dtype, rows.device), []).append(_Piece(piece.site, rows, 0))
-        for pieces in groups.values():
-            pieces.sort(key=lambda p: _family(p.site.kind))  # sites of one kind side by side, so that a slice holds them
-            self._reduce([p.site for p in pieces], torch.stack([p.output for p in pieces]), row)
-        self._pieces.clear()
-        self._kept = 0
+            groups.setdefault((kept.output.shape, kept.site.channels_first, kept.output.dtype, kept.output.device), []).append(kept)
+        for group in groups.values():
+            self._take_together(group, row_of(group[0].output.device))
+        self._lay_norms(row_of)
+        self._lay_samples(row_of)
+        self._lay_silence(row_of)
+        self._clear()
 
     @property
     def nbytes(self) -> int:
@@ -140,6 +116,11 @@ class Forward:
         return self.units.nbytes + KEEP * bool(self.sites)
 
     # ---- inside
+
+    def _clear(self) -> None:
+        self._kept.clear()
+        self._taken.clear()
+        self._bytes = 0
 
     def _site(self, name: str, kind: str, output: Tensor) -> Site | None:
         call = self._calls.get(name, 0)
@@ -149,77 +130,87 @@ class Forward:
             if call >= MAX_CALLS or len(self.sites) >= MAX_SITES:
                 self.unwatched.add(f"{name}: more than {MAX_CALLS} calls a step" if call >= MAX_CALLS else f"{name}: more than {MAX_SITES} module calls")
                 return None
-            if kind in SHAPING:
-                self._conv1d = kind in CHANNELS_FIRST
+            if kind in outputs.SHAPING:
+                self._conv1d = kind in outputs.CHANNELS_FIRST
             first = output.dim() >= 4 or (output.dim() == 3 and self._conv1d)
             width = output.shape[1] if first else output.shape[-1] if output.dim() else 1
             site = Site(len(self.sites), name if call == 0 else f"{name}[{call}]", kind, width, first)
             self.sites.append(site)
             self._by_call[name, call] = site
+            if output.numel() > SMALL and not _family(kind):
+                self._large.append(site.index)
         return site
 
-    def _reduce(self, sites: list[Site], rows: Tensor, row: Row) -> None:
-        """rows: (K, R, F), one site each, sites of one kind side by side."""
-        indices = np.array([s.index for s in sites], dtype=np.intp)
-        norms = torch.linalg.vector_norm(rows, dim=(1, 2), dtype=torch.float32)
-        row.add("activation_rms", indices, norms, np.full(len(sites), (rows.shape[1] * rows.shape[2]) ** -0.5))
-        sample = _sample(rows)
-        for chosen in signals.of("activation"):
-            if chosen.name == "sample_variance" and rows.shape[1] < MIN_SAMPLES:
-                continue
-            part = _slice_of(sites, chosen.kinds)
-            if part is not None:
-                row.add(chosen.name.removesuffix("_tanh"), indices[part], chosen.measure(sample[part]))
-        part = _slice_of(sites, signals.RELU_KINDS)
-        if part is not None:
-            self._silence(sites[part], indices[part], rows[part], row)
+    def _take(self, site: Site, output: Tensor) -> None:
+        """A large output: one operation for its norm, one for a sample, one for the peaks of its units."""
+        taken = _Taken(site, output.numel(), signals.l2(output))
+        if _family(site.kind) or site.index in self._large[:: -(-len(self._large) // LARGE_SAMPLES)]:
+            taken.sample = outputs.sample(outputs.matrix(output, site.channels_first)).to(torch.float32, copy=True)
+        if site.kind in signals.RELU_KINDS:
+            unit = 1 if site.channels_first else output.dim() - 1
+            taken.peaks = output.amax(dim=tuple(d for d in range(output.dim()) if d != unit))
+            taken.positions = output.numel() // max(1, site.width)
+        self._taken.append(taken)
 
-    def _silence(self, sites: list[Site], indices: Sites, rows: Tensor, row: Row) -> None:
-        width = sites[0].width
-        peaks = rows.amax(dim=1)  # (K, F)
-        positions = rows.shape[1]
-        if width and width != peaks.shape[1]:  # channels first: F is channels x positions
-            positions *= peaks.shape[1] // width
-            peaks = peaks.view(len(sites), width, -1).amax(dim=2)
-        share = self.units.update(tuple(indices.tolist()), peaks, window(positions))
-        if share is not None:
-            row.add("dead_fraction", indices, share)
+    def _take_together(self, group: list[_Kept], row: Row) -> None:
+        """Small outputs of one shape: stacked once, their norms and peaks are one operation each."""
+        group.sort(key=lambda k: _family(k.site.kind))
+        rows = [outputs.matrix(k.output, k.site.channels_first) for k in group]
+        stacked = torch.stack(rows)  # (K, R, F)
+        sites = np.array([k.site.index for k in group], dtype=np.intp)
+        norms = torch.linalg.vector_norm(stacked, dim=(1, 2), dtype=None if stacked.dtype == torch.float64 else torch.float32)
+        row.add("activation_rms", sites, norms, np.full(len(group), stacked[0].numel() ** -0.5))
+        part = _slice_of([k.site for k in group], signals.RELU_KINDS)
+        peaks = None if part is None else self._peaks(stacked[part], group[0].site.width)
+        for k, (kept, matrix) in enumerate(zip(group, rows, strict=True)):
+            taken = _Taken(kept.site, kept.output.numel(), sample=outputs.sample(matrix))
+            if peaks is not None and part is not None and part.start <= k < part.stop:
+                taken.peaks = peaks[k - part.start]
+                taken.positions = kept.output.numel() // max(1, kept.site.width)
+            self._taken.append(taken)
 
+    @staticmethod
+    def _peaks(stacked: Tensor, width: int) -> Tensor:
+        """The largest value of each unit over samples and positions: (K, R, F) -> (K, width)."""
+        peaks = stacked.amax(dim=1)
+        if peaks.shape[1] != width:  # channels first: F is channels x positions
+            peaks = peaks.view(len(stacked), width, -1).amax(dim=2)
+        return peaks
 
-def logits_numbers(head: int, logits: Tensor, dim: int, targets: Tensor | None, row: Row) -> None:
-    """The logit signals of one softmax. logits: any shape with the classes in ``dim``; targets: class indices or None."""
-    classes = logits.detach().movedim(dim, -1)
-    rows = classes.reshape(-1, classes.shape[-1]) if classes.is_contiguous() else classes.flatten(0, -2)
-    stride = max(1, -(-rows.shape[0] // LOGIT_ROWS))
-    rows = rows[::stride].to(torch.float32)
-    site = np.array([head], dtype=np.intp)
-    for chosen in signals.of("logits"):
-        row.add_scalars(chosen.name, site, [chosen.measure(rows)])
-    if targets is not None and not targets.is_floating_point() and targets.numel() * classes.shape[-1] == classes.numel() and targets.device == logits.device:
-        labels = targets.detach().reshape(-1)[::stride].to(torch.int64)
-        row.add_scalars("confident_wrong", site, [signals.confident_wrong(rows, labels)])
-        row.add_scalars("label_nll", site, [signals.label_nll(rows, labels)])
+    def _lay_norms(self, row_of: Callable[[torch.device], Row]) -> None:
+        for device in {t.norm.device for t in self._taken if t.norm is not None}:
+            large = [(t, t.norm) for t in self._taken if t.norm is not None and t.norm.device == device]
+            sites = np.array([t.site.index for t, _ in large], dtype=np.intp)
+            row_of(device).add_scalars("activation_rms", sites, [norm for _, norm in large], np.array([t.elements**-0.5 for t, _ in large]))
 
+    def _lay_samples(self, row_of: Callable[[torch.device], Row]) -> None:
+        """Samples of one shape, of small and large outputs alike: stacked once, each signal is measured on all of its kinds."""
+        groups: dict[Hashable, list[tuple[Site, Tensor]]] = {}
+        for t in self._taken:
+            if t.sample is not None:
+                groups.setdefault((t.sample.shape, t.sample.device), []).append((t.site, t.sample))
+        for group in groups.values():
+            group.sort(key=lambda pair: _family(pair[0].kind))
+            sites = [site for site, _ in group]
+            indices = np.array([site.index for site in sites], dtype=np.intp)
+            samples = torch.stack([s if s.dtype == torch.float32 else s.to(torch.float32) for _, s in group])
+            for chosen in signals.of("activation"):
+                part = _slice_of(sites, chosen.kinds)
+                if part is None or (chosen.name == "sample_variance" and samples.shape[1] < MIN_SAMPLES):
+                    continue
+                row_of(samples.device).add(chosen.name.removesuffix("_tanh"), indices[part], chosen.measure(samples[part]))
 
-def _matrix(x: Tensor, channels_first: bool) -> Tensor:
-    """Samples by features, a view wherever the memory allows: (N, C, H, W) -> (N, C*H*W); (B, T, F) -> (B*T, F); (N,) -> (N, 1).
-
-    Channels-last memory reads as (N*H*W, C), its order in memory.
-    """
-    if channels_first:
-        return x.flatten(1) if x.is_contiguous() else x.movedim(1, -1).flatten(0, -2)
-    if x.dim() >= 3:
-        return x.flatten(0, -2)
-    return x if x.dim() == 2 else x.reshape(-1, 1)
-
-
-def _sample(rows: Tensor) -> Tensor:
-    """At most SAMPLES rows and FEATURES features of each site, spread over the whole: (K, R, F) -> (K, r, f), float32.
-
-    The stride over features is odd, so that it does not stay in one column of a feature map.
-    """
-    r, f = rows.shape[1], rows.shape[2]
-    return rows[:, :: -(-r // SAMPLES), :: max(1, f // FEATURES) | 1][:, :, :FEATURES].to(torch.float32)
+    def _lay_silence(self, row_of: Callable[[torch.device], Row]) -> None:
+        """Peaks of layers of one width: one set of counters for all of them."""
+        groups: dict[Hashable, list[tuple[_Taken, Tensor]]] = {}
+        for t in self._taken:
+            if t.peaks is not None:
+                groups.setdefault((t.peaks.shape, t.peaks.device, window(t.positions)), []).append((t, t.peaks))
+        for (_, device, batches), group in groups.items():  # type: ignore[misc]
+            indices = tuple(t.site.index for t, _ in group)
+            share = self.units.update(indices, torch.stack([p for _, p in group]), batches)
+            if share is not None:
+                row_of(device).add("dead_fraction", np.array(indices, dtype=np.intp), share)
 
 
 _FAMILIES = (signals.RELU_KINDS, *(s.kinds for s in signals.of("activation") if s.kinds and s.kinds != signals.RELU_KINDS))

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.device import graph, roles
+from lossguard.device import graph, roles, signals
 from lossguard.device.bank import Bank
-from lossguard.device.forward import Forward, Site, first_tensor, float_tensors, logits_numbers, watched
+from lossguard.device.forward import Forward, Site
+from lossguard.device.logits import logits_numbers
+from lossguard.device.outputs import first_tensor, float_tensors, watched
 from lossguard.device.tape import Row, Segment
 from lossguard.device.units import SilentUnits, window
 
@@ -74,9 +76,7 @@ class Recorder:
             if type(module) is nn.CrossEntropyLoss and torch.is_grad_enabled() and len(args) == 2:
                 self._logits(args[0], 1 if args[0].dim() > 1 else 0, args[1])
             return
-        if not module.training:
-            return
-        with torch.no_grad():
+        if module.training:
             self._record_module(module, *known, args, output)
 
     def backward_done(self, *, unscaled: bool = False) -> None:
@@ -131,10 +131,8 @@ class Recorder:
             if logits is not None:
                 self._head_seen = False
                 self._logits(logits, -1, self.targets)
-            for device in list(self._rows) or [self._default_device()]:
-                self.row(device)
-            if self._rows:
-                self.forward.finish(next(iter(self._rows.values())))
+            self.row(self._default_device())
+            self.forward.finish(self.row)
             if self.graph is None and any(loss.grad_fn is not None for loss in losses):
                 self._read_graph(losses)
         self._producers.clear()
@@ -197,15 +195,15 @@ class Recorder:
         tensor = output if isinstance(output, Tensor) and output.is_floating_point() else first_tensor(output)
         if tensor is None or tensor.layout != torch.strided or not tensor.numel():
             return
-        row = self.row(tensor.device)
         if self._first_module:
             self._first_module = False
             leaves = [x for _, x in zip(range(MAX_INPUTS), float_tensors(args), strict=False)]
             if leaves:
                 self._batch_rows = leaves[0].shape[0] if leaves[0].dim() > 1 else None
-                norms = [torch.linalg.vector_norm(x.detach(), dtype=torch.float32) for x in leaves]
+                with torch.no_grad():
+                    norms = [signals.l2(x) for x in leaves]
                 self.row(leaves[0].device).add_scalars("input_rms", np.arange(len(leaves)), norms, np.array([x.numel() ** -0.5 for x in leaves]))
-        site = self.forward.add(name, kind, tensor, row)
+        site = self.forward.add(name, kind, tensor)
         if site is None:
             return
         if self.graph is None and tensor.grad_fn is not None:
@@ -220,7 +218,8 @@ class Recorder:
             if len(self.heads) > MAX_HEADS:
                 return
             self.heads.append(name)
-        logits_numbers(self.heads.index(name), logits, -1 if dim is None else dim, None, self.row(logits.device))
+        with torch.no_grad():
+            logits_numbers(self.heads.index(name), logits, -1 if dim is None else dim, None, self.row(logits.device))
 
     def _logits(self, logits: Any, dim: int, targets: Any) -> None:
         """The softmax at the loss, once a step."""

@@ -41,6 +41,7 @@ class DeadRelu:
     patience: int = 1  # samples; the window is the patience
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         dead, when = newest(history, "dead_fraction", self.memory)
         if not dead.size:
             return None
@@ -74,7 +75,8 @@ class DeadRelu:
         causes, remedies = ranked([
             (Cause("learning rate too high", 0.6, f"{many} of {unit.name} were pushed below zero for every sample"),
              [lr_remedy(history, 0.1), Remedy(f"use LeakyReLU(0.01) for {unit.name}", {"activation": "LeakyReLU", "slope": 0.01})]),
-            (Cause("bias or initialisation", 0.4, f"look at the bias of the layer before {unit.name}"), [Remedy(f"set the bias before {unit.name} to 0", {"bias": 0.0})]),
+            (Cause("bias or initialisation", 0.4, f"look at the bias of the layer before {unit.name}"),
+             [Remedy(f"set the bias before {unit.name} to 0", {"bias": 0.0})]),
         ])  # fmt: skip
         others = listing(units[i].name for i in np.flatnonzero(sick) if i != root)
         message = f"{many} are silent for every sample of the last window" + (f"; also {others}" if others else "")
@@ -100,6 +102,7 @@ class SaturatedActivation:
     patience: int = 1  # samples; the span is the patience
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
         if not n or not history.last("saturated_fraction", n).size:
             return None
@@ -115,7 +118,8 @@ class SaturatedActivation:
         pairs = [(Cause("weights or learning rate too large", 0.5, f"{share:.0%} of the units of {unit.name} are at their rails"),
                   [Remedy(f"initialise the layer before {unit.name} by Xavier", {"init": "xavier"}), lr_remedy(history, 0.1)])]  # fmt: skip
         if loud > 10:  # detectors A, unnormalized_input: std outside [1e-2, 1e1]
-            pairs.append((Cause("input not normalised", 0.8, f"its root mean square is {number(loud)}"), [Remedy(f"divide the input by {number(loud)}", {"input_scale": 1 / loud})]))
+            remedy = Remedy(f"divide the input by {number(loud)}", {"input_scale": 1 / loud})
+            pairs.append((Cause("input not normalised", 0.8, f"its root mean square is {number(loud)}"), [remedy]))
         causes, remedies = ranked(pairs)
         message = f"{share:.0%} of its units are at their rails on more than 95 % of the positions; {int(sick.sum())} layers are"
         evidence = (Evidence("share of saturated units", share, self.share),)
@@ -154,6 +158,7 @@ class CollapsedActivation:
     patience: int = 1  # samples; the span is the patience
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
         if not n or not history.last("sample_variance", n).size or fallen(history) < self.learning:
             return None

@@ -48,6 +48,7 @@ class LossSpike:
     patience: int = 1  # answers; a spike is an event
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         fresh = history.fresh_losses
         if fresh == 0:
             return None
@@ -91,7 +92,8 @@ class LossSpike:
     def _finding(self, history: History, step: int, now: float, past: Array, z: float) -> Finding:
         median = float(np.median(past))
         causes, remedies = ranked([
-            (Cause("odd batch", 0.5, f"the losses before were calm (median {number(median)})"), [Remedy(f"look at the batch of step {step}", {"batch_of_step": step}), clip_remedy(history)]),
+            (Cause("odd batch", 0.5, f"the losses before were calm (median {number(median)})"),
+             [Remedy(f"look at the batch of step {step}", {"batch_of_step": step}), clip_remedy(history)]),
             (Cause("learning rate too high", 0.4, f"at learning rate {number(history.lr)}"), [lr_remedy(history, 0.1)]),
         ])  # fmt: skip
         severity = Severity.INFO if informational(history) else Severity.WARNING
@@ -119,6 +121,7 @@ class DivergingLoss:
     patience: int = 1  # answers; `sustained` is the patience
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         losses, steps = history.losses(), history.loss_steps()
         finite = np.isfinite(losses)
         losses, steps = losses[finite], steps[finite]
@@ -140,10 +143,13 @@ class DivergingLoss:
     def _finding(self, history: History, step: int, run: int, now: float, best: float, limit: float) -> Finding:
         severity = Severity.HALT if run >= self.halt_after else Severity.WARNING
         causes, remedies = ranked([
-            (Cause("learning rate too high", 0.6, f"the loss has been above its start for {run} steps at learning rate {number(history.lr)}"), [lr_remedy(history, 0.1), clip_remedy(history)]),
-            (Cause("labels or sign of the loss", 0.3, f"it climbs away from its best, {number(best)}"), [Remedy("check the loss's sign and 20 labels by eye", {"look_at": 20})]),
+            (Cause("learning rate too high", 0.6, f"the loss has been above its start for {run} steps at learning rate {number(history.lr)}"),
+             [lr_remedy(history, 0.1), clip_remedy(history)]),
+            (Cause("labels or sign of the loss", 0.3, f"it climbs away from its best, {number(best)}"),
+             [Remedy("check the loss's sign and 20 labels by eye", {"look_at": 20})]),
         ])  # fmt: skip
-        evidence = (Evidence("mean of the last losses", now, limit), Evidence("best mean so far", best), Evidence("steps above", float(run), float(self.sustained)))
+        lasts = Evidence("steps above", float(run), float(self.sustained))
+        evidence = (Evidence("mean of the last losses", now, limit), Evidence("best mean so far", best), lasts)
         severity = Severity.INFO if informational(history) else severity
         return Finding(self.diagnosis, severity, step, "loss", f"{number(best)} -> {number(now)}, above its start for {run} steps", evidence, causes, remedies)
 
@@ -167,6 +173,7 @@ class ConstantLoss:
     patience: int = 1  # answers; the window is the patience
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         losses = history.losses(self.window)
         if losses.size < self.window or not np.isfinite(losses).all():
             return None
@@ -179,7 +186,8 @@ class ConstantLoss:
         since = min(since, everything.size - self.window)
         causes, remedies = constant_advice(history, value)
         severity = Severity.INFO if informational(history) or self._settled(everything, since, value) else Severity.WARNING
-        evidence = (Evidence("range over mean", spread / abs(value), self.range), Evidence("losses in a row", float(everything.size - since), float(self.window)))
+        lasts = Evidence("losses in a row", float(everything.size - since), float(self.window))
+        evidence = (Evidence("range over mean", spread / abs(value), self.range), lasts)
         return Finding(self.diagnosis, severity, int(history.loss_steps()[since]), "loss", f"it is {number(value)} for every batch", evidence, causes, remedies)
 
     def _settled(self, losses: Array, since: int, value: float) -> bool:

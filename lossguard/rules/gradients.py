@@ -50,6 +50,7 @@ class ExplodingGradient:
     enough: int = 40  # samples of the past that the median law needs (history of 50 with the newest 10); detectors A
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         total = history.last("grad_total")[:, 0] if history.last("grad_total").size else np.empty(0)
         steps = history.steps()[np.isfinite(total)]
         total = total[np.isfinite(total)]
@@ -109,6 +110,7 @@ class VanishingGradient:
     patience: int = 1  # samples; the span is the patience
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
         rms = history.last("grad_rms", n) if n else np.empty((0, 0))
         able = matrices(history) & ~without_gradient(history)
@@ -136,10 +138,13 @@ class VanishingGradient:
     def _cause(history: History) -> tuple[Cause, list[Remedy]]:
         squash = [u for u in history.units if u.kind in ("Sigmoid", "Tanh", "Hardsigmoid", "Hardtanh", "Softsign")]
         if squash:
-            because = f"{len(squash)} {squash[0].kind} modules, the first is {squash[0].name}; each multiplies the gradient by at most {0.25 if squash[0].kind == 'Sigmoid' else 1}"
-            return Cause("saturating activations", 0.8, because), [Remedy(f"use ReLU or GELU for {squash[0].name} and its like, with He initialisation", {"activation": "ReLU"})]
+            name, kind = squash[0].name, squash[0].kind
+            because = f"{len(squash)} {kind} modules, the first is {name}; each multiplies the gradient by at most {0.25 if kind == 'Sigmoid' else 1}"
+            remedy = Remedy(f"use ReLU or GELU for {name} and its like, with He initialisation", {"activation": "ReLU"})
+            return Cause("saturating activations", 0.8, because), [remedy]
         deep = int(matrices(history).sum())
-        return Cause("depth without normalisation or residuals", 0.5, f"{deep} matrices in a chain"), [Remedy(f"add a normalisation or a residual after each of the {deep} layers")]
+        remedy = Remedy(f"add a normalisation or a residual after each of the {deep} layers", {"add": "normalisation"})
+        return Cause("depth without normalisation or residuals", 0.5, f"{deep} matrices in a chain"), [remedy]
 
     def _epsilon(self, history: History, n: int, able: Mask) -> Finding | None:
         epsilon = history.facts().get("adam_eps")
@@ -171,6 +176,7 @@ class MissingZeroGrad:
     patience: int = 1  # samples; the consecutive looks are the patience
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         looks = history.fact("not_cleared")
         at = np.flatnonzero(~np.isnan(looks))[-self.times :]
         if at.size < self.times or at[-1] < looks.size - self.times or not bool((looks[at] >= self.share).all()):
@@ -207,6 +213,7 @@ class ClippingDominates:
     patience: int = 1  # samples; the window is the patience
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         found = self._over(history, self.early, self.strong)
         return found if found is not None else self._over(history, self.span, self.excess)
 
@@ -255,10 +262,12 @@ class SkippedSteps:
     patience: int = 1  # samples; the run of skips is the patience
 
     def check(self, history: History) -> Finding | None:
-        gated = history.last("consecutive_skips", 1)
-        if gated.size and gated[0, 0] >= self.gate:
-            severity = Severity.HALT if gated[0, 0] >= self.halt_after else Severity.WARNING
-            return self._finding(history, "the guard's gate", int(history.steps(1)[0] - gated[0, 0] + 1), float(gated[0, 0]), float(self.gate), severity)
+        """The law of the class docstring, on the newest data."""
+        gates = history.last("consecutive_skips", 1)
+        gated = float(np.max(gates, initial=0.0, where=np.isfinite(gates)))
+        if gated >= self.gate:
+            severity = Severity.HALT if gated >= self.halt_after else Severity.WARNING
+            return self._finding(history, "the guard's gate", int(history.steps(1)[0] - gated + 1), gated, float(self.gate), severity)
         skipped = self._skipped(history)
         if not skipped.size or not skipped[-1]:
             return None
@@ -269,7 +278,8 @@ class SkippedSteps:
         late = skipped[history.steps() >= self.search][-self.window :]
         if late.size < self.window or late.mean() <= self.share:
             return None
-        return self._finding(history, "the loss scaler", int(history.steps(self.window)[np.argmax(late)]), float(late.sum()), self.share * self.window, Severity.WARNING)
+        since = int(history.steps(self.window)[np.argmax(late)])
+        return self._finding(history, "the loss scaler", since, float(late.sum()), self.share * self.window, Severity.WARNING)
 
     @staticmethod
     def _skipped(history: History) -> Mask:
@@ -279,10 +289,11 @@ class SkippedSteps:
         gradients = history.seen("grad_norm") & ~np.isfinite(history.last("grad_norm"))
         overflow = gradients.any(axis=1) if gradients.size else np.zeros(history.samples, dtype=np.bool_)
         still = (seen.any(axis=1) & ~(seen & (updates != 0.0)).any(axis=1)) if seen.size else np.zeros(history.samples, dtype=np.bool_)
-        return np.asarray((scaler == 1.0) & ((still & (stepped == 1.0) & (lr > 0)) | (overflow & ~(stepped == 1.0))))
+        return np.asarray((scaler == 1.0) & ((still & (stepped == 1.0) & ~(lr <= 0)) | (overflow & ~(stepped == 1.0))))
 
     def _finding(self, history: History, who: str, step: int, many: float, limit: float, severity: Severity) -> Finding:
-        causes, remedies = ranked([(Cause("non-finite gradients", 0.7, f"{who} skips what is not finite; {number(many)} updates were not applied"),
-                                    [lr_remedy(history, 0.1), Remedy("set the loss scale by hand: 1024, growth_interval 2000", {"init_scale": 1024.0})])])  # fmt: skip
+        cause = Cause("non-finite gradients", 0.7, f"{who} skips what is not finite; {number(many)} updates were not applied")
+        by_hand = Remedy("set the loss scale by hand: 1024, growth_interval 2000", {"init_scale": 1024.0})
+        causes, remedies = ranked([(cause, [lr_remedy(history, 0.1), by_hand])])
         message = f"{number(many)} updates were skipped by {who}: the run looks alive and learns nothing"
         return Finding(self.diagnosis, severity, max(step, 0), "optimizer.step", message, (Evidence("skipped updates", many, limit),), causes, remedies)

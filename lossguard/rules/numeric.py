@@ -62,6 +62,7 @@ class NonfiniteInput:
     patience: int = 1  # answers; exact test
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         step = self._first(history)
         if step is None:
             return None
@@ -105,6 +106,7 @@ class NonfiniteActivation:
     patience: int = 1  # samples; exact test
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         units, heads = _sick(history, "activation_rms"), _sick(history, "logit_peak")
         if not units.any() and not heads.any():
             return None
@@ -155,6 +157,7 @@ class NonfiniteGradient:
     patience: int = 1  # samples; exact test
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         sick = _sick(history, "grad_norm")
         if not sick.any():
             return None
@@ -166,7 +169,8 @@ class NonfiniteGradient:
         measured = int(history.seen("grad_norm", 1).sum())
         causes, remedies = nonfinite_advice(history, step)
         message = f"first in backward order; {bad.size} of {measured} parameters have a non-finite gradient" + (f", {run} samples in a row" if run > 1 else "")
-        evidence = (Evidence("non-finite gradients", float(bad.size), 0.0), Evidence("samples in a row", float(run), float(self.skips) if _scaler(history) else 0.0))
+        limit = float(self.skips) if _scaler(history) else 0.0
+        evidence = (Evidence("non-finite gradients", float(bad.size), 0.0), Evidence("samples in a row", float(run), limit))
         return Finding(self.diagnosis, Severity.HALT, step, f"{first} (backward)", message, evidence, causes, remedies)
 
 
@@ -181,6 +185,7 @@ class NonfiniteWeight:
     patience: int = 1  # samples; exact test
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         weights, updates = _sick(history, "weight_norm"), _sick(history, "update_norm")
         if not weights.any() and not updates.any():
             return None
@@ -210,6 +215,7 @@ class NonfiniteLoss:
     patience: int = 1  # answers; exact test
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         fresh = history.fresh_losses
         losses, steps = history.losses(fresh), history.loss_steps(fresh)
         bad = np.flatnonzero(~np.isfinite(losses))

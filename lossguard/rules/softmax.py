@@ -36,6 +36,7 @@ class SaturatedSoftmax:
     patience: int = 1  # samples; the span is the patience
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
         if not n:
             return None
@@ -73,7 +74,8 @@ class SaturatedSoftmax:
         pairs = [(Cause("logits out of scale", 0.7, f"{what} {number(value)} for {n} samples"),
                   [lr_remedy(history, 0.1), Remedy("scale the last layer's initial weights by 0.1", {"head_scale": 0.1})])]  # fmt: skip
         if signal == "confident_wrong":
-            pairs.append((Cause("wrong labels", 0.4, f"{value:.0%} of the labels contradict a certain prediction"), [Remedy("look at the 20 samples with the largest loss by eye", {"look_at": 20})]))
+            remedy = Remedy("look at the 20 samples with the largest loss by eye", {"look_at": 20})
+            pairs.append((Cause("wrong labels", 0.4, f"{value:.0%} of the labels contradict a certain prediction"), [remedy]))
         causes, remedies = ranked(pairs)
         message = f"{value:.0%} of the rows are certain (p > 0.99) and wrong" if signal == "confident_wrong" else f"{what} is {number(value)}"
         return Finding(self.diagnosis, Severity.WARNING, int(history.steps(n)[0]), f"softmax {head!r}", message, tuple(evidence), causes, remedies)

@@ -31,12 +31,14 @@ class UpdateRatioHigh:
     settle: int = 5  # first steps that the median over the span ignores; detectors 0.2 (u after step 5)
     span: int = 20  # steps; detectors A (a)
     growth: float = 10.0  # weight norm now over that up to `within` steps ago; detectors A (b)
+    headlong: float = 100.0  # the same for the last matrix of a regression alone; our own choice (raw targets of 152: 10.7)
     within: int = 100  # steps; detectors A (b)
     scale: float = 1.0  # a grown matrix counts once its rms is above numel^-1/4, the Xavier scale: tiny initial heads may grow
     grace: int = 0  # steps; detectors A (b)
     patience: int = 1  # samples; detectors A (b)
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         able = matrices(history)
         if not able.any() or history.last("weight_norm", 1).size == 0:
             return None
@@ -57,14 +59,23 @@ class UpdateRatioHigh:
             growth = np.where(able & (first > 0), now / first, 0.0)
         numel = np.array([max(p.numel, 1) for p in history.params], dtype=np.float64)
         natural = now / np.sqrt(numel) > self.scale * numel**-0.25
-        growth = np.where(natural & np.isfinite(growth), growth, 0.0)
+        growth = self._without_head(history, able, np.where(natural & np.isfinite(growth), growth, 0.0))
         worst = int(np.argmax(growth))
         if not growth[worst] > self.growth:
             return None
         many, over = int((growth > self.growth).sum()), int(steps[rows[-1]] - steps[rows[0]]) + 1
-        message = f"its weight norm grew from {number(float(first[worst]))} to {number(float(now[worst]))} within {over} steps; {many} of {int(able.sum())} matrices did"
+        ends = f"{number(float(first[worst]))} to {number(float(now[worst]))}"
+        message = f"its weight norm grew from {ends} within {over} steps; {many} of {int(able.sum())} matrices grew so"
         evidence = Evidence(f"growth within {over} steps", float(growth[worst]), self.growth)
         return self._finding(history, int(steps[rows[-1]]), worst, message, evidence)
+
+    def _without_head(self, history: History, able: Mask, growth: Array) -> Array:
+        """A regression's last matrix may grow alone towards targets far from 0."""
+        head = int(np.flatnonzero(able)[-1])
+        alone = not (np.delete(growth, head) > self.growth).any()
+        if history.loss_family in ("mse", "l1", "huber") and alone and growth[head] < self.headlong:
+            growth[head] = 0.0
+        return growth
 
     def _large(self, history: History, able: Mask) -> Finding | None:
         """Law (a)."""
@@ -112,6 +123,7 @@ class UpdateRatioLow:
     patience: int = 1  # samples; the span is the patience
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         n, able = stretch(history, self.span, self.least), matrices(history)
         u = history.last("update_ratio", n) if n else np.empty((0, 0))
         if not u.size or not able.any() or history.schedule_tail or converged(history):
@@ -126,8 +138,8 @@ class UpdateRatioLow:
             return None
         slow = int(np.flatnonzero(able)[int(np.nanargmin(np.where(typical(u)[able] > 0, typical(u)[able], np.inf)))])
         evidence = (Evidence(f"median update ratio over {n} samples", median, self.ratio),)
-        pairs = [(Cause("learning rate too low", 0.8, f"at learning rate {number(history.lr)} a step changes {number(median)} of the weights"), [lr_remedy(history, 10.0)])]
-        causes, remedies = ranked(pairs)
+        cause = Cause("learning rate too low", 0.8, f"at learning rate {number(history.lr)} a step changes {number(median)} of the weights")
+        causes, remedies = ranked([(cause, [lr_remedy(history, 10.0)])])
         message = f"the median matrix changes by {number(median)} of its norm in a step; this one is the slowest"
         severity = Severity.INFO if informational(history) else Severity.WARNING
         return Finding(self.diagnosis, severity, int(history.steps(n)[0]), history.params[slow].name, message, evidence, causes, remedies)
@@ -155,6 +167,7 @@ class UnchangedWeights:
     patience: int = 1  # samples; the span is the patience
 
     def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
         if not history.samples:
             return None
         return self._static(history) or self._never_stepped(history) or self._still(history)
@@ -174,8 +187,11 @@ class UnchangedWeights:
             add = Remedy(f"add {listing(missing)} to the optimizer, or set requires_grad_(False)", {"add": list(missing)})
             pairs.append((Cause("not given to the optimizer", 0.8, f"{len(missing)} trainable parameters are in no optimizer"), [add]))
         causes, remedies = ranked(pairs)
-        evidence = (Evidence("trainable parameters in no optimizer", float(len(missing)), 0.0), Evidence("foreign parameters in the optimizer", float(foreign), 0.0))
-        message = f"{len(missing)} of {trainable} trainable parameters are in no optimizer" if missing else f"{foreign} parameters of the optimizer are not the model's"
+        strange = Evidence("foreign parameters in the optimizer", float(foreign), 0.0)
+        evidence = (Evidence("trainable parameters in no optimizer", float(len(missing)), 0.0), strange)
+        message = f"{foreign} parameters of the optimizer are not the model's"
+        if missing:
+            message = f"{len(missing)} of {trainable} trainable parameters are in no optimizer"
         return Finding(self.diagnosis, severity, int(history.steps()[0]), listing(missing) or "optimizer", message, evidence, causes, remedies)
 
     def _never_stepped(self, history: History) -> Finding | None:
@@ -190,12 +206,13 @@ class UnchangedWeights:
         remedy = Remedy("call optimizer.step() once after each loss.backward()", {"step_every": 1})
         causes, remedies = ranked([(Cause("optimizer.step() is never called", 0.9, f"no optimizer stepped in {n} samples"), [remedy])])
         evidence = (Evidence("samples without an optimizer step", float(n), float(self.span)),)
-        return Finding(self.diagnosis, Severity.WARNING, int(history.steps()[0]), "optimizer.step", f"no weight changed in {n} samples: no optimizer steps", evidence, causes, remedies)
+        message = f"no weight changed in {n} samples: no optimizer steps"
+        return Finding(self.diagnosis, Severity.WARNING, int(history.steps()[0]), "optimizer.step", message, evidence, causes, remedies)
 
     def _still(self, history: History) -> Finding | None:
         n = stretch(history, self.span, self.least)
         updates, seen = history.last("update_norm", n), history.seen("update_norm", n)
-        if not n or not updates.size or not bool(((history.fact("stepped", n) == 1.0) & (history.fact("lr", n) > 0)).all()):
+        if not n or not updates.size or not bool(((history.fact("stepped", n) == 1.0) & ~(history.fact("lr", n) <= 0)).all()):
             return None
         zero = seen.all(axis=0) & (updates == 0.0).all(axis=0) & ~self._moved(history, n)
         held = np.array([p.optimizer >= 0 and not p.cancelled for p in history.params], dtype=np.bool_)
@@ -235,8 +252,9 @@ class UnchangedWeights:
         names = [history.params[i].name for i in sites]
         cause, remedy = self._cause(history, n, sites)
         causes, remedies = ranked([(cause, [remedy])])
-        evidence = (Evidence("samples in a row with an update of exactly 0", float(n), float(n)), Evidence("matrices that do not change", float(sites.size), 0.0))
-        message = f"{sites.size} of {int(able.sum())} weight matrices have not changed in {int(history.steps(1)[0] - history.steps(n)[0]) + 1} steps ({listing(names)})"
+        over = int(history.steps(1)[0] - history.steps(n)[0]) + 1
+        evidence = (Evidence("steps without any change", float(over), float(self.span)), Evidence("matrices that do not change", float(sites.size), 0.0))
+        message = f"{sites.size} of {int(able.sum())} weight matrices have not changed in {over} steps ({listing(names)})"
         return Finding(self.diagnosis, self._severity(history, still, able), int(history.steps(n)[0]), names[0], message, evidence, causes, remedies)
 
     def _severity(self, history: History, still: Mask, able: Mask) -> Severity:
@@ -258,10 +276,14 @@ class UnchangedWeights:
         name, first = history.params[int(sites[0])].name, history.params[int(sites[0])]
         gradient = typical(history.last("grad_rms", n))[sites[0]] if history.last("grad_rms", n).size else np.nan
         if without_gradient(history)[sites[0]]:
-            return Cause("detached from the loss", 0.8, f"the gradient of {name} is None"), Remedy(f"look for detach(), no_grad() or an unused branch after {name}")
+            remedy = Remedy(f"look for detach(), no_grad() or an unused branch after {name}", {"parameter": name})
+            return Cause("detached from the loss", 0.8, f"the gradient of {name} is None"), remedy
         if gradient == 0:
-            return Cause("zero gradient", 0.7, f"the gradient of {name} is exactly 0"), Remedy(f"look for dead units or a multiplication by 0 after {name}")
+            remedy = Remedy(f"look for dead units or a multiplication by 0 after {name}", {"parameter": name})
+            return Cause("zero gradient", 0.7, f"the gradient of {name} is exactly 0"), remedy
         if first.dtype != "float32" or history.lr < 1e-8:
             share = f"lr {number(history.lr)} times a gradient of {number(float(gradient))} is below the spacing of {first.dtype}"
-            return Cause("rounding", 0.8, share), Remedy(f"keep float32 master weights for {name}, or {lr_remedy(history, 10.0)}", {"lr": history.lr * 10})
-        return Cause("frozen by mistake", 0.5, f"{name} has a gradient of {number(float(gradient))} and no update"), Remedy(f"check the optimizer's group of {name}: lr, and who restores its weights")
+            remedy = Remedy(f"keep float32 master weights for {name}, or {lr_remedy(history, 10.0)}", {"lr": history.lr * 10})
+            return Cause("rounding", 0.8, share), remedy
+        remedy = Remedy(f"check the optimizer's group of {name}: its lr, and who restores its weights", {"parameter": name})
+        return Cause("frozen by mistake", 0.5, f"{name} has a gradient of {number(float(gradient))} and no update"), remedy

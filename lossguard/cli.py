@@ -1,0 +1,53 @@
+"""``python -m lossguard``: demo, explain, findings of a record. Arguments flow in, text flows out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lossguard import __version__, explain, sinks
+from lossguard.findings import Finding
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 2 wrong use)."""
+    parser = argparse.ArgumentParser(prog="lossguard", description="The guard for PyTorch training runs.")
+    parser.add_argument("--version", action="version", version=f"lossguard {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="train healthy and ill models on real data and show what the guard says (needs scikit-learn)")
+    demo.add_argument("--folder", type=Path, default=Path("lossguard-demo"), help="where the records go (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=150, help="steps of each run (default: %(default)s)")
+    page = commands.add_parser("explain", help="what a diagnosis means, its limits and their sources")
+    page.add_argument("name", nargs="?", help="a diagnosis; without one, the list")
+    show = commands.add_parser("findings", help="the findings in a run's record")
+    show.add_argument("folder", type=Path, help="the folder given as Guard(record=...)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "demo":
+            return _demo(options.folder, options.steps)
+        print(_explain(options.name) if options.command == "explain" else _findings(options.folder))
+    except ValueError as error:
+        print(f"lossguard: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _explain(name: str | None) -> str:
+    return explain.listing() if name is None else explain.wrapped(explain.page(name))
+
+
+def _findings(folder: Path) -> str:
+    lines = [str(Finding.from_dict(line)) for line in sinks.read(folder) if line.get("kind") == "finding"]
+    return "\n".join(lines) if lines else f"no findings in {folder}"
+
+
+def _demo(folder: Path, steps: int) -> int:
+    try:
+        from lossguard import demo
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the demo needs {error.name}; install it with: pip install 'lossguard[demo]'") from error
+    if steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {steps}")
+    return demo.main(folder, steps)

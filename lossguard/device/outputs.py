@@ -1,0 +1,75 @@
+"""Which modules are watched, which tensor of an output is measured, and how it is laid out as samples by features.
+
+Python objects and tensors flow in, views flow out; nothing is computed and nothing is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SAMPLES, FEATURES = 16, 64  # of an output, for the signals that need no more than a sample
+
+# Modules that add nothing to what their neighbours show.
+PASSED_OVER = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d,
+               nn.MaxPool3d, nn.ZeroPad2d, nn.PixelShuffle, nn.Upsample)  # fmt: skip
+# Modules after which three-dimensional outputs have their channels in dimension 1, and those after which they are last.
+CHANNELS_FIRST = ("Conv1d", "ConvTranspose1d", "LazyConv1d", "InstanceNorm1d")
+SHAPING = (*CHANNELS_FIRST, "Linear", "LayerNorm", "Embedding", "LSTM", "GRU", "RNN", "MultiheadAttention")
+
+
+def watched(model: nn.Module) -> dict[int, tuple[str, str]]:
+    """The modules whose outputs are measured: id -> (name, class name)."""
+    chosen: dict[int, tuple[str, str]] = {}
+    for name, module in model.named_modules():
+        leaf = next(module.children(), None) is None or isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
+        loss = isinstance(module, nn.modules.loss._Loss)
+        if leaf and not loss and not isinstance(module, (*PASSED_OVER, nn.ParameterList, nn.ParameterDict)):
+            chosen[id(module)] = (name or type(module).__name__, type(module).__name__)
+    return chosen
+
+
+def first_tensor(value: Any, depth: int = 0) -> Tensor | None:
+    """The first floating-point tensor of a nested output (tuple, list, dict, dataclass), or None."""
+    return next(float_tensors(value, depth), None)
+
+
+def float_tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """All floating-point, strided, non-empty tensors of a nested value, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.layout == torch.strided and value.numel() and not value.is_nested:
+            yield value
+    elif depth < 4 and isinstance(value, dict):
+        for item in value.values():
+            yield from float_tensors(item, depth + 1)
+    elif depth < 4 and isinstance(value, (tuple, list)):
+        for item in value:
+            yield from float_tensors(item, depth + 1)
+    elif depth < 4 and is_dataclass(value) and not isinstance(value, type):
+        for part in fields(value):
+            yield from float_tensors(getattr(value, part.name, None), depth + 1)
+
+
+def matrix(x: Tensor, channels_first: bool) -> Tensor:
+    """Samples by features, a view wherever the memory allows: (N, C, H, W) -> (N, C*H*W); (B, T, F) -> (B*T, F); (N,) -> (N, 1).
+
+    Channels-last memory reads as (N*H*W, C), its order in memory.
+    """
+    if channels_first:
+        return x.flatten(1) if x.is_contiguous() else x.movedim(1, -1).flatten(0, -2)
+    if x.dim() >= 3:
+        return x.flatten(0, -2)
+    return x if x.dim() == 2 else x.reshape(-1, 1)
+
+
+def sample(rows: Tensor) -> Tensor:
+    """At most SAMPLES rows and FEATURES features, spread over the whole, a view: (R, F) -> (r, f).
+
+    The stride over features is odd, so that it does not stay in one column of a feature map.
+    """
+    r, f = rows.shape
+    return rows[:: -(-r // SAMPLES), :: max(1, f // FEATURES) | 1][:, :FEATURES]
