@@ -5,8 +5,10 @@ A history flows in; numbers, ``Cause`` and ``Remedy`` tuples flow out. Pure func
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from lossguard.host.history import Array, History, Mask
 Advice = tuple[tuple[Cause, ...], tuple[Remedy, ...]]
 MOST = 3  # causes of one finding; more is a lecture
 GREW = 10.0  # growth of loss or gradient norm before the fault that is called an explosion (SYMPTOMS C1; healthy medians stay below)
+SOUND_RMS = 1e4  # root mean square of a module's output up to which it did not explode (healthy logits stay below 28)
 LOSS_WINDOW = 20  # losses before the fault in which growth is looked for
 FAMILIES_WITHOUT_ORDER = frozenset({"adversarial", "reinforcement"})
 
@@ -33,7 +36,24 @@ SPECIAL_LOSSES = (
 
 # Readings
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def once(reading: Callable[Concatenate[History, P], T]) -> Callable[Concatenate[History, P], T]:
+    """A reading that many rules share is made once for each state of the history."""
+
+    @functools.wraps(reading)
+    def remembered(history: History, *args: P.args, **kwargs: P.kwargs) -> T:
+        key = (reading.__name__, *args, *kwargs.items())
+        if key not in history.memo:
+            history.memo[key] = reading(history, *args, **kwargs)
+        return cast(T, history.memo[key])
+
+    return remembered
+
+
+@once
 def stretch(history: History, span: int, least: int) -> int:
     """How many of the newest samples cover ``span`` steps and are at least ``least``; 0 if the history is too short.
 
@@ -60,13 +80,19 @@ def steady(history: History, signal: str, n: int, least: int, sick: Callable[[Ar
 
 
 def typical(values: Array) -> Array:
-    """The median per site over finite numbers: (sites,), NaN where there is none."""
-    finite = np.where(np.isfinite(values), values, np.nan)
-    middle = np.full(values.shape[1], np.nan)
-    some = np.isfinite(finite).any(axis=0)
-    if some.any():
-        middle[some] = np.nanmedian(finite[:, some], axis=0)
-    return middle
+    """The median per site over finite numbers: (sites,), NaN where there is none. One sort, NaN last, ten times as fast as nanmedian."""
+    if not values.size:
+        return np.full(values.shape[1], np.nan)
+    finite = np.sort(np.where(np.isfinite(values), values, np.nan), axis=0)
+    count = len(finite) - np.isnan(finite).sum(axis=0)
+    columns = np.arange(finite.shape[1])
+    return np.asarray(0.5 * (finite[np.maximum(count - 1, 0) // 2, columns] + finite[count // 2, columns]))
+
+
+@once
+def typically(history: History, signal: str, n: int) -> Array:
+    """The median of a signal over its last n samples, per site: see :func:`typical`."""
+    return typical(history.last(signal, n))
 
 
 def newest(history: History, signal: str, within: int) -> tuple[Array, Array]:
@@ -79,12 +105,14 @@ def newest(history: History, signal: str, within: int) -> tuple[Array, Array]:
     return np.where(there, values[row, np.arange(values.shape[1])], np.nan), np.where(there, steps[row], np.nan)
 
 
+@once
 def matrices(history: History) -> Mask:
     """Parameters on which ratio rules may run: matrices that an optimizer holds, neither zero-born nor cancelled by a norm."""
     sound = np.array([p.optimizer >= 0 and not p.cancelled for p in history.params], dtype=np.bool_)
     return np.asarray(history.kinds("matrix") & sound & ~history.zero_born)
 
 
+@once
 def without_gradient(history: History) -> Mask:
     """Parameters whose gradient is None in the newest sample."""
     listed = set(history.facts().get("no_gradient") or ())
@@ -107,6 +135,7 @@ def informational(history: History) -> bool:
     return history.optimizers > 1 or history.loss_family in FAMILIES_WITHOUT_ORDER
 
 
+@once
 def fallen(history: History) -> float:
     """The typical newest loss over the typical first loss; NaN where the loss is not positive throughout or too short."""
     losses = history.losses()
@@ -121,6 +150,7 @@ def converged(history: History, share: float = 0.01) -> bool:
     return fallen(history) < share
 
 
+@once
 def sound_gradient(history: History) -> float:
     """The median gradient norm while the run was healthy: over the older two thirds of the window, NaN if unknown."""
     total = history.last("grad_total")
@@ -154,6 +184,7 @@ def loss_growth(history: History, step: int) -> tuple[float, float, int]:
     return float(np.median(losses[:half])), float(losses[half:].max()), int(when[-1] - when[0])
 
 
+@once
 def gradient_growth(history: History) -> float:
     """The largest of the last 5 finite gradient norms over the median of those before; NaN if unknown."""
     total = history.last("grad_total")[:, 0] if history.last("grad_total").size else np.empty(0)
@@ -204,9 +235,12 @@ def nonfinite_advice(history: History, step: int) -> Advice:
     if weights is not None:
         cause = Cause("bad weights", 0.9, f"{weights} was not finite before this step's update")
         pairs.append((cause, [Remedy(f"go back to a checkpoint before step {step}, then {lr_remedy(history, 0.1)}", {"rewind_before": step})]))
-    because = explosion(history, step)
+    because, sound = explosion(history, step), sound_outputs(history, step)
     if because:
-        pairs.append((Cause("exploding gradient", 0.9, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
+        pairs.append((Cause("exploding gradient", 0.6 if sound else 0.9, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
+    if sound and not pairs[: len(pairs) - bool(because)]:
+        guard = Remedy("guard the loss: log(p + 1e-8), a divisor of at least 1e-8, labels in range", {"eps": 1e-8})
+        pairs.append((Cause("loss function", 0.8, sound), [guard]))
     if not pairs:
         before, after, over = loss_growth(history, step)
         calm = f"the loss was calm ({number(before)} -> {number(after)} in {over} steps)" if over else "the first values are already not finite"
@@ -230,6 +264,16 @@ def explosion(history: History, step: int) -> str:
     if largest >= 1.0:
         words.append(f"an update {number(largest)} times its weights")
     return "; ".join(words)
+
+
+def sound_outputs(history: History, step: int) -> str:
+    """What speaks for the loss function: at this very step every module's output was finite and of moderate size. Empty otherwise."""
+    if not history.samples or history.steps(1)[0] != step or not history.seen("activation_rms", 1).any():
+        return ""
+    rms = history.last("activation_rms", 1)[history.seen("activation_rms", 1)]
+    if not np.isfinite(rms).all() or rms.max() > SOUND_RMS:
+        return ""
+    return f"all {rms.size} module outputs of this step are finite (largest rms {number(float(rms.max()))})"
 
 
 def sick_before(history: History) -> str | None:

@@ -51,7 +51,7 @@ class Guard:
     ``GradScaler``, so that gradient norms have their true scale. accumulate: micro-batches per update, where the guard
     is stepped for each. loss_family: such as ``"adversarial"`` where the loss's fall means nothing. lag: steps between
     recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
-    plain loop, ``"explicit"`` for trainers that call ``after_backward`` and the like themselves.
+    plain loop, ``"explicit"`` for trainers that call ``after_backward`` themselves, once before each update.
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 
@@ -101,24 +101,27 @@ class Guard:
         self._muted = check_names(mute, "mute")
         self._scaler = scaler
         on_host = all(p.device.type == "cpu" for p in parameters)
-        self._gates = [gates.Gate(o) for o in self.optimizers] if skipped else []
+        lag = (0 if on_host else LAG) if lag is None else _at_least(0, lag, "lag")
+        self._record = None if record is None else Record(record, {"torch": torch.__version__, "model": type(model).__name__, "every": every})
+        self._gates = gates.armed(self.optimizers) if skipped else []
         self._recorder = Recorder(model, self.optimizers, scaler)
         self._history = History(loss_family=loss_family or "unknown", optimizers=len(self.optimizers))
         self._declared = loss_family is not None
-        self._judge = Judge(chosen, self._muted, on_fault=self._rule_failed)
-        self._handover = Handover((0 if on_host else LAG) if lag is None else _at_least(0, lag, "lag"))
-        self._record = None if record is None else Record(record, {"torch": torch.__version__, "model": type(model).__name__, "every": every})
+        self._judge = Judge(chosen, self._muted, halts=self._policy.halts, on_fault=self._rule_failed)
+        self._handover = Handover(lag)
         self._intake = Intake(self._history, self._handover)
         self._pulses = Pulses(self._handover, min(self.every, 10))
         self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), *sinks]
         self._batches = 0
         self._tries = 0  # iterations the open sample has waited for an update
         self._updates_seen = False
+        self._explicit = phases == "explicit"
+        self._update_tried = False  # an update was announced in this iteration, whether or not a loss scaler let it happen
         self._alarm_until = -1
         self._overdue: actions.TrainingHalted | None = None
         self._silenced: set[str] = set()
         _take_over(model, self)
-        self._taps = Taps(self._recorder, self.after_backward, self.after_update, backward=phases == "hooks")
+        self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._watch, backward=phases == "hooks")
         self._open_step()
 
     # ---- what a loop calls
@@ -191,14 +194,19 @@ class Guard:
 
     # ---- phases, for trainers that know better than hooks
 
+    def abandon(self) -> None:
+        """This iteration has no loss and counts as no step: forget what it recorded."""
+        if not self.closed:
+            self._open_step()
+
     def after_backward(self, *, unscaled: bool = False) -> None:
         """A backward pass ended; gradients are complete and unclipped. unscaled: they have their true scale already."""
         if self.closed:
             return
+        self._update_tried = self._explicit
         self._watch(self._recorder.backward_done, unscaled=unscaled)
         for gate in self._gates:
-            gradients = [p.grad for group in gate.optimizer.param_groups for p in group["params"] if p.grad is not None]
-            gate.judge([g._values() if g.is_sparse else g for g in gradients])
+            gate.judge()
 
     def after_update(self, index: int) -> None:
         """Optimizer ``index`` stepped."""
@@ -214,6 +222,11 @@ class Guard:
     def findings(self) -> list[Finding]:
         """The events so far, oldest first; one an episode, with counts and consequences."""
         return list(self._judge.findings)
+
+    @property
+    def history(self) -> History:
+        """What has arrived from the device so far, as rules see it; to be read only."""
+        return self._history
 
     @property
     def coverage(self) -> Coverage:
@@ -237,6 +250,9 @@ class Guard:
             self.flush()
         except actions.TrainingHalted as halt:
             self._overdue = halt  # raised by the next step: a checkpoint is written first
+        if not self._recorder.banks:
+            self._recorder.build()
+            self._name_parameters()
         return {"steps": self.steps, "batches": self._batches, "history": resume.pack(self._history.state_dict()), "judge": resume.pack(self._judge.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -254,11 +270,11 @@ class Guard:
 
     def _open_step(self) -> None:
         """Decide whether the coming step is sampled, and attach what it needs."""
+        self._update_tried = False
         sampled = self._is_due(self.steps) or self._tries > 0
+        self._taps.next_step()
         if sampled and self._recorder.outdated:
-            self._recorder.build()
-            self._taps.rehook()
-        elif sampled and self._recorder.on and not self._taps.backward_seen:
+            self._watch(self._recorder.build)
             self._taps.rehook()
         self._recorder.begin(sampled)
         self._taps.watch_forward(sampled)
@@ -269,7 +285,8 @@ class Guard:
 
     def _has_update(self) -> bool:
         """Whether the open sample is complete. Where gradients accumulate, it waits for the iteration with the update."""
-        if self._recorder.facts.get("stepped") or (self._scaler is not None and self._accumulate is None):
+        unknown = self._scaler is not None and self._accumulate is None and not self._explicit  # a scaler may have skipped the update
+        if self._recorder.facts.get("stepped") or self._update_tried or unknown:
             self._tries = 0
             return True
         self._tries += 1

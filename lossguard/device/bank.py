@@ -57,6 +57,7 @@ class Bank:
         self._large = [p for _, p in by_size if not _bucket(p)]
         self._small_sites = np.array([i for i, p in by_size if _bucket(p)], dtype=np.intp)
         self._large_sites = np.array([i for i, p in by_size if not _bucket(p)], dtype=np.intp)
+        self._parameter = dict(parameters)
         self._runs = _runs(len(self._large), model_elements)
         self._zeros = torch.zeros(SMALL if self._small else 0, device=self.device)
         self._layout: list[tuple[int, int, int]] = []  # (first element, tensors, padded size) of each bucket
@@ -69,6 +70,7 @@ class Bank:
         self._views: list[Tensor] = []
         self._pointers: list[int] = []
         self.probes = self._choose_probes()
+        self.sparse: set[int] = set()  # sites whose gradient was sparse: reading it would wait
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -81,7 +83,7 @@ class Bank:
         return 4 * (2 * self._total + self._small_total + self._zeros.numel())
 
     def record_gradients(self, row: Row) -> list[int]:
-        """Norms of all gradients as they are now. Returns the sites that had none to measure (None or sparse)."""
+        """Norms of all gradients as they are now. Returns the sites that had none; ``sparse`` gathers those not readable."""
         missing: list[int] = []
         if self._small:
             self._gather_gradients(missing)
@@ -92,7 +94,8 @@ class Bank:
                     row.add(chosen.name, part, vector)
         if self._large:
             self._record_large_gradients(row, missing)
-        return missing
+        self.sparse.update(s for s in missing if self._parameter[s].grad is not None)
+        return [s for s in missing if s not in self.sparse]
 
     def record_before(self, row: Row) -> None:
         """Keep the weights as they are, and record their norms."""

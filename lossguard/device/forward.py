@@ -133,7 +133,7 @@ class Forward:
             if kind in outputs.SHAPING:
                 self._conv1d = kind in outputs.CHANNELS_FIRST
             first = output.dim() >= 4 or (output.dim() == 3 and self._conv1d)
-            width = output.shape[1] if first else output.shape[-1] if output.dim() else 1
+            width = output.shape[1] if first else output.shape[-1] if output.dim() > 1 else 1
             site = Site(len(self.sites), name if call == 0 else f"{name}[{call}]", kind, width, first)
             self.sites.append(site)
             self._by_call[name, call] = site
@@ -148,7 +148,7 @@ class Forward:
             taken.sample = outputs.sample(outputs.matrix(output, site.channels_first)).to(torch.float32, copy=True)
         if site.kind in signals.RELU_KINDS:
             unit = 1 if site.channels_first else output.dim() - 1
-            taken.peaks = output.amax(dim=tuple(d for d in range(output.dim()) if d != unit))
+            taken.peaks = output.amax(dim=tuple(d for d in range(output.dim()) if d != unit)).reshape(-1)
             taken.positions = output.numel() // max(1, site.width)
         self._taken.append(taken)
 
@@ -195,10 +195,12 @@ class Forward:
             indices = np.array([site.index for site in sites], dtype=np.intp)
             samples = torch.stack([s if s.dtype == torch.float32 else s.to(torch.float32) for _, s in group])
             for chosen in signals.of("activation"):
-                part = _slice_of(sites, chosen.kinds)
-                if part is None or (chosen.name == "sample_variance" and samples.shape[1] < MIN_SAMPLES):
+                part = [i for i, site in enumerate(sites) if not chosen.kinds or site.kind in chosen.kinds]
+                if not part or (chosen.name == "sample_variance" and samples.shape[1] < MIN_SAMPLES):
                     continue
-                row_of(samples.device).add(chosen.name.removesuffix("_tanh"), indices[part], chosen.measure(samples[part]))
+                together = part[-1] - part[0] + 1 == len(part)
+                those = samples[part[0] : part[-1] + 1] if together else torch.stack([samples[i] for i in part])
+                row_of(samples.device).add(chosen.name.removesuffix("_tanh"), indices[part], chosen.measure(those))
 
     def _lay_silence(self, row_of: Callable[[torch.device], Row]) -> None:
         """Peaks of layers of one width: one set of counters for all of them."""
@@ -223,7 +225,5 @@ def _family(kind: str) -> int:
 
 def _slice_of(sites: list[Site], kinds: tuple[str, ...]) -> slice | None:
     """The slice of sites of these kinds; they stand side by side because sites are sorted by family."""
-    if not kinds:
-        return slice(0, len(sites))
     chosen = [i for i, s in enumerate(sites) if s.kind in kinds]
     return slice(chosen[0], chosen[-1] + 1) if chosen else None

@@ -7,12 +7,15 @@ not honour it are refused, for no other way of skipping is exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lossguard.device import signals
 
 SKIPPABLE = ("nonfinite_gradient",)  # what the device can decide before the update
 FUSED = "Adam, AdamW, SGD, Adagrad"
@@ -34,50 +37,78 @@ class Gate:
     """The verdict on one optimizer's gradients, and the counters of updates skipped in a row and in all."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        reason = why_not(optimizer)
-        if reason is not None:
-            raise ValueError(f"skip= needs an optimizer that can leave an update out exactly: {reason}, or use halt= instead of skip=")
         self.optimizer = optimizer
         self.device = optimizer.param_groups[0]["params"][0].device
         self.flag = torch.zeros((), dtype=torch.float32, device=self.device)
         self.in_a_row = torch.zeros((), dtype=torch.float32, device=self.device)
         self.total = torch.zeros((), dtype=torch.float32, device=self.device)
-        self._hook = optimizer.register_step_pre_hook(self._merge)
-        _fill_momentum(optimizer)
+        self._filled = 0
+        self._fill_momentum()
+        mine = weakref.ref(self)  # the optimizer outlives a forgotten guard, and must not stay shut then
+        hooks = [
+            optimizer.register_step_pre_hook(lambda o, a, k: _call(mine, "_merge")),
+            optimizer.register_step_post_hook(lambda o, a, k: _call(mine, "_count")),
+        ]
+        self.close = weakref.finalize(self, _disarm, optimizer, self.flag, hooks)  # disarms, once
+        self.close.atexit = False
         self._arm()
 
-    def judge(self, gradients: Sequence[Tensor]) -> None:
+    def judge(self) -> None:
         """Decide from the gradients as they are now. A norm that overflows float32 (above 1.8e19) counts as non-finite."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradients:
-            total = torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)).sum()
+            norms = signals.l2_of_each([g._values() if g.is_sparse else g for g in gradients])
+            total = torch.stack([n.to(self.device, non_blocking=True) for n in norms]).sum()
             self.flag.copy_(~torch.isfinite(total))
-            self.in_a_row.add_(1.0).mul_(self.flag)
-            self.total.add_(self.flag)
         self._arm()
-
-    def close(self) -> None:
-        """Disarm."""
-        self._hook.remove()
-        if getattr(self.optimizer, "found_inf", None) is self.flag:
-            del self.optimizer.found_inf  # type: ignore[attr-defined]
 
     def _arm(self) -> None:
         self.optimizer.found_inf = self.flag  # type: ignore[attr-defined]
 
-    def _merge(self, optimizer: Optimizer, args: Iterable[Any], kwargs: dict[str, Any]) -> None:
+    def _merge(self) -> None:
         """A GradScaler puts its own flag in place just before the step: either flag skips."""
-        theirs = getattr(optimizer, "found_inf", None)
+        self._fill_momentum()
+        theirs = getattr(self.optimizer, "found_inf", None)
         if theirs is None:
             self._arm()
         elif theirs is not self.flag:
-            optimizer.found_inf = torch.maximum(theirs.to(self.flag.device), self.flag)  # type: ignore[attr-defined]
+            self.optimizer.found_inf = torch.maximum(theirs.to(self.flag.device), self.flag)  # type: ignore[attr-defined]
+
+    def _count(self) -> None:
+        """One count for each update, however many backward passes led to it."""
+        self.in_a_row.add_(1.0).mul_(self.flag)
+        self.total.add_(self.flag)
+
+    def _fill_momentum(self) -> None:
+        """SGD whose first step is skipped would keep uninitialised momentum: zeros first (with dampening 0 the result is the same)."""
+        groups = self.optimizer.param_groups
+        held = sum(len(group["params"]) for group in groups)
+        if held == self._filled or not isinstance(self.optimizer, torch.optim.SGD):
+            return
+        self._filled = held
+        for group in groups:
+            if group["momentum"] and not group["dampening"]:
+                for p in group["params"]:
+                    self.optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
 
-def _fill_momentum(optimizer: Optimizer) -> None:
-    """SGD whose first step is skipped would keep uninitialised momentum: zeros first (with dampening 0 the result is the same)."""
-    if not isinstance(optimizer, torch.optim.SGD):
-        return
-    for group in optimizer.param_groups:
-        if group["momentum"] and not group["dampening"]:
-            for p in group["params"]:
-                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+def armed(optimizers: Sequence[Optimizer]) -> list[Gate]:
+    """A gate for each optimizer. Raises ``ValueError`` before any is armed if one cannot skip exactly."""
+    for optimizer in optimizers:
+        reason = why_not(optimizer)
+        if reason is not None:
+            raise ValueError(f"skip= needs an optimizer that can leave an update out exactly: {reason}, or use halt= instead of skip=")
+    return [Gate(optimizer) for optimizer in optimizers]
+
+
+def _disarm(optimizer: Optimizer, flag: Tensor, hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+    if getattr(optimizer, "found_inf", None) is flag:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def _call(mine: weakref.ref[Gate], method: str) -> None:
+    gate = mine()
+    if gate is not None:
+        getattr(gate, method)()

@@ -7,8 +7,9 @@ Nodes are read, none is kept: activations stay free to go.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,14 +40,15 @@ class GraphFacts:
 
     loss_family: str = "unknown"
     head: Any = None  # the producer of the logits, None if it was not found
-    head_dim: int = -1  # the class dimension there, counted from the end
+    head_dim: int = -1  # the class dimension there
     relu_parameters: list[int] = field(default_factory=list)  # ids of the 1-d parameters right before a ReLU that no hook saw
     cancelled: set[int] = field(default_factory=set)  # ids of biases that only feed a batch-norm
     opaque: set[str] = field(default_factory=set)  # regions that cannot be read, such as "compiled"
 
 
-def read(losses: Sequence[Tensor], producers: Mapping[Any, Any]) -> GraphFacts:
-    """Walk the graph behind the loss, or behind its terms. producers: graph node of a module's output -> that module's key."""
+def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collection[Any] = ()) -> GraphFacts:
+    """Walk the graph behind the loss, or behind its terms. producers: graph node of a module's output -> that module's
+    key. hooked: the nodes among them that a ReLU module made."""
     facts = GraphFacts()
     roots = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     for root in roots:
@@ -61,7 +63,7 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any]) -> GraphFacts:
                 facts.opaque.add(what)
         if facts.loss_family == "unknown" and name in FAMILIES:
             facts.loss_family = FAMILIES[name]
-        if name in RELUS and node not in producers:
+        if name in RELUS and node not in hooked:
             _read_relu(node, facts)
         if name in BATCH_NORMS:
             _read_norm(node, facts)
@@ -78,10 +80,9 @@ def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts) -> No
     while queue and len(seen) < 256:  # the loss's own nodes are few
         node = queue.popleft()
         if node.name() in SOFTMAXES and node.next_functions:
-            producer = _through_views(node.next_functions[0][0], producers)
-            if producer is not None:
-                facts.head = producer
-                facts.head_dim = _dim(node)
+            found = _through_views(node, producers)
+            if found is not None:
+                facts.head, facts.head_dim = found
                 return
         if node in producers or _parameters(node):
             continue  # the model begins here
@@ -91,23 +92,52 @@ def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts) -> No
                 queue.append(child)
 
 
-def _dim(node: Any) -> int:
-    """The class dimension as seen from the module's output: 1 stays 1 (images), anything else is the last."""
-    dim = getattr(node, "_saved_dim", -1)
-    dim = dim - 2**64 if dim > 2**63 else dim
-    return 1 if dim == 1 else -1
-
-
-def _through_views(node: Any, producers: Mapping[Any, Any]) -> Any:
+def _through_views(softmax: Any, producers: Mapping[Any, Any]) -> tuple[Any, int] | None:
+    """The producer of a softmax's logits, and which dimension of its output the softmax runs over."""
+    dim, node = _saved(softmax, "_saved_dim"), softmax
     for _ in range(32):
-        if node is None:
+        below = node.next_functions[0][0] if node.next_functions else None
+        if below is None:
             return None
+        moved = dim if node is softmax else _before(node, dim, _shape(node), _shape(below))
+        if moved is None:
+            return None
+        node, dim = below, moved
         if node in producers:
-            return producers[node]
-        if not node.name().rstrip("0123456789").startswith(VIEWS) or not node.next_functions:
+            return producers[node], dim
+        if not node.name().rstrip("0123456789").startswith(VIEWS):
             return None
-        node = node.next_functions[0][0]
     return None
+
+
+def _before(node: Any, dim: int, after: tuple[int, ...], before: tuple[int, ...]) -> int | None:
+    """Where a dimension of a view's result lies in the view's source; None if it has no one place there."""
+    name = node.name()
+    dim %= len(after)
+    if name.startswith("Transpose"):
+        swap = (_saved(node, "_saved_dim0") % len(after), _saved(node, "_saved_dim1") % len(after))
+        return swap[1 - swap.index(dim)] if dim in swap else dim
+    if name.startswith("TBackward"):
+        return len(after) - 1 - dim
+    if name.startswith("Permute"):
+        return _signed(node._saved_dims[dim]) % len(after)
+    if len(after) == len(before) and not name.startswith(("View", "UnsafeView", "ReshapeAlias")):
+        return dim if before[dim] == after[dim] else None
+    inner = math.prod(after[dim + 1 :])
+    return next((d for d, size in enumerate(before) if size == after[dim] and math.prod(before[d + 1 :]) == inner), None)
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    """The shape of what a node gave."""
+    return tuple(node._input_metadata[0].shape)
+
+
+def _saved(node: Any, name: str) -> int:
+    return _signed(getattr(node, name))
+
+
+def _signed(dim: int) -> int:
+    return dim - 2**64 if dim > 2**63 else dim
 
 
 def _parameters(node: Any) -> list[Tensor]:

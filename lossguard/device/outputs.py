@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 SAMPLES, FEATURES = 16, 64  # of an output, for the signals that need no more than a sample
 
@@ -25,11 +26,21 @@ SHAPING = (*CHANNELS_FIRST, "Linear", "LayerNorm", "Embedding", "LSTM", "GRU", "
 def watched(model: nn.Module) -> dict[int, tuple[str, str]]:
     """The modules whose outputs are measured: id -> (name, class name)."""
     chosen: dict[int, tuple[str, str]] = {}
+    inside: set[int] = set()  # parts of a module that is measured as a whole
     for name, module in model.named_modules():
-        leaf = next(module.children(), None) is None or isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
+        if id(module) in inside:
+            continue
+        parametrized = is_parametrized(module)
+        whole = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) or (parametrized and len(list(module.children())) == 1)
+        if whole:
+            inside.update(id(m) for m in module.modules())
+        elif parametrized:
+            inside.update(id(m) for m in module.get_submodule("parametrizations").modules())
+        leaf = whole or next(module.children(), None) is None
         loss = isinstance(module, nn.modules.loss._Loss)
         if leaf and not loss and not isinstance(module, (*PASSED_OVER, nn.ParameterList, nn.ParameterDict)):
-            chosen[id(module)] = (name or type(module).__name__, type(module).__name__)
+            kind = type(module).__name__.removeprefix("Parametrized") if parametrized else type(module).__name__
+            chosen[id(module)] = (name or kind, kind)
     return chosen
 
 
@@ -59,7 +70,7 @@ def matrix(x: Tensor, channels_first: bool) -> Tensor:
 
     Channels-last memory reads as (N*H*W, C), its order in memory.
     """
-    if channels_first:
+    if channels_first and x.dim() > 2:
         return x.flatten(1) if x.is_contiguous() else x.movedim(1, -1).flatten(0, -2)
     if x.dim() >= 3:
         return x.flatten(0, -2)

@@ -7,6 +7,7 @@ The recorder owns banks (parameters), the forward collector and the rows; who ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,12 @@ class Recorder:
         self._signature: tuple[int, ...] = ()
         self._producers: dict[Any, str] = {}  # graph node -> module call, in the first recorded step only
         self._head_seen = False
+        self._criterion_seen = False  # an nn.CrossEntropyLoss shows logits and targets by itself
         self._first_module = True
         self._batch_rows: int | None = None
         self._kept_before: set[int] = set()  # banks whose weights before the update are kept in this step
         self._updated: set[int] = set()  # optimizers that stepped in this step
+        self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
         self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient after the last update
         self._functional = SilentUnits()
         self._functional_at: dict[int, tuple[Tensor, list[tuple[int, int, int]]]] = {}  # bank -> (indices, (site, first, units))
@@ -60,7 +63,10 @@ class Recorder:
         """A new step starts."""
         self.on = sampled
         self.facts = {}
+        self.targets = None
         self._head_seen, self._first_module = False, True
+        self._producers.clear()
+        self._missing.clear()
         self._kept_before.clear()
         self._updated.clear()
         self.forward.begin()
@@ -73,7 +79,8 @@ class Recorder:
             return  # an activation checkpoint recomputes: counted already
         known = self.modules.get(id(module))
         if known is None:
-            if type(module) is nn.CrossEntropyLoss and torch.is_grad_enabled() and len(args) == 2:
+            if type(module) is nn.CrossEntropyLoss and torch.is_grad_enabled() and len(args) == 2 and isinstance(args[0], Tensor):
+                self._criterion_seen = True
                 self._logits(args[0], 1 if args[0].dim() > 1 else 0, args[1])
             return
         if module.training:
@@ -157,10 +164,12 @@ class Recorder:
 
     def build(self) -> None:
         """Group the parameters into banks; again when parameter groups or frozen parameters changed."""
-        old = {t.name for t in self.roster.trained}
-        self.roster = roles.read(self.model, self.optimizers)
-        known = [t for t in self.roster.trained if t.name in old]
-        self.roster.trained = [*known, *(t for t in self.roster.trained if t.name not in old)]
+        old, self.roster = self.roster.trained, roles.read(self.model, self.optimizers)
+        now = {t.name: t for t in self.roster.trained}
+        # a parameter keeps its index for good: one that was frozen meanwhile stays in the list, held by no optimizer
+        kept = [now.pop(t.name, replace(t, optimizer=-1)) for t in old]
+        self.roster.trained = [*kept, *now.values()]
+        self.modules = watched(self.model)
         groups: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
         elements = 0
         for i, t in enumerate(self.roster.trained):
@@ -172,6 +181,8 @@ class Recorder:
         self._signature = roles.signature(self.optimizers)
         self._kept_before.clear()
         self._functional_at.clear()
+        if self.graph is not None:
+            self._plan_functional()
 
     @property
     def expects_clearing(self) -> bool:
@@ -208,7 +219,7 @@ class Recorder:
             return
         if self.graph is None and tensor.grad_fn is not None:
             self._producers[tensor.grad_fn] = site.name
-        elif self.graph is not None and self.graph.head == site.name:
+        elif self.graph is not None and self.graph.head == site.name and not self._criterion_seen:
             self._logits(tensor, self.graph.head_dim if tensor.dim() > 1 else 0, self.targets)
         if kind in ("Softmax", "LogSoftmax") and args and isinstance(args[0], Tensor) and args[0].dim():
             self._softmax_module(site.name, args[0], getattr(module, "dim", -1))
@@ -234,9 +245,8 @@ class Recorder:
         if k not in self._kept_before:
             bank.record_before(row)
             self._kept_before.add(k)
-        missing = bank.record_gradients(row)
-        if missing:
-            self.facts["no_gradient"] = tuple(sorted({*self.facts.get("no_gradient", ()), *missing}))
+        self._missing[k] = bank.record_gradients(row)
+        self.facts["no_gradient"] = tuple(sorted(s for missing in self._missing.values() for s in missing)) or None
         if k in self._functional_at:
             self._record_functional(k, bank, row)
 
@@ -245,33 +255,42 @@ class Recorder:
         indices, spans = self._functional_at[k]
         fired = bank.gradients.index_select(0, indices).abs()
         for site, first, units in spans:
-            share = self._functional.update((k, site), fired[first : first + units].view(1, units), window(self._batch_rows))
+            share = self._functional.update([site], fired[first : first + units].view(1, units), window(self._batch_rows))
             if share is not None:
                 row.add("dead_fraction", np.array([site], dtype=np.intp), share)
 
     def _read_graph(self, losses: Sequence[Tensor]) -> None:
-        self.graph = graph.read(losses, self._producers)
-        index = {id(t.tensor): i for i, t in enumerate(self.roster.trained)}
-        for k, bank in enumerate(self.banks):
-            self._plan_functional(k, bank, [index[i] for i in dict.fromkeys(reversed(self.graph.relu_parameters)) if i in index])
+        relus = {s.name for s in self.forward.sites if s.kind in signals.RELU_KINDS}
+        self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus})
+        self._plan_functional()
 
-    def _plan_functional(self, k: int, bank: Bank, chosen: list[int]) -> None:
+    def _plan_functional(self) -> None:
+        index = {id(t.tensor): i for i, t in enumerate(self.roster.trained)}
+        found = self.graph.relu_parameters if self.graph is not None else []
+        chosen = [index[i] for i in dict.fromkeys(reversed(found)) if i in index]
+        for k, bank in enumerate(self.banks):
+            self._plan_bank(k, bank, [i for i in chosen if i in bank.offsets])
+
+    def _plan_bank(self, k: int, bank: Bank, chosen: list[int]) -> None:
         positions, spans, first = [], [], 0
         for i in chosen:
-            if i not in bank.offsets:
-                continue
             trained = self.roster.trained[i]
-            name = trained.name.rpartition(".")[0] or trained.name
             units = trained.tensor.numel()
-            site = Site(len(self.forward.sites), name, "gradient rows", units, False)
-            self.forward.sites.append(site)
+            site = self._functional_site(trained.name.rpartition(".")[0] or trained.name, units)
             positions.append(np.arange(bank.offsets[i], bank.offsets[i] + units))
-            spans.append((site.index, first, units))
+            spans.append((site, first, units))
             first += units
         if spans:
             host = torch.from_numpy(np.concatenate(positions).astype(np.int64))
             pinned = host.pin_memory() if bank.device.type == "cuda" else host
             self._functional_at[k] = (pinned.to(bank.device, non_blocking=True), spans)
+
+    def _functional_site(self, name: str, units: int) -> int:
+        for site in self.forward.sites:
+            if site.name == name and site.kind == "gradient rows":
+                return site.index
+        self.forward.sites.append(Site(len(self.forward.sites), name, "gradient rows", units, False))
+        return len(self.forward.sites) - 1
 
     def _look_at_clearing(self) -> None:
         """Gradients whose memory and version counter show that they were added to since the last update, not cleared."""

@@ -24,38 +24,55 @@ class Taps:
     """Hooks that call a recorder. after_backward: called when a backward pass has ended and somebody listens.
 
     listening: whether the end of this step's backward pass matters; sampled steps and armed gates set it.
+    watch: calls its argument and swallows what that raises, so that a hook's own fault never reaches the loop.
     """
 
-    def __init__(self, recorder: Recorder, after_backward: Callable[[], None], after_update: Callable[[int], None], *, backward: bool) -> None:
+    def __init__(
+        self, recorder: Recorder, after_backward: Callable[[], None], after_update: Callable[[int], None], watch: Callable[..., Any], *, backward: bool
+    ) -> None:
         self.listening = False
         self.backward_seen = False
         self._recorder = recorder
-        self._after_backward = after_backward
-        self._queued = False
-        self._forward: Any = None
+        self._after_backward, self._after_update, self._watch = after_backward, after_update, watch
+        self._forward: list[Any] = []
         self._handles: list[Any] = []
         self._grad_handles: list[Any] = []
+        self._hooked: list[Tensor] = []
         self._settled = False
+        self._arrived: dict[int, int] = {}  # backward pass of this step -> gradients that arrived in it
+        self._witnesses: list[Tensor] = []
+        self._reached = 0  # parameters with a gradient when the last backward pass ended
         self._watch_backward = backward
         mine = weakref.ref(self)
         for i, optimizer in enumerate(recorder.optimizers):
-            self._handles.append(optimizer.register_step_pre_hook(lambda o, a, k, i=i: _call(mine, "_pre_step", i)))
-            self._handles.append(optimizer.register_step_post_hook(lambda o, a, k, i=i: after_update(i)))
-        if backward:
-            self._hook_gradients([p for p in recorder.model.parameters() if p.requires_grad])
+            self._handles.append(optimizer.register_step_pre_hook(lambda o, a, k, i=i: _call(mine, "_pre_step", i, a, k)))
+            self._handles.append(optimizer.register_step_post_hook(lambda o, a, k, i=i: _call(mine, "_post_step", i)))
+        weakref.finalize(self, _remove, self._handles, self._grad_handles, self._forward).atexit = False
+        self.rehook()
 
     def watch_forward(self, on: bool) -> None:
         """Attach or remove the one global forward hook."""
-        if on and self._forward is None:
+        if on and not self._forward:
             mine = weakref.ref(self)
 
             def forward_ended(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 _call(mine, "_forward_ended", module, args, output)
 
-            self._forward = register_module_forward_hook(forward_ended)
-        elif not on and self._forward is not None:
-            self._forward.remove()
-            self._forward = None
+            self._forward.append(register_module_forward_hook(forward_ended))
+        elif not on:
+            _remove(self._forward)
+
+    def next_step(self) -> None:
+        """A step is over. If each of its backward passes reached all parameters that have gradients, a few witnesses
+        suffice from now on (not so with several networks in turn or reentrant checkpoints); if none was seen although
+        somebody listened, all are asked again."""
+        arrived, self._arrived = self._arrived, {}
+        if self.listening and not arrived:
+            self.rehook()
+        elif not self._settled and self._witnesses and len(set(arrived.values())) == 1 and self._reached in arrived.values():
+            self._settled = True
+            self._hook_gradients(self._witnesses)
+        self._witnesses = []
 
     def rehook(self) -> None:
         """Listen to every trainable parameter again: parameters came or went, or no backward pass was seen."""
@@ -65,57 +82,71 @@ class Taps:
 
     def close(self) -> None:
         """Take everything off."""
-        self.watch_forward(False)
-        for handle in [*self._handles, *self._grad_handles]:
-            handle.remove()
-        self._handles.clear()
-        self._grad_handles.clear()
+        _remove(self._handles, self._grad_handles, self._forward)
 
     # ---- inside
 
     def _hook_gradients(self, parameters: Sequence[Tensor]) -> None:
-        for handle in self._grad_handles:
-            handle.remove()
+        _remove(self._grad_handles)
         mine = weakref.ref(self)
-        self._grad_handles = [p.register_post_accumulate_grad_hook(lambda p: _call(mine, "_gradient_arrived")) for p in parameters if p.is_leaf]
+        self._hooked = [p for p in parameters if not isinstance(p, nn.parameter.UninitializedTensorMixin) and p.is_leaf]
+        self._grad_handles += [p.register_post_accumulate_grad_hook(lambda p: _call(mine, "_gradient_arrived")) for p in self._hooked]
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._recorder.module_called(module, args, output)
+        self._watch(self._recorder.module_called, module, args, output)
 
-    def _pre_step(self, index: int) -> None:
-        self._recorder.before_update(index)
+    def _post_step(self, index: int) -> None:
+        self._after_update(index)
+
+    def _pre_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The update comes next; where the step is given a closure, which runs backward and clips, it comes when that returns."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not self._recorder.on or closure is None:
+            self._watch(self._recorder.before_update, index)
+            return None
+        watch, recorder = self._watch, self._recorder
+
+        def closed() -> Any:
+            loss = closure()
+            watch(recorder.before_update, index)
+            return loss
+
+        return (args, {**kwargs, "closure": closed}) if "closure" in kwargs else ((args[0], closed, *args[2:]), kwargs)
 
     def _gradient_arrived(self) -> None:
         """The first gradient of a backward pass queues a call for its end (once more behind a data-parallel reducer's own)."""
-        if not self.listening or self._queued:
+        if not self.listening:
             return
-        self._queued = True
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(lambda: engine.queue_callback(self._backward_ended))
+        backward = torch._C._current_graph_task_id()  # by its number, so that a pass that raised midway blocks no later one
+        before = self._arrived.get(backward, 0)
+        self._arrived[backward] = before + 1
+        if not before:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: engine.queue_callback(self._backward_ended))
 
     def _backward_ended(self) -> None:
-        self._queued = False
         self.backward_seen = True
         self._after_backward()
         if not self._settled:
-            self._settled = True
-            self._settle()
+            self._choose_witnesses()
 
-    def _settle(self) -> None:
-        """From now on a few parameters of each optimizer suffice."""
-        chosen: list[Tensor] = []
-        for bank in self._recorder.banks:
-            arrived = [p for p in bank.parameters if p.grad is not None]
-            chosen += arrived[:: max(1, len(arrived) // WITNESSES)][:WITNESSES]
-        if chosen:
-            self._hook_gradients(chosen)
+    def _choose_witnesses(self) -> None:
+        """A few parameters of each optimizer; none while an optimizer has no gradient at all."""
+        self._reached = sum(p.grad is not None for p in self._hooked)
+        arrived = [[p for p in bank.parameters if p.grad is not None] for bank in self._recorder.banks]
+        self._witnesses = [p for of in arrived for p in of[:: max(1, len(of) // WITNESSES)][:WITNESSES]] if all(arrived) else []
 
 
-def _call(mine: weakref.ref[Taps], method: str, *args: Any) -> None:
+def _remove(*handles: list[Any]) -> None:
+    for some in handles:
+        while some:
+            some.pop().remove()
+
+
+def _call(mine: weakref.ref[Taps], method: str, *args: Any) -> Any:
     """Hooks hold the taps weakly, so that a forgotten guard is collected and its hooks do nothing."""
     taps = mine()
-    if taps is not None:
-        getattr(taps, method)(*args)
+    return None if taps is None else getattr(taps, method)(*args)
 
 
 def unwrap(optimizer: Any) -> Optimizer:

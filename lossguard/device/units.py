@@ -6,13 +6,14 @@ Peaks of one batch flow in (K sites of U units), the share of units silent for a
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 SAMPLES = 30  # a unit is dead after this many silent batches in a row ...
 POSITIONS = 1500  # ... that hold at least this many positions: by the rule of three it then fires on < 0.2 % of them
+FULL = 1.0 - 1e-4  # of a window: shares of it are summed in float32
 BATCHES_OF_GRADIENTS = 50  # where the number of positions is not known: the window the healthy envelopes were measured with
 
 
@@ -26,26 +27,42 @@ def window(positions: int | None) -> int:
 
 
 class SilentUnits:
-    """Counters of silent batches in a row, one per unit; groups are made at first sight."""
+    """How much of a window each unit has been silent for without a break. A batch counts by its share of the window it
+    asks for, so that batches of different sizes add up; sites measured together lie side by side."""
 
     def __init__(self) -> None:
-        self._silent: dict[Hashable, Tensor] = {}
-        self._batches: dict[Hashable, int] = {}
+        self._home: dict[Hashable, tuple[Tensor, int]] = {}  # site -> the counters it lies in, and its row there
+        self._seen: dict[Hashable, float] = {}  # site -> windows seen
 
-    def update(self, group: Hashable, peaks: Tensor, batches: int) -> Tensor | None:
-        """peaks: (K, U), positive where a unit fired in this batch, NaN counts as firing. Returns the share of dead
-        units of each site (K,) once ``batches`` batches were seen, None before."""
-        silent = self._silent.get(group)
-        if silent is None or silent.shape != peaks.shape:
-            silent = self._silent[group] = torch.zeros(peaks.shape, device=peaks.device)
-            self._batches[group] = 0
-        silent.add_(1.0).mul_(peaks <= 0)
-        self._batches[group] += 1
-        if self._batches[group] < batches:
+    def update(self, sites: Sequence[Hashable], peaks: Tensor, batches: int) -> Tensor | None:
+        """peaks: (K, U), positive where a unit fired in this batch, NaN counts as firing. batches: how many like this
+        one make a window. Returns the share of dead units of each site (K,) once a window was seen, None before."""
+        silent = self._counters(sites, peaks)
+        silent.add_(1.0 / batches).mul_(peaks <= 0)
+        for site in sites:
+            self._seen[site] += 1.0 / batches
+        if min(self._seen[site] for site in sites) < FULL:
             return None
-        return (silent >= batches).to(torch.float32).mean(dim=1)
+        return (silent >= FULL).to(torch.float32).mean(dim=1)
 
     @property
     def nbytes(self) -> int:
         """Device bytes held."""
-        return sum(4 * t.numel() for t in self._silent.values())
+        return sum(4 * t.numel() for t in {id(t): t for t, _ in self._home.values()}.values())
+
+    def _counters(self, sites: Sequence[Hashable], peaks: Tensor) -> Tensor:
+        """The counters of these sites, brought together where they were not."""
+        homes = [self._home.get(site) for site in sites]
+        first = homes[0]
+        if first is not None and first[0].shape == peaks.shape and all(h is not None and h[0] is first[0] and h[1] == k for k, h in enumerate(homes)):
+            return first[0]
+        rows: list[Tensor] = []
+        for site, home in zip(sites, homes, strict=True):
+            if home is not None and home[0].shape[1] == peaks.shape[1] and home[0].device == peaks.device:
+                rows.append(home[0][home[1]])
+            else:
+                rows.append(torch.zeros(peaks.shape[1], device=peaks.device))
+                self._seen[site] = 0.0
+        silent = torch.stack(rows)
+        self._home.update({site: (silent, k) for k, site in enumerate(sites)})
+        return silent

@@ -84,7 +84,8 @@ class History:
         loss_family: str = "unknown",
         optimizers: int = 1,
     ) -> None:
-        self.params = list(params)
+        self.memo: dict[Any, Any] = {}  # readings derived from the present state, shared by rules; emptied by every arrival
+        self.params = params
         self.units: list[Unit] = []  # module calls in execution order; grows as they are first seen
         self.heads: list[str] = []  # softmaxes observed; the one at the loss is called "loss"
         self.loss_family = loss_family  # "cross_entropy", "binary", "mse", ..., "unknown"
@@ -94,10 +95,12 @@ class History:
         self._terms: dict[str, Array] = {}
         self._loss_count = 0
         self._capacity = samples
-        self._steps = np.full(samples, -1, dtype=np.int64)
+        # every ring of samples is written twice, one capacity apart, so that a window is always one slice: a view, not a copy
+        self._steps = np.full(2 * samples, -1, dtype=np.int64)
         self._signals: dict[str, Array] = {}
         self._seen: dict[str, Mask] = {}
         self._facts: list[dict[str, Any]] = []
+        self._numbers: dict[str, Array] = {}  # the numeric facts, as rings
         self._count = 0
         self._born: dict[str, Array] = {}
         self._judged_losses = 0
@@ -107,6 +110,7 @@ class History:
 
     def add_loss(self, step: int, total: float, terms: Mapping[str, float] | None = None, input_finite: float = np.nan) -> None:
         """One step's loss, its named terms if it has any, and whether the batch was finite (1, 0, NaN: not looked at)."""
+        self.memo.clear()
         self._losses[self._loss_count % len(self._losses)] = step, total, input_finite
         for name, value in (terms or {}).items():
             ring = self._terms.setdefault(name, np.full(len(self._losses), np.nan))
@@ -116,14 +120,20 @@ class History:
     def add_sample(self, sample: Sample) -> None:
         """One sampled step; derived signals (``update_ratio``, ``grad_total``, ``grad_rms``) are filled in here."""
         row = self._count % self._capacity
+        twin = row + self._capacity
+        self.memo.clear()
         self._steps[row] = sample.step
-        for seen in self._seen.values():
-            seen[row] = False
-        for ring in self._signals.values():
-            ring[row] = np.nan
+        for signal in self._signals:
+            self._seen[signal][row] = False
+            self._signals[signal][row] = np.nan
         for signal, (sites, numbers) in sample.values.items():
             self._write(row, signal, np.asarray(sites), np.asarray(numbers, dtype=np.float64))
         self._derive(row)
+        self._note(row, sample.facts)
+        self._steps[twin] = sample.step
+        for signal, ring in self._signals.items():
+            ring[twin] = ring[row]
+            self._seen[signal][twin] = self._seen[signal][row]
         self._facts.append(sample.facts)
         del self._facts[: max(0, len(self._facts) - self._capacity)]
         self._count += 1
@@ -150,7 +160,7 @@ class History:
         return self._steps[self._rows(n)]
 
     def last(self, signal: str, n: int | None = None) -> Array:
-        """The last n samples of a signal: (at most n, sites), oldest first, NaN where unseen. Empty if never seen."""
+        """The last n samples of a signal: (at most n, sites), oldest first, NaN where unseen. Empty if never seen. Not to be written to."""
         ring = self._signals.get(signal)
         return np.empty((0, 0)) if ring is None else ring[self._rows(n)]
 
@@ -165,8 +175,9 @@ class History:
 
     def fact(self, name: str, n: int | None = None, default: float = np.nan) -> Array:
         """A numeric host-known fact of the last n samples: (at most n,), ``default`` where a sample lacks it."""
-        facts = self._facts if n is None else self._facts[max(0, len(self._facts) - n) :]
-        return np.array([default if f.get(name) is None else float(f[name]) for f in facts], dtype=np.float64)
+        ring = self._numbers.get(name)
+        values = np.full(self.samples if n is None else min(n, self.samples), np.nan) if ring is None else ring[self._rows(n)]
+        return values if np.isnan(default) else np.where(np.isnan(values), default, values)
 
     def facts(self, back: int = 1) -> dict[str, Any]:
         """All host-known facts of the newest sample (``back=2``: the one before it); empty if there is none."""
@@ -220,17 +231,28 @@ class History:
 
     # ---- what rules ask often
 
+    @property
+    def params(self) -> Sequence[Param]:
+        """The trained parameters, in model order."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Sequence[Param]) -> None:
+        self._params = tuple(params)
+        self.memo.clear()
+        self.numels = np.array([max(p.numel, 1) for p in params], dtype=np.float64)  # elements of each, at least 1
+        self._kinds = np.array([p.kind for p in params], dtype=object)
+
     def kinds(self, *kinds: str) -> Mask:
         """Which parameters are of these kinds: (params,)."""
-        return np.array([p.kind in kinds for p in self.params], dtype=np.bool_)
+        return np.logical_or.reduce([self._kinds == kind for kind in kinds]).astype(np.bool_) if len(self._kinds) else np.zeros(0, dtype=np.bool_)
 
     @property
     def zero_born(self) -> Mask:
         """Which parameters began with a root mean square below ZERO_BORN_RMS: (params,); unknown counts as zero-born."""
         norms = self.born("weight_norm")
         rms = np.full(len(self.params), np.nan)
-        sizes = np.array([max(p.numel, 1) for p in self.params], dtype=np.float64)
-        rms[: len(norms)] = norms / np.sqrt(sizes[: len(norms)])
+        rms[: len(norms)] = norms / np.sqrt(self.numels[: len(norms)])
         return ~(rms >= ZERO_BORN_RMS)
 
     @property
@@ -248,7 +270,7 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to give the alarms of an uninterrupted one; plain types and numpy arrays."""
-        keys = ("_losses", "_terms", "_loss_count", "_steps", "_signals", "_seen", "_facts", "_count", "_born", "_judged_losses", "lr_peak")
+        keys = ("_losses", "_terms", "_loss_count", "_steps", "_signals", "_seen", "_facts", "_numbers", "_count", "_born", "_judged_losses", "lr_peak")
         state = {key: getattr(self, key) for key in keys}
         return {**state, "units": [(u.name, u.kind, u.width) for u in self.units], "heads": self.heads, "params": [p.name for p in self.params], "loss_family": self.loss_family}
 
@@ -262,12 +284,15 @@ class History:
                 self.units = [Unit(*u) for u in value]
             elif key != "params":
                 setattr(self, key, value)
+        self.memo.clear()
 
     # ---- inside
 
-    def _rows(self, n: int | None) -> npt.NDArray[np.int64]:
-        n = self.samples if n is None else min(n, self.samples)
-        return np.arange(self._count - n, self._count) % self._capacity
+    def _rows(self, n: int | None) -> slice:
+        n = self.samples if n is None else max(0, min(n, self.samples))
+        end = self._count % self._capacity
+        end += self._capacity if end < n or (end == 0 and n) else 0
+        return slice(end - n, end)
 
     def _loss_index(self, n: int | None) -> npt.NDArray[np.int64]:
         held = min(self._loss_count, len(self._losses))
@@ -288,10 +313,19 @@ class History:
         new = np.isnan(born[sites]) & np.isfinite(numbers)
         born[sites[new]] = numbers[new]
 
+    def _note(self, row: int, facts: Mapping[str, Any]) -> None:
+        """Numeric facts into rings, written twice as signals are."""
+        for ring in self._numbers.values():
+            ring[row] = ring[row + self._capacity] = np.nan
+        for name, value in facts.items():
+            if isinstance(value, (int, float)):
+                ring = self._numbers.setdefault(name, np.full(2 * self._capacity, np.nan))
+                ring[row] = ring[row + self._capacity] = value
+
     def _widen(self, signal: str, width: int) -> None:
         old, seen, born = self._signals.get(signal), self._seen.get(signal), self._born.get(signal)
-        self._signals[signal] = np.full((self._capacity, width), np.nan)
-        self._seen[signal] = np.zeros((self._capacity, width), dtype=np.bool_)
+        self._signals[signal] = np.full((2 * self._capacity, width), np.nan)
+        self._seen[signal] = np.zeros((2 * self._capacity, width), dtype=np.bool_)
         self._born[signal] = np.full(width, np.nan)
         if old is not None and seen is not None and born is not None:
             self._signals[signal][:, : old.shape[1]] = old
@@ -312,5 +346,4 @@ class History:
             norms = self._signals["grad_norm"][row, there]
             with np.errstate(over="ignore"):
                 self._write(row, "grad_total", np.array([0]), np.sqrt(np.array([np.sum(np.square(norms))])))
-            sizes = np.array([max(p.numel, 1) for p in self.params], dtype=np.float64)[: len(there)]
-            self._write(row, "grad_rms", every[: len(there)][there], norms / np.sqrt(sizes[there]))
+            self._write(row, "grad_rms", every[: len(there)][there], norms / np.sqrt(self.numels[: len(there)][there]))

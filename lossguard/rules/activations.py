@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import converged, fallen, listing, lr_remedy, newest, ranked, steady, stretch, typical
+from lossguard.advice import converged, fallen, listing, lr_remedy, newest, ranked, steady, stretch, typically
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask, Unit
 from lossguard.rules.rule import rule
@@ -112,8 +112,8 @@ class SaturatedActivation:
         if not sick.any():
             return None
         first = int(np.flatnonzero(sick)[0])
-        unit, share = unit_at(history, first), float(typical(history.last("saturated_fraction", n))[first])
-        rms = typical(history.last("input_rms", n)) if history.last("input_rms", n).size else np.empty(0)
+        unit, share = unit_at(history, first), float(typically(history, "saturated_fraction", n)[first])
+        rms = typically(history, "input_rms", n) if history.last("input_rms", n).size else np.empty(0)
         loud = float(np.nanmax(rms)) if np.isfinite(rms).any() else 1.0
         pairs = [(Cause("weights or learning rate too large", 0.5, f"{share:.0%} of the units of {unit.name} are at their rails"),
                   [Remedy(f"initialise the layer before {unit.name} by Xavier", {"init": "xavier"}), lr_remedy(history, 0.1)])]  # fmt: skip
@@ -176,7 +176,7 @@ class CollapsedActivation:
         if tail.size < (2 if offset and measured.size > 1 else 1):
             return None
         first = int(tail[0])
-        unit, value = unit_at(history, first), float(typical(history.last("sample_variance", n))[first])
+        unit, value = unit_at(history, first), float(typically(history, "sample_variance", n)[first])
         pairs = [(Cause("dead, saturated or constant weights", 0.6, f"samples differ before {unit.name} and not after"),
                   [Remedy(f"initialise {unit.name} at random (He for ReLU, Xavier else)", {"init": "he"}), lr_remedy(history, 0.1)])]  # fmt: skip
         if not varied.size:

@@ -53,11 +53,22 @@ class LossSpike:
         if fresh == 0:
             return None
         losses, steps = history.losses(), history.loss_steps()
-        for at in range(len(losses) - fresh, len(losses)):
+        for at in self._candidates(losses, fresh):
             z, past = self._z(losses, at)
             if z > 0:
                 return self._finding(history, int(steps[at]), float(losses[at]), past, z)
         return None
+
+    def _candidates(self, losses: Array, fresh: int) -> list[int]:
+        """The fresh losses that can be spikes at all: above half the limit of the past that all of them share."""
+        first = len(losses) - fresh
+        past = losses[max(0, first - 2 * self.window) : first]
+        past = past[np.isfinite(past)]
+        if past.size < self.least:
+            return list(range(first, len(losses)))
+        median = float(np.median(past))
+        spread = _NORMAL * float(np.median(np.abs(past - median)))
+        return [at for at in range(first, len(losses)) if losses[at] > median + 0.5 * self.sigmas * min(spread, abs(median))]
 
     def _z(self, losses: Array, at: int) -> tuple[float, Array]:
         """The robust z of a loss if it is a spike, else 0; and the past that judged it: finite losses without earlier spikes."""

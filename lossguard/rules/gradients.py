@@ -19,6 +19,7 @@ from lossguard.advice import (
     step_size_advice,
     stretch,
     typical,
+    typically,
     without_gradient,
 )
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
@@ -148,7 +149,7 @@ class VanishingGradient:
 
     def _epsilon(self, history: History, n: int, able: Mask) -> Finding | None:
         epsilon = history.facts().get("adam_eps")
-        ratio = typical(history.last("update_ratio", n)) if history.last("update_ratio", n).size else np.full(len(able), np.nan)
+        ratio = typically(history, "update_ratio", n) if history.last("update_ratio", n).size else np.full(len(able), np.nan)
         if not epsilon or not able.any() or history.schedule_tail or not np.nanmax(np.where(able, ratio, -1.0)) >= 0:
             return None
         low = steady(history, "grad_rms", n, self.least, lambda v: (v > 0) & (v < self.epsilons * float(epsilon))) & able

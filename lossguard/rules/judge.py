@@ -47,14 +47,16 @@ class Judge:
     """Asks rules and keeps the events.
 
     horizon: how many steps after a root's last sign a symptom still counts as its consequence. calm: how many quiet
-    answers end an episode, after which the same rule may report anew. on_fault: called with a rule's own exception,
-    after which that rule is asked no more.
+    answers end an episode, after which the same rule may report anew. halts: which findings end the run; such a one is
+    hidden below a root only if the root ends the run itself. on_fault: called with a rule's own exception, after which
+    that rule is asked no more.
     """
 
     rules: Sequence[Rule]
     mute: frozenset[str] = frozenset()
     horizon: int = 200  # steps; healthy cascades of detectors' faulty runs unfold within this
     calm: int = 20  # quiet answers
+    halts: Callable[[Finding], bool] = lambda finding: finding.severity == Severity.HALT
     on_fault: Callable[[str, Exception], None] | None = None
     findings: list[Finding] = field(default_factory=list)
     _streaks: dict[str, int] = field(default_factory=dict)
@@ -71,12 +73,12 @@ class Judge:
 
     def admit(self, found: Iterable[Finding]) -> list[Finding]:
         """Take findings (of rules or of checks) into the list of events; returns the new or graver events."""
-        heard: list[Finding] = []
+        heard: list[str] = []
         for finding in sorted(found, key=lambda f: (f.step, RANK.get(f.diagnosis, len(RANK)))):
-            event = self._admit(finding)
-            if event is not None:
-                heard.append(event)
-        return heard
+            if self._admit(finding):
+                heard.append(finding.diagnosis)
+        events = [self.findings[self._open[name][0]] for name in dict.fromkeys(heard)]
+        return [event for i, event in enumerate(events) if event not in events[:i]]
 
     def state_dict(self) -> dict[str, Any]:
         """Events and streaks, as plain types."""
@@ -113,23 +115,24 @@ class Judge:
         self._streaks[name] = self._streaks.get(name, 0) + 1
         return finding if self._streaks[name] >= rule.patience or finding.severity == Severity.HALT else None
 
-    def _admit(self, finding: Finding) -> Finding | None:
+    def _admit(self, finding: Finding) -> bool:
+        """Take one finding in; True if people should hear of its event."""
         name = finding.diagnosis
         if name in self.mute:
-            return None
+            return False
         if name in self._open:
             return self._continue(self._open[name], finding)
         root = self._root_of(finding)
-        if root is not None and finding.severity < Severity.HALT:
+        if root is not None and (not self.halts(finding) or self.halts(self.findings[root])):
             event = self.findings[root]
             self.findings[root] = replace(event, consequences=(*event.consequences, finding))
             self._open[name] = (root, len(event.consequences))
-            return None
+            return False
         if name in SEEN_LATE:
             finding = self._adopt(finding)
         self.findings.append(finding)
         self._open[name] = (len(self.findings) - 1,)
-        return finding
+        return True
 
     def _adopt(self, root: Finding) -> Finding:
         """Events that follow from a root which takes a whole window to see become its consequences."""
@@ -143,21 +146,22 @@ class Judge:
             self._open[f.diagnosis] = (len(self.findings), k)
         return replace(root, consequences=adopted)
 
-    def _continue(self, path: tuple[int, ...], finding: Finding) -> Finding | None:
+    def _continue(self, path: tuple[int, ...], finding: Finding) -> bool:
         event = self.findings[path[0]]
         old = event if len(path) == 1 else event.consequences[path[1]]
         graver = finding.severity > old.severity
-        new = replace(finding if graver else old, step=old.step, count=old.count + 1, last_step=max(finding.step, old.last_step or old.step), consequences=old.consequences)
+        last = max(finding.step, old.last_step or old.step)
+        new = replace(finding if graver else old, step=old.step, count=old.count + 1, last_step=last, consequences=old.consequences)
         if len(path) == 1:
             self.findings[path[0]] = new
-            return new if graver else None
-        if finding.severity == Severity.HALT:  # a halt is never hidden below its root
+            return graver
+        if self.halts(new) and not self.halts(event):  # a halt is never hidden below a root that does not halt
             self.findings.append(new)
             self._open[finding.diagnosis] = (len(self.findings) - 1,)
-            return new
+            return True
         listed = event.consequences
         self.findings[path[0]] = replace(event, consequences=(*listed[: path[1]], new, *listed[path[1] + 1 :]))
-        return None
+        return False
 
     def _root_of(self, finding: Finding) -> int | None:
         """The earliest event that explains this finding and is still fresh."""

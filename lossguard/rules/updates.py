@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lossguard.advice import converged, informational, listing, lr_remedy, matrices, ranked, step_size_advice, stretch, typical, without_gradient
+from lossguard.advice import converged, informational, listing, lr_remedy, matrices, ranked, step_size_advice, stretch, typical, typically, without_gradient
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.rule import rule
@@ -90,7 +90,7 @@ class UpdateRatioHigh:
         return None
 
     def _median(self, history: History, able: Mask, n: int, limit: float) -> Finding | None:
-        u = np.where(able, typical(history.last("update_ratio", n)), np.nan)
+        u = np.where(able, typically(history, "update_ratio", n), np.nan)
         with np.errstate(invalid="ignore"):
             high = u > limit
         if high.sum() < max(1.0, self.share * able.sum()):
@@ -274,7 +274,7 @@ class UnchangedWeights:
 
     def _cause(self, history: History, n: int, sites: Any) -> tuple[Cause, Remedy]:
         name, first = history.params[int(sites[0])].name, history.params[int(sites[0])]
-        gradient = typical(history.last("grad_rms", n))[sites[0]] if history.last("grad_rms", n).size else np.nan
+        gradient = typically(history, "grad_rms", n)[sites[0]] if history.last("grad_rms", n).size else np.nan
         if without_gradient(history)[sites[0]]:
             remedy = Remedy(f"look for detach(), no_grad() or an unused branch after {name}", {"parameter": name})
             return Cause("detached from the loss", 0.8, f"the gradient of {name} is None"), remedy
