@@ -95,6 +95,16 @@ def typically(history: History, signal: str, n: int) -> Array:
     return typical(history.last(signal, n))
 
 
+@once
+def reach(history: History, signal: str, n: int) -> tuple[float, float]:
+    """The least and the greatest measured number of the last n samples, (inf, -inf) if there is none: a rule's first look."""
+    values = history.last(signal, n)
+    if not values.size:
+        return math.inf, -math.inf
+    low, high = float(np.fmin.reduce(values, axis=None)), float(np.fmax.reduce(values, axis=None))
+    return (math.inf, -math.inf) if math.isnan(low) else (low, high)
+
+
 def newest(history: History, signal: str, within: int) -> tuple[Array, Array]:
     """Per site the newest measured number within so many samples, and its step; NaN where there is none."""
     values, seen, steps = history.last(signal, within), history.seen(signal, within), history.steps(within)
@@ -108,7 +118,7 @@ def newest(history: History, signal: str, within: int) -> tuple[Array, Array]:
 @once
 def matrices(history: History) -> Mask:
     """Parameters on which ratio rules may run: matrices that an optimizer holds, neither zero-born nor cancelled by a norm."""
-    sound = np.array([p.optimizer >= 0 and not p.cancelled for p in history.params], dtype=np.bool_)
+    sound = history.held
     return np.asarray(history.kinds("matrix") & sound & ~history.zero_born)
 
 
@@ -116,6 +126,8 @@ def matrices(history: History) -> Mask:
 def without_gradient(history: History) -> Mask:
     """Parameters whose gradient is None in the newest sample."""
     listed = set(history.facts().get("no_gradient") or ())
+    if not listed:
+        return np.zeros(len(history.params), dtype=np.bool_)
     return np.array([i in listed or p.name in listed for i, p in enumerate(history.params)], dtype=np.bool_)
 
 

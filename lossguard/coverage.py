@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from lossguard.device import signals
 from lossguard.device.recorder import Recorder
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
@@ -27,8 +28,8 @@ def survey(recorder: Recorder, history: History, handover: Handover, steps: int,
     """Ask every part what it has seen."""
     observed = {"loss": 1} if history.loss_steps(1).size else {}
     observed.update(history.observed())
-    unseen = dict(recorder.roster.unread)
-    unseen.update({name: "held by no optimizer" for name in recorder.roster.missing})
+    unseen = recorder.unread()
+    unseen.update({f"signal {name}": f"failed and reads NaN ({why})" for name, why in signals.BROKEN.items()})
     unseen.update({entry.partition(": ")[0]: entry.partition(": ")[2] for entry in recorder.forward.unwatched})
     if steps:
         unseen.update(_after_steps(recorder, observed, backward_seen))

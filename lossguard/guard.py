@@ -115,6 +115,7 @@ class Guard:
         self._batches = 0
         self._tries = 0  # iterations the open sample has waited for an update
         self._updates_seen = False
+        self._named: Any = None  # the roster whose names the history has
         self._explicit = phases == "explicit"
         self._update_tried = False  # an update was announced in this iteration, whether or not a loss scaler let it happen
         self._alarm_until = -1
@@ -221,7 +222,7 @@ class Guard:
     @property
     def findings(self) -> list[Finding]:
         """The events so far, oldest first; one an episode, with counts and consequences."""
-        return list(self._judge.findings)
+        return [self._with_gate(f) for f in self._judge.findings]
 
     @property
     def history(self) -> History:
@@ -276,7 +277,7 @@ class Guard:
         if sampled and self._recorder.outdated:
             self._watch(self._recorder.build)
             self._taps.rehook()
-        self._recorder.begin(sampled)
+        self._recorder.begin(sampled, every_module=self.steps < self.dense or self.steps <= self._alarm_until)
         self._taps.watch_forward(sampled)
         self._taps.listening = sampled or bool(self._gates) or bool(self._recorder.expects_clearing)
 
@@ -318,7 +319,8 @@ class Guard:
         """Tell the history what is known of parameters, units and the loss."""
         history, recorder = self._history, self._recorder
         known = recorder.graph.cancelled if recorder.graph else set()
-        if len(history.params) != len(recorder.roster.trained) or known:
+        if self._named is not recorder.roster or known:
+            self._named = recorder.roster
             history.params = [
                 Param(t.name, _numel(t.tensor), t.kind, t.optimizer, str(t.tensor.dtype).removeprefix("torch."), id(t.tensor) in known, t.module)
                 for t in recorder.roster.trained
@@ -354,9 +356,9 @@ class Guard:
             return finding
         return replace(finding, severity=min(finding.severity, Severity.WARNING), note="the updates with such gradients were skipped on the device: weights and moments are those before them")
 
-    def _watch(self, call: Any, *args: Any, **keywords: Any) -> Any:
+    def _watch(self, call: Any, *args: Any, part: str | None = None, **keywords: Any) -> Any:
         """Our own faults never end a run: one warning for each place, then that part stays silent."""
-        name = getattr(call, "__qualname__", type(call).__name__)
+        name = part or getattr(call, "__qualname__", type(call).__name__)
         if name in self._silenced:
             return None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import pickle
@@ -125,8 +126,8 @@ def loader(n: int = 256, batch: int = 16, poison: int | None = None):
 
 
 def trainer(*callbacks, ns=L, **options):
-    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return ns.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return ns.Trainer(callbacks=list(callbacks), **{"max_epochs": 1, "accelerator": "cpu", **quiet, **options})
 
 
 def fit(module, *, data=None, callback=None, ns=L, **options):
@@ -292,8 +293,7 @@ def test_bf16_mixed():
 
 def half(ns=L, **options):
     """float16 with a loss scaler, which Lightning replaces by bf16 on a CPU unless the plugin is given."""
-    plugins = sys.modules[ns.__name__ + ".plugins.precision"] if ns.__name__ + ".plugins.precision" in sys.modules else ns.plugins
-    return plugins.MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", **options))
+    return ns.plugins.MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", **options))
 
 
 @namespaces
@@ -408,11 +408,9 @@ def test_everything_comes_off(kind, how):
 
     module, callback = Ends(), LossGuardCallback()
     run = trainer(callback)
-    if how == "end":
+    with contextlib.suppress(OSError, SystemExit):  # an interrupt ends the process from 2.4 on, the fit before
         run.fit(module, loader())
-    else:
-        with pytest.raises((OSError, SystemExit, KeyboardInterrupt)):
-            run.fit(module, loader())
+    assert run.interrupted == (how != "end")
     assert callback.guard.closed
     assert hooks_on(module, callback.guard.optimizers) == 0
     assert "configure_gradient_clipping" not in vars(module)
@@ -467,7 +465,7 @@ def test_checkpoints_carry_the_history(ns, tmp_path):
     resumed = LossGuardCallback()
     trainer(resumed, ns=ns, max_epochs=2).fit(classifier(ns), loader(), ckpt_path=path)
     assert resumed.guard.steps == whole.guard.steps == 32
-    for signal in ("grad_norm", "update_norm", "activation_rms", "logit_peak"):
+    for signal in ("grad_norm", "update_norm", "activation_rms"):
         np.testing.assert_array_equal(resumed.guard.history.last(signal), whole.guard.history.last(signal), err_msg=signal)
     np.testing.assert_array_equal(resumed.guard.history.losses(), whole.guard.history.losses())
 
@@ -521,7 +519,8 @@ def test_at_most_twenty_scalars_are_logged(ns, tmp_path):
     assert [int(r["step"]) for r in rows] == [0, 20, 40, 60, 80, 100, 120]
     totals = dict(zip(callback.guard.history.steps().tolist(), callback.guard.history.last("grad_total")[:, 0], strict=True))
     np.testing.assert_allclose([float(r["lossguard/grad_norm"]) for r in rows], [totals[int(r["step"])] for r in rows], rtol=1e-6)
-    assert float(rows[0]["lossguard/update_ratio_smallest"]) <= float(rows[0]["lossguard/update_ratio_median"]) <= float(rows[0]["lossguard/update_ratio_largest"])
+    smallest, median, largest = (float(rows[0][f"lossguard/update_ratio_{which}"]) for which in ("smallest", "median", "largest"))
+    assert 0 < smallest <= median <= largest
 
 
 def test_layers_are_logged_on_demand(tmp_path):

@@ -50,12 +50,11 @@ class _Kept:
 
 @dataclass
 class _Taken:
-    """What was taken of one output: its norm (large ones), a sample (r, f), the peak of each ReLU unit (units,)."""
+    """What was taken of K outputs of one family and shape: samples (K, r, f), and for ReLUs the peak of each unit (K, units)."""
 
-    site: Site
-    elements: int
-    norm: Tensor | None = None
-    sample: Tensor | None = None
+    family: int
+    sites: list[Site]
+    samples: Tensor | None
     peaks: Tensor | None = None
     positions: int = 0
 
@@ -71,9 +70,13 @@ class Forward:
         self._calls: dict[str, int] = {}
         self._kept: list[_Kept] = []
         self._taken: list[_Taken] = []
+        self._norms: list[tuple[Site, int, Tensor]] = []  # site, elements, norm of each large output
         self._bytes = 0
         self._at_once: set[int] = set()  # sites whose output is overwritten in place
         self._large: list[int] = []  # sites with large outputs that are no activations, as first seen
+        self.covered: set[str] = set()  # modules whose every output went straight into a watched elementwise activation
+        self._last: tuple[str, Tensor] | None = None  # the module and output before, while the first steps are dense
+        self._uncovered: set[str] = set()
         self._conv1d = False  # whether the last shaping module of three dimensions put channels first
 
     def begin(self) -> None:
@@ -94,6 +97,13 @@ class Forward:
             with torch.no_grad():
                 self._take(site, output)
         return site
+
+    def follow(self, name: str, kind: str, given: object, output: Tensor) -> None:
+        """Learn which modules need no look of their own: what an elementwise activation gives shows what it was given."""
+        if self._last is not None:
+            (self.covered if given is self._last[1] and kind in outputs.ELEMENTWISE else self._uncovered).add(self._last[0])
+            self.covered -= self._uncovered
+        self._last = name, output
 
     def finish(self, row_of: Callable[[torch.device], Row]) -> None:
         """The forward pass is over: reduce what was kept, outputs of one shape together."""
@@ -120,6 +130,8 @@ class Forward:
     def _clear(self) -> None:
         self._kept.clear()
         self._taken.clear()
+        self._norms.clear()
+        self._last = None
         self._bytes = 0
 
     def _site(self, name: str, kind: str, output: Tensor) -> Site | None:
@@ -143,30 +155,39 @@ class Forward:
 
     def _take(self, site: Site, output: Tensor) -> None:
         """A large output: one operation for its norm, one for a sample, one for the peaks of its units."""
-        taken = _Taken(site, output.numel(), signals.l2(output))
-        if _family(site.kind) or site.index in self._large[:: -(-len(self._large) // LARGE_SAMPLES)]:
-            taken.sample = outputs.sample(outputs.matrix(output, site.channels_first)).to(torch.float32, copy=True)
-        if site.kind in signals.RELU_KINDS:
+        self._norms.append((site, output.numel(), signals.l2(output)))
+        family = _family(site.kind)
+        taken = _Taken(family, [site], None)
+        spread = self._large[:: max(1, -(-len(self._large) // LARGE_SAMPLES))]
+        if family or site.index in spread or output.numel() <= SMALL:
+            rows = outputs.matrix(output, site.channels_first).unsqueeze(0)
+            taken.samples = outputs.sample(rows).to(torch.float32, copy=True)
+        if family == RELU:
             unit = 1 if site.channels_first else output.dim() - 1
-            taken.peaks = output.amax(dim=tuple(d for d in range(output.dim()) if d != unit)).reshape(-1)
+            taken.peaks = output.amax(dim=tuple(d for d in range(output.dim()) if d != unit)).reshape(1, -1)
             taken.positions = output.numel() // max(1, site.width)
         self._taken.append(taken)
 
     def _take_together(self, group: list[_Kept], row: Row) -> None:
         """Small outputs of one shape: stacked once, their norms and peaks are one operation each."""
-        group.sort(key=lambda k: _family(k.site.kind))
-        rows = [outputs.matrix(k.output, k.site.channels_first) for k in group]
-        stacked = torch.stack(rows)  # (K, R, F)
+        families = [_family(k.site.kind) for k in group]
+        order = sorted(range(len(group)), key=families.__getitem__)
+        group, families = [group[i] for i in order], [families[i] for i in order]
+        first = group[0].site
+        plain = group[0].output.dim() == 2  # samples by features already
+        stacked = torch.stack([k.output if plain else outputs.matrix(k.output, first.channels_first) for k in group])  # (K, R, F)
+        stacked = stacked.to(torch.float32) if stacked.dtype == torch.float64 else stacked
+        elements = stacked.shape[1] * stacked.shape[2]
         sites = np.array([k.site.index for k in group], dtype=np.intp)
         norms = torch.linalg.vector_norm(stacked, dim=(1, 2), dtype=None if stacked.dtype == torch.float64 else torch.float32)
-        row.add("activation_rms", sites, norms, np.full(len(group), stacked[0].numel() ** -0.5))
-        part = _slice_of([k.site for k in group], signals.RELU_KINDS)
-        peaks = None if part is None else self._peaks(stacked[part], group[0].site.width)
-        for k, (kept, matrix) in enumerate(zip(group, rows, strict=True)):
-            taken = _Taken(kept.site, kept.output.numel(), sample=outputs.sample(matrix))
-            if peaks is not None and part is not None and part.start <= k < part.stop:
-                taken.peaks = peaks[k - part.start]
-                taken.positions = kept.output.numel() // max(1, kept.site.width)
+        row.add("activation_rms", sites, norms, np.full(len(group), elements**-0.5))
+        samples = outputs.sample(stacked)
+        for family in sorted(set(families)):
+            part = slice(families.index(family), len(families) - families[::-1].index(family))
+            taken = _Taken(family, [k.site for k in group[part]], samples[part])
+            if family == RELU:
+                taken.peaks = self._peaks(stacked[part], first.width)
+                taken.positions = elements // max(1, first.width)
             self._taken.append(taken)
 
     @staticmethod
@@ -178,52 +199,50 @@ class Forward:
         return peaks
 
     def _lay_norms(self, row_of: Callable[[torch.device], Row]) -> None:
-        for device in {t.norm.device for t in self._taken if t.norm is not None}:
-            large = [(t, t.norm) for t in self._taken if t.norm is not None and t.norm.device == device]
-            sites = np.array([t.site.index for t, _ in large], dtype=np.intp)
-            row_of(device).add_scalars("activation_rms", sites, [norm for _, norm in large], np.array([t.elements**-0.5 for t, _ in large]))
+        for device in {norm.device for _, _, norm in self._norms}:
+            large = [n for n in self._norms if n[2].device == device]
+            sites = np.array([site.index for site, _, _ in large], dtype=np.intp)
+            row_of(device).add_scalars("activation_rms", sites, [norm for _, _, norm in large], np.array([n**-0.5 for _, n, _ in large]))
 
     def _lay_samples(self, row_of: Callable[[torch.device], Row]) -> None:
-        """Samples of one shape, of small and large outputs alike: stacked once, each signal is measured on all of its kinds."""
-        groups: dict[Hashable, list[tuple[Site, Tensor]]] = {}
-        for t in self._taken:
-            if t.sample is not None:
-                groups.setdefault((t.sample.shape, t.sample.device), []).append((t.site, t.sample))
+        """Samples of one shape, of small and large outputs alike: joined once, each signal is measured on all of its kinds."""
+        groups: dict[Hashable, list[tuple[_Taken, Tensor]]] = {}
+        for t in sorted(self._taken, key=lambda t: t.family):
+            if t.samples is not None:
+                groups.setdefault((t.samples.shape[1:], t.samples.device), []).append((t, t.samples))
         for group in groups.values():
-            group.sort(key=lambda pair: _family(pair[0].kind))
-            sites = [site for site, _ in group]
+            samples = torch.cat([s for _, s in group]).to(torch.float32)
+            sites = [site for t, _ in group for site in t.sites]
             indices = np.array([site.index for site in sites], dtype=np.intp)
-            samples = torch.stack([s if s.dtype == torch.float32 else s.to(torch.float32) for _, s in group])
             for chosen in signals.of("activation"):
                 part = [i for i, site in enumerate(sites) if not chosen.kinds or site.kind in chosen.kinds]
                 if not part or (chosen.name == "sample_variance" and samples.shape[1] < MIN_SAMPLES):
                     continue
-                together = part[-1] - part[0] + 1 == len(part)
+                together = part[-1] - part[0] + 1 == len(part)  # as the built-in families are
                 those = samples[part[0] : part[-1] + 1] if together else torch.stack([samples[i] for i in part])
                 row_of(samples.device).add(chosen.name.removesuffix("_tanh"), indices[part], chosen.measure(those))
 
     def _lay_silence(self, row_of: Callable[[torch.device], Row]) -> None:
         """Peaks of layers of one width: one set of counters for all of them."""
-        groups: dict[Hashable, list[tuple[_Taken, Tensor]]] = {}
+        groups: dict[tuple[int, torch.device, int], list[tuple[_Taken, Tensor]]] = {}
         for t in self._taken:
             if t.peaks is not None:
-                groups.setdefault((t.peaks.shape, t.peaks.device, window(t.positions)), []).append((t, t.peaks))
-        for (_, device, batches), group in groups.items():  # type: ignore[misc]
-            indices = tuple(t.site.index for t, _ in group)
-            share = self.units.update(indices, torch.stack([p for _, p in group]), batches)
+                groups.setdefault((t.peaks.shape[1], t.peaks.device, window(t.positions)), []).append((t, t.peaks))
+        for (_, device, batches), group in groups.items():
+            indices = tuple(site.index for t, _ in group for site in t.sites)
+            peaks = group[0][1] if len(group) == 1 else torch.cat([p for _, p in group])
+            share = self.units.update(indices, peaks, batches)
             if share is not None:
                 row_of(device).add("dead_fraction", np.array(indices, dtype=np.intp), share)
 
 
-_FAMILIES = (signals.RELU_KINDS, *(s.kinds for s in signals.of("activation") if s.kinds and s.kinds != signals.RELU_KINDS))
+RELU = 1
+# The groups of module classes that share their signals, numbered, so that they can be put side by side; 0: none of their own.
+_FAMILIES = {kind: RELU for kind in signals.RELU_KINDS} | {
+    kind: number for number, chosen in enumerate(signals.of("activation"), 2) if chosen.kinds != signals.RELU_KINDS for kind in chosen.kinds
+}
 
 
 def _family(kind: str) -> int:
-    """The number of the group of module classes that share their signals; 0 for those without any of their own."""
-    return next((i for i, kinds in enumerate(_FAMILIES, 1) if kind in kinds), 0)
-
-
-def _slice_of(sites: list[Site], kinds: tuple[str, ...]) -> slice | None:
-    """The slice of sites of these kinds; they stand side by side because sites are sorted by family."""
-    chosen = [i for i, s in enumerate(sites) if s.kind in kinds]
-    return slice(chosen[0], chosen[-1] + 1) if chosen else None
+    """The number of the group of module classes that share their signals."""
+    return _FAMILIES.get(kind, 0)

@@ -18,6 +18,8 @@ SAMPLES, FEATURES = 16, 64  # of an output, for the signals that need no more th
 # Modules that add nothing to what their neighbours show.
 PASSED_OVER = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d,
                nn.MaxPool3d, nn.ZeroPad2d, nn.PixelShuffle, nn.Upsample)  # fmt: skip
+# Activations that give NaN for NaN and whose scale and spread follow those of what they are given.
+ELEMENTWISE = ("ReLU", "ReLU6", "LeakyReLU", "ELU", "GELU", "SiLU", "Mish", "Sigmoid", "Tanh", "Softplus", "Hardswish")
 # Modules after which three-dimensional outputs have their channels in dimension 1, and those after which they are last.
 CHANNELS_FIRST = ("Conv1d", "ConvTranspose1d", "LazyConv1d", "InstanceNorm1d")
 SHAPING = (*CHANNELS_FIRST, "Linear", "LayerNorm", "Embedding", "LSTM", "GRU", "RNN", "MultiheadAttention")
@@ -78,9 +80,9 @@ def matrix(x: Tensor, channels_first: bool) -> Tensor:
 
 
 def sample(rows: Tensor) -> Tensor:
-    """At most SAMPLES rows and FEATURES features, spread over the whole, a view: (R, F) -> (r, f).
+    """At most SAMPLES rows and FEATURES features of each, spread over the whole, a view: (K, R, F) -> (K, r, f).
 
     The stride over features is odd, so that it does not stay in one column of a feature map.
     """
-    r, f = rows.shape
-    return rows[:: -(-r // SAMPLES), :: max(1, f // FEATURES) | 1][:, :FEATURES]
+    r, f = rows.shape[1], rows.shape[2]
+    return rows[:, :: -(-r // SAMPLES), :: max(1, f // FEATURES) | 1][:, :, :FEATURES]

@@ -40,8 +40,10 @@ class Recorder:
         self.graph: graph.GraphFacts | None = None
         self.targets: Tensor | None = None
         self.on = False
-        self.backwards = 0  # since the last update of any optimizer
         self.modules = watched(model)
+        self._asked = self.modules
+        self._dense = True
+        self._few: tuple[int, dict[int, tuple[str, str]]] = (-1, {})  # how many modules were covered, and those that are not
         self.fired: set[str] = set()  # modules whose hook ever fired
         self._rows: dict[torch.device, Row] = {}
         self._signature: tuple[int, ...] = ()
@@ -59,9 +61,11 @@ class Recorder:
 
     # ---- phases
 
-    def begin(self, sampled: bool) -> None:
-        """A new step starts."""
+    def begin(self, sampled: bool, *, every_module: bool = True) -> None:
+        """A new step starts. every_module: look at modules too whose output shows in the activation that follows."""
         self.on = sampled
+        self._dense = every_module
+        self._asked = self.modules if every_module else self._needed()
         self.facts = {}
         self.targets = None
         self._head_seen, self._first_module = False, True
@@ -77,7 +81,7 @@ class Recorder:
         """A module's forward pass ended. Recomputations and evaluation are passed over."""
         if torch._C._current_graph_task_id() != -1:
             return  # an activation checkpoint recomputes: counted already
-        known = self.modules.get(id(module))
+        known = self._asked.get(id(module))
         if known is None:
             if type(module) is nn.CrossEntropyLoss and torch.is_grad_enabled() and len(args) == 2 and isinstance(args[0], Tensor):
                 self._criterion_seen = True
@@ -90,7 +94,6 @@ class Recorder:
         """All gradients of a backward pass are there, unclipped. Later passes before an update overwrite earlier ones."""
         if not self.banks:
             self.build()
-        self.backwards += 1
         if self._versions:
             self._look_at_clearing()
         if not self.on:
@@ -105,7 +108,7 @@ class Recorder:
 
     def before_update(self, index: int) -> None:
         """Optimizer ``index`` is about to step: see what clipping did since the backward pass."""
-        if not self.on or not self.backwards:
+        if not self.on:
             return
         with torch.no_grad():
             for k, bank in enumerate(self.banks):
@@ -115,7 +118,6 @@ class Recorder:
 
     def after_update(self, index: int, *, look_at_clearing: bool) -> None:
         """Optimizer ``index`` stepped."""
-        self.backwards = 0
         if look_at_clearing:
             for bank in self.banks:
                 if bank.optimizer == index:
@@ -170,6 +172,7 @@ class Recorder:
         kept = [now.pop(t.name, replace(t, optimizer=-1)) for t in old]
         self.roster.trained = [*kept, *now.values()]
         self.modules = watched(self.model)
+        self._few = (-1, {})
         groups: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
         elements = 0
         for i, t in enumerate(self.roster.trained):
@@ -183,6 +186,17 @@ class Recorder:
         self._functional_at.clear()
         if self.graph is not None:
             self._plan_functional()
+
+    def unread(self) -> dict[str, str]:
+        """What of the model as it is now is not measured, and why."""
+        found = dict(self.roster.unread)
+        found.update({name: "held by no optimizer" for name in self.roster.missing})
+        found.update({self.roster.trained[s].name: "its gradient is sparse: reading it would wait" for bank in self.banks for s in sorted(bank.sparse)})
+        if self.banks:
+            known = {id(t.tensor) for t in self.roster.trained}
+            found.update({n: "new since parameters were last listed" for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known})
+        found.update({name: "new since modules were last listed" for i, (name, _) in watched(self.model).items() if i not in self.modules})
+        return found
 
     @property
     def expects_clearing(self) -> bool:
@@ -201,6 +215,15 @@ class Recorder:
 
     # ---- inside
 
+    def _needed(self) -> dict[int, tuple[str, str]]:
+        """The modules whose outputs no activation behind them shows."""
+        covered = self.forward.covered
+        if self._few[0] != len(covered):
+            head = (self.graph.head if self.graph else None) or ""
+            needed = {i: known for i, known in self.modules.items() if known[0] not in covered or known[0] == head.partition("[")[0]}
+            self._few = (len(covered), needed)
+        return self._few[1]
+
     def _record_module(self, module: nn.Module, name: str, kind: str, args: tuple[Any, ...], output: Any) -> None:
         self.fired.add(name)
         tensor = output if isinstance(output, Tensor) and output.is_floating_point() else first_tensor(output)
@@ -214,6 +237,8 @@ class Recorder:
                 with torch.no_grad():
                     norms = [signals.l2(x) for x in leaves]
                 self.row(leaves[0].device).add_scalars("input_rms", np.arange(len(leaves)), norms, np.array([x.numel() ** -0.5 for x in leaves]))
+        if self._dense:
+            self.forward.follow(name, kind, args[0] if args else None, tensor)
         site = self.forward.add(name, kind, tensor)
         if site is None:
             return
@@ -246,7 +271,9 @@ class Recorder:
             bank.record_before(row)
             self._kept_before.add(k)
         self._missing[k] = bank.record_gradients(row)
-        self.facts["no_gradient"] = tuple(sorted(s for missing in self._missing.values() for s in missing)) or None
+        missing = sorted(s for sites in self._missing.values() for s in sites)
+        self.facts.pop("no_gradient", None)
+        self.facts.update({"no_gradient": tuple(missing)} if missing else {})
         if k in self._functional_at:
             self._record_functional(k, bank, row)
 

@@ -7,6 +7,8 @@ together, N padded elements of a site, R samples (rows of a batch), F features, 
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +36,7 @@ class Signal:
 
 
 SIGNALS: dict[str, Signal] = {}
+BROKEN: dict[str, str] = {}  # signals that failed on a tensor, and how: they read NaN from then on
 
 
 def signal(tap: str, *, unit: str, kinds: tuple[str, ...] = ()) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
@@ -53,10 +56,43 @@ def signal(tap: str, *, unit: str, kinds: tuple[str, ...] = ()) -> Callable[[Cal
 
     def register(measure: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         name = str(getattr(measure, "__name__", ""))
-        SIGNALS[name] = Signal(name, tap, unit, measure, kinds)
+        _check(name, tap, measure)
+        BROKEN.pop(name, None)
+        SIGNALS[name] = Signal(name, tap, unit, _sound(name, tap, measure), kinds)
         return measure
 
     return register
+
+
+def _sound(name: str, tap: str, measure: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same, but a failure is one warning and NaN from then on: one signal's fault costs no other its numbers."""
+
+    @functools.wraps(measure)
+    def measured(x: Tensor) -> Tensor:
+        if name not in BROKEN:
+            try:
+                return measure(x)
+            except Exception as error:
+                BROKEN[name] = f"{type(error).__name__}: {error}"
+                warnings.warn(f"lossguard: the signal {name} failed and reads NaN from now on ({BROKEN[name]})", RuntimeWarning, stacklevel=2)
+        return torch.full((() if tap == "logits" else (x.shape[0],)), float("nan"), device=x.device)
+
+    return measured
+
+
+def _check(name: str, tap: str, measure: Callable[[Tensor], Tensor]) -> None:
+    """Run it once where no values exist: a read raises there, and the shape of the answer shows."""
+    shape = {"activation": (3, 16, 5), "logits": (16, 5)}.get(tap, (3, 64))
+    try:
+        given = measure(torch.empty(shape, device="meta"))
+    except NameError:
+        return  # it uses a helper that stands further down
+    except Exception as error:
+        raise ValueError(f"the signal {name!r} reads a value, which would wait for the device, or cannot run on {shape}: {error}") from error
+    wanted = () if tap == "logits" else (3,)
+    if not isinstance(given, Tensor) or given.shape != wanted:
+        got = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"the signal {name!r} must give one number per site, {shape} -> {wanted}, got {got}")
 
 
 def of(tap: str) -> list[Signal]:

@@ -6,6 +6,8 @@ that exists during sampled steps only, so copies and pickles of the model carry 
 
 from __future__ import annotations
 
+import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +19,7 @@ from torch.optim import Optimizer
 
 from lossguard.device.recorder import Recorder
 
+COMPILED = r"Using `torch\.compile\(module\)` when there are global hooks"
 WITNESSES = 3  # parameters of an optimizer whose gradient hook tells that a backward pass is under way
 
 
@@ -56,8 +59,10 @@ class Taps:
             mine = weakref.ref(self)
 
             def forward_ended(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                _call(mine, "_forward_ended", module, args, output)
+                if not torch.compiler.is_compiling():  # a constant while compiling: the compiled code keeps no trace of the hook
+                    _call(mine, "_forward_ended", module, args, output)
 
+            _expect_compiled_modules()
             self._forward.append(register_module_forward_hook(forward_ended))
         elif not on:
             _remove(self._forward)
@@ -93,7 +98,8 @@ class Taps:
         self._grad_handles += [p.register_post_accumulate_grad_hook(lambda p: _call(mine, "_gradient_arrived")) for p in self._hooked]
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._watch(self._recorder.module_called, module, args, output)
+        known = self._recorder.modules.get(id(module))
+        self._watch(self._recorder.module_called, module, args, output, part=known[0] if known else type(module).__name__)
 
     def _post_step(self, index: int) -> None:
         self._after_update(index)
@@ -135,6 +141,13 @@ class Taps:
         self._reached = sum(p.grad is not None for p in self._hooked)
         arrived = [[p for p in bank.parameters if p.grad is not None] for bank in self._recorder.banks]
         self._witnesses = [p for of in arrived for p in of[:: max(1, len(of) // WITNESSES)][:WITNESSES]] if all(arrived) else []
+
+
+def _expect_compiled_modules() -> None:
+    """torch warns at calls of a compiled module while a global hook exists. Ours ignores compiled modules, so that its
+    user has nothing to heed. Added once: a change of the filters makes Python show every old warning again."""
+    if "torch._dynamo" in sys.modules and not any(f[0] == "ignore" and f[1] is not None and f[1].pattern == COMPILED for f in warnings.filters):
+        warnings.filterwarnings("ignore", message=COMPILED, category=UserWarning)
 
 
 def _remove(*handles: list[Any]) -> None:

@@ -241,6 +241,7 @@ class History:
         self._params = tuple(params)
         self.memo.clear()
         self.numels = np.array([max(p.numel, 1) for p in params], dtype=np.float64)  # elements of each, at least 1
+        self.held = np.array([p.optimizer >= 0 and not p.cancelled for p in params], dtype=np.bool_)  # by an optimizer, with a gradient of their own
         self._kinds = np.array([p.kind for p in params], dtype=object)
 
     def kinds(self, *kinds: str) -> Mask:

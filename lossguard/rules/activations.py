@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import converged, fallen, listing, lr_remedy, newest, ranked, steady, stretch, typically
+from lossguard.advice import converged, fallen, listing, lr_remedy, newest, ranked, reach, steady, stretch, typically
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask, Unit
 from lossguard.rules.rule import rule
@@ -42,9 +42,9 @@ class DeadRelu:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
-        dead, when = newest(history, "dead_fraction", self.memory)
-        if not dead.size:
+        if not reach(history, "dead_fraction", self.memory)[1] > self.share:
             return None
+        dead, when = newest(history, "dead_fraction", self.memory)
         dead = np.where((dead >= 0) & (dead <= 1), dead, np.nan)  # what is no share was not measured
         units = [unit_at(history, i) for i in range(dead.size)]
         limits = np.array([self._limit(u.width) for u in units])
@@ -104,7 +104,7 @@ class SaturatedActivation:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
-        if not n or not history.last("saturated_fraction", n).size:
+        if not n or not reach(history, "saturated_fraction", n)[1] > self.share:
             return None
         sick = steady(history, "saturated_fraction", n, self.least, lambda v: v > self.share)
         output = self._output(history)
@@ -160,7 +160,7 @@ class CollapsedActivation:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
-        if not n or not history.last("sample_variance", n).size or fallen(history) < self.learning:
+        if not n or not reach(history, "sample_variance", n)[0] < self.mild or fallen(history) < self.learning:
             return None
         found = self._collapsed(history, n, self.variance, Severity.ERROR)
         if found is None and history.step >= self.mild_after:

@@ -138,6 +138,8 @@ class DivergingLoss:
         losses, steps = losses[finite], steps[finite]
         if losses.size < 2 * self.width + self.sustained - 1:
             return None
+        if losses[-self.width :].mean() <= losses[: self.width].mean():
+            return None  # not above where it began
         scale = float(np.abs(losses).max()) or 1.0
         windows = np.lib.stride_tricks.sliding_window_view(losses / scale, self.width)
         means, sds = windows.mean(axis=1), windows.std(axis=1)

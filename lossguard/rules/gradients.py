@@ -15,6 +15,7 @@ from lossguard.advice import (
     lr_remedy,
     matrices,
     ranked,
+    reach,
     steady,
     step_size_advice,
     stretch,
@@ -113,6 +114,9 @@ class VanishingGradient:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
+        low, high = reach(history, "grad_rms", n)
+        if low >= self.share * high and low >= self.epsilons * float(history.facts().get("adam_eps") or 0.0):
+            return None
         rms = history.last("grad_rms", n) if n else np.empty((0, 0))
         able = matrices(history) & ~without_gradient(history)
         if not rms.size or able.sum() < 2 or converged(history):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import fallen, lr_remedy, ranked, steady, stretch, typical
+from lossguard.advice import fallen, lr_remedy, ranked, reach, steady, stretch, typical
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import History, Mask
 from lossguard.rules.rule import rule
@@ -48,6 +48,8 @@ class SaturatedSoftmax:
             ("log_normalizer", self.normalizer, "mean log normaliser"),
         )
         for signal, limit, what in tests:
+            if not reach(history, signal, n)[1] > limit:
+                continue
             sick = steady(history, signal, n, self.least, lambda v, limit=limit: np.isfinite(v) & (v > limit))  # type: ignore[misc]
             if sick.any() and signal in ("logit_peak", "log_normalizer"):
                 sick &= self._out_of_scale(history, signal, n, learned)

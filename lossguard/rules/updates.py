@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lossguard.advice import converged, informational, listing, lr_remedy, matrices, ranked, step_size_advice, stretch, typical, typically, without_gradient
+from lossguard.advice import converged, informational, listing, lr_remedy, matrices, ranked, reach, step_size_advice, stretch, typical, typically, without_gradient
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.rule import rule
@@ -46,18 +46,20 @@ class UpdateRatioHigh:
 
     def _grown(self, history: History, able: Mask) -> Finding | None:
         """Law (b). The newest update belongs to the newest weights: |update| - |weight| is the least that they are after it."""
-        steps, weights = history.steps(), history.last("weight_norm")
+        steps = history.steps()
+        steps = steps[np.searchsorted(steps, steps[-1] - self.within) :]
+        weights = history.last("weight_norm", steps.size)
         finite = np.isfinite(weights).any(axis=1) & (np.isfinite(weights) | ~able).all(axis=1)
-        rows = np.flatnonzero(finite & (steps >= steps[-1] - self.within))
+        rows = np.flatnonzero(finite)
         if not rows.size:
             return None
         first, now = weights[rows[0]], weights[rows[-1]]
-        updates = history.last("update_norm")
-        if updates.size and not history.facts(history.samples - int(rows[-1])).get("forced"):
+        updates = history.last("update_norm", steps.size)
+        if updates.size and not history.facts(steps.size - int(rows[-1])).get("forced"):
             now = np.fmax(now, updates[rows[-1]] - now)
         with np.errstate(divide="ignore", invalid="ignore"):
             growth = np.where(able & (first > 0), now / first, 0.0)
-        numel = np.array([max(p.numel, 1) for p in history.params], dtype=np.float64)
+        numel = history.numels
         natural = now / np.sqrt(numel) > self.scale * numel**-0.25
         growth = self._without_head(history, able, np.where(natural & np.isfinite(growth), growth, 0.0))
         worst = int(np.argmax(growth))
@@ -197,7 +199,7 @@ class UnchangedWeights:
     def _never_stepped(self, history: History) -> Finding | None:
         """No optimizer has stepped in any sample held. Accumulation looks like it, but its gradients grow."""
         stepped, n = history.fact("stepped"), history.samples
-        if n < self.span or np.isnan(stepped).any() or stepped.any() or self._moved(history, n).any():
+        if n < self.span or stepped[-1] == 1.0 or np.isnan(stepped).any() or stepped.any() or self._moved(history, n).any():
             return None
         total = history.last("grad_total")
         ends = [typical(part)[0] for part in (total[:5], total[-5:])] if total.size else [np.nan, np.nan]
@@ -211,11 +213,13 @@ class UnchangedWeights:
 
     def _still(self, history: History) -> Finding | None:
         n = stretch(history, self.span, self.least)
+        if reach(history, "update_norm", n)[0] > 0.0:
+            return None
         updates, seen = history.last("update_norm", n), history.seen("update_norm", n)
         if not n or not updates.size or not bool(((history.fact("stepped", n) == 1.0) & ~(history.fact("lr", n) <= 0)).all()):
             return None
         zero = seen.all(axis=0) & (updates == 0.0).all(axis=0) & ~self._moved(history, n)
-        held = np.array([p.optimizer >= 0 and not p.cancelled for p in history.params], dtype=np.bool_)
+        held = history.held
         able = held & history.kinds("matrix", "embedding")
         if not able.any():
             return None
