@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,8 @@ class Guard:
         if not parameters:
             raise ValueError(f"{type(model).__name__} has no parameters, so there is no training to guard; give the module that holds the weights")
         self.optimizers = [unwrap(o) for o in (optimizers if isinstance(optimizers, (list, tuple)) else [optimizers])]
+        if not self.optimizers:
+            raise ValueError("the list of optimizers is empty; give the optimizer that trains the model: Guard(model, optimizer)")
         self.every, self.dense = _at_least(1, every, "every"), _at_least(0, dense, "dense")
         self._accumulate = None if accumulate is None else _at_least(1, accumulate, "accumulate")
         if phases not in ("hooks", "explicit"):
@@ -121,6 +124,7 @@ class Guard:
         self._alarm_until = -1
         self._overdue: actions.TrainingHalted | None = None
         self._silenced: set[str] = set()
+        self._skipped: deque[int] = deque(maxlen=1024)  # sampled steps whose update was left out
         _take_over(model, self)
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._watch, backward=phases == "hooks")
         self._open_step()
@@ -341,6 +345,8 @@ class Guard:
                 self._alarm_until = max(self._alarm_until, self.steps + ALARM)
             if self._record:
                 self._watch(news.write, self._record, self._history)
+            if news.sample is not None and "consecutive_skips" in news.sample.values and news.sample.values["consecutive_skips"][1].any():
+                self._skipped.append(news.sample.step)
             heard += self._judge.observe(self._history, new_sample=news.sample is not None)
         heard = [self._with_gate(f) for f in heard]
         for finding in heard:
@@ -352,9 +358,14 @@ class Guard:
 
     def _with_gate(self, finding: Finding) -> Finding:
         """What the gate skips has done no harm, and says so."""
-        if not self._gates or finding.diagnosis not in gates.SKIPPABLE:
+        if not self._gates:
             return finding
-        return replace(finding, severity=min(finding.severity, Severity.WARNING), note="the updates with such gradients were skipped on the device: weights and moments are those before them")
+        if finding.diagnosis in gates.SKIPPABLE:
+            note = "the updates with such gradients were skipped on the device: weights and moments are those before them"
+            return replace(finding, severity=min(finding.severity, Severity.WARNING), note=note)
+        if finding.diagnosis.startswith("nonfinite") and finding.step in self._skipped:
+            return replace(finding, note="the update of this step was skipped on the device: weights and moments are those before it")
+        return finding
 
     def _watch(self, call: Any, *args: Any, part: str | None = None, **keywords: Any) -> Any:
         """Our own faults never end a run: one warning for each place, then that part stays silent."""

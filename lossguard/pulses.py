@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def check_loss(loss: Tensor | float | Mapping[str, Tensor | float]) -> dict[str,
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"the {what} must be a scalar, got a tensor of shape {tuple(value.shape)}; reduce it first, with .mean() for instance")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        elif isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"the {what} must be a scalar tensor, a float or a dict of them, got {type(value).__name__}; pass the loss that was backpropagated")
     return terms
 

@@ -133,19 +133,23 @@ class Bank:
             first += len(chosen) * size
         self._small_total = first
         self._total = first + len(self._large) * self._runs * RUN
+        # what a gather joins: zeros in the place of each gradient, and the padding behind it; and where each gradient goes
+        self._template: list[Tensor] = []
+        self._slots: list[tuple[int, int, Tensor]] = []
+        for site, p, size in zip(self._small_sites, self._small, sizes, strict=True):
+            self._slots.append((len(self._template), int(site), p))
+            self._template.append(self._zeros[: _elements(p)])
+            self._template += [self._zeros[: size - _elements(p)]] if size > _elements(p) else []
         self._pads = [self._zeros[: size - _elements(p)] for p, size in zip(self._small, sizes, strict=True)]
 
     def _gather_gradients(self, missing: list[int]) -> None:
-        pieces: list[Tensor] = []
-        for site, p, pad in zip(self._small_sites, self._small, self._pads, strict=True):
-            g = _gradient(p)
-            if g is None:
-                missing.append(int(site))
-                pieces.append(self._zeros[: _elements(p)])
+        pieces = self._template.copy()
+        for k, site, p in self._slots:
+            g = p.grad
+            if g is not None and g.layout == torch.strided:
+                pieces[k] = (_plain(g) if g.requires_grad or g.is_complex() else g).reshape(-1)
             else:
-                pieces.append(g.reshape(-1))
-            if pad.numel():
-                pieces.append(pad)
+                missing.append(site)
         torch.cat(pieces, out=self.gradients)
 
     def _record_large_gradients(self, row: Row, missing: list[int]) -> None:

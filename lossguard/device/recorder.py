@@ -77,6 +77,10 @@ class Recorder:
         for row in self._rows.values():
             row.discard()
 
+    def asks(self, module: nn.Module) -> bool:
+        """Whether this module's output is looked at in the current step."""
+        return id(module) in self._asked or type(module) is nn.CrossEntropyLoss
+
     def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A module's forward pass ended. Recomputations and evaluation are passed over."""
         if torch._C._current_graph_task_id() != -1:

@@ -60,7 +60,9 @@ class Taps:
 
             def forward_ended(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if not torch.compiler.is_compiling():  # a constant while compiling: the compiled code keeps no trace of the hook
-                    _call(mine, "_forward_ended", module, args, output)
+                    taps = mine()
+                    if taps is not None and taps._recorder.asks(module):
+                        taps._forward_ended(module, args, output)
 
             _expect_compiled_modules()
             self._forward.append(register_module_forward_hook(forward_ended))

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
+from lossguard.host.columns import Array, Columns, Mask
 
 # Signals with one site per parameter: their arrays are always as wide as ``History.params``.
 PER_PARAMETER = ("grad_norm", "grad_rms", "weight_norm", "update_norm", "update_ratio")
@@ -59,7 +58,7 @@ class Sample:
     """
 
     step: int
-    values: dict[str, tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]] = field(default_factory=dict)
+    values: dict[str, tuple[npt.NDArray[np.intp], npt.NDArray[Any]]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,14 +94,11 @@ class History:
         self._terms: dict[str, Array] = {}
         self._loss_count = 0
         self._capacity = samples
-        # every ring of samples is written twice, one capacity apart, so that a window is always one slice: a view, not a copy
-        self._steps = np.full(2 * samples, -1, dtype=np.int64)
-        self._signals: dict[str, Array] = {}
-        self._seen: dict[str, Mask] = {}
+        self._steps = np.full(2 * samples, -1, dtype=np.int64)  # written twice, as the columns are
+        self._signals = Columns(samples)
+        self._noted = Columns(samples)  # the numeric facts
         self._facts: list[dict[str, Any]] = []
-        self._numbers: dict[str, Array] = {}  # the numeric facts, as rings
         self._count = 0
-        self._born: dict[str, Array] = {}
         self._judged_losses = 0
         self.lr_peak = 0.0
 
@@ -112,28 +108,23 @@ class History:
         """One step's loss, its named terms if it has any, and whether the batch was finite (1, 0, NaN: not looked at)."""
         self.memo.clear()
         self._losses[self._loss_count % len(self._losses)] = step, total, input_finite
-        for name, value in (terms or {}).items():
-            ring = self._terms.setdefault(name, np.full(len(self._losses), np.nan))
-            ring[self._loss_count % len(ring)] = value
+        for name in terms or {}:
+            self._terms.setdefault(name, np.full(len(self._losses), np.nan))
+        for name, ring in self._terms.items():
+            ring[self._loss_count % len(ring)] = (terms or {}).get(name, np.nan)
         self._loss_count += 1
 
     def add_sample(self, sample: Sample) -> None:
         """One sampled step; derived signals (``update_ratio``, ``grad_total``, ``grad_rms``) are filled in here."""
         row = self._count % self._capacity
-        twin = row + self._capacity
         self.memo.clear()
-        self._steps[row] = sample.step
-        for signal in self._signals:
-            self._seen[signal][row] = False
-            self._signals[signal][row] = np.nan
-        for signal, (sites, numbers) in sample.values.items():
-            self._write(row, signal, np.asarray(sites), np.asarray(numbers, dtype=np.float64))
-        self._derive(row)
-        self._note(row, sample.facts)
-        self._steps[twin] = sample.step
-        for signal, ring in self._signals.items():
-            ring[twin] = ring[row]
-            self._seen[signal][twin] = self._seen[signal][row]
+        self._steps[row] = self._steps[row + self._capacity] = sample.step
+        widths = dict.fromkeys(PER_PARAMETER, len(self.params))
+        self._signals.blank(row)
+        self._signals.put(row, sample.values, widths)
+        self._signals.put(row, self._derived(row), widths)
+        self._noted.blank(row)
+        self._noted.put(row, {name: (_ONLY, np.array([value])) for name, value in sample.facts.items() if isinstance(value, (int, float))})
         self._facts.append(sample.facts)
         del self._facts[: max(0, len(self._facts) - self._capacity)]
         self._count += 1
@@ -161,22 +152,20 @@ class History:
 
     def last(self, signal: str, n: int | None = None) -> Array:
         """The last n samples of a signal: (at most n, sites), oldest first, NaN where unseen. Empty if never seen. Not to be written to."""
-        ring = self._signals.get(signal)
-        return np.empty((0, 0)) if ring is None else ring[self._rows(n)]
+        return self._signals.values(signal, self._rows(n))
 
     def seen(self, signal: str, n: int | None = None) -> Mask:
         """Where :meth:`last` holds measured numbers."""
-        ring = self._seen.get(signal)
-        return np.empty((0, 0), dtype=np.bool_) if ring is None else ring[self._rows(n)]
+        return self._signals.seen(signal, self._rows(n))
 
     def born(self, signal: str) -> Array:
         """The first finite number seen at each site of a signal, however long ago: (sites,)."""
-        return self._born.get(signal, np.empty(0))
+        return self._signals.born(signal)
 
     def fact(self, name: str, n: int | None = None, default: float = np.nan) -> Array:
         """A numeric host-known fact of the last n samples: (at most n,), ``default`` where a sample lacks it."""
-        ring = self._numbers.get(name)
-        values = np.full(self.samples if n is None else min(n, self.samples), np.nan) if ring is None else ring[self._rows(n)]
+        held = self._noted.values(name, self._rows(n))
+        values = held[:, 0] if held.size else np.full(self.samples if n is None else max(0, min(n, self.samples)), np.nan)
         return values if np.isnan(default) else np.where(np.isnan(values), default, values)
 
     def facts(self, back: int = 1) -> dict[str, Any]:
@@ -217,12 +206,11 @@ class History:
     @property
     def nbytes(self) -> int:
         """Host bytes held."""
-        arrays = [self._losses, *self._terms.values(), *self._signals.values(), *self._seen.values(), *self._born.values()]
-        return sum(a.nbytes for a in arrays)
+        return self._losses.nbytes + sum(a.nbytes for a in self._terms.values()) + self._signals.nbytes + self._noted.nbytes
 
     def observed(self) -> dict[str, int]:
         """How many sites of each signal were ever seen with a finite number."""
-        counts = {name: int(np.isfinite(born).sum()) for name, born in self._born.items()}
+        counts = {name: int(np.isfinite(self._signals.born(name)).sum()) for name in self._signals.places}
         return {name: n for name, n in counts.items() if n}
 
     def mark_judged(self) -> None:
@@ -271,8 +259,9 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to give the alarms of an uninterrupted one; plain types and numpy arrays."""
-        keys = ("_losses", "_terms", "_loss_count", "_steps", "_signals", "_seen", "_facts", "_numbers", "_count", "_born", "_judged_losses", "lr_peak")
+        keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "lr_peak")
         state = {key: getattr(self, key) for key in keys}
+        state.update(signals=self._signals.state_dict(), noted=self._noted.state_dict())
         return {**state, "units": [(u.name, u.kind, u.width) for u in self.units], "heads": self.heads, "params": [p.name for p in self.params], "loss_family": self.loss_family}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -281,7 +270,9 @@ class History:
         if list(state["params"]) != names:
             raise ValueError(f"the state is of a model with parameters {list(state['params'])[:3]}..., this one has {names[:3]}...; load it into the guard of the same model")
         for key, value in state.items():
-            if key == "units":
+            if key in ("signals", "noted"):
+                getattr(self, f"_{key}").load_state_dict(value)
+            elif key == "units":
                 self.units = [Unit(*u) for u in value]
             elif key != "params":
                 setattr(self, key, value)
@@ -303,48 +294,22 @@ class History:
     def _loss_rows(self, n: int | None) -> Array:
         return self._losses[self._loss_index(n)]
 
-    def _write(self, row: int, signal: str, sites: npt.NDArray[np.intp], numbers: Array) -> None:
-        width = len(self.params) if signal in PER_PARAMETER else int(sites.max(initial=-1)) + 1
-        ring = self._signals.get(signal)
-        if ring is None or ring.shape[1] < width:
-            self._widen(signal, width)
-        self._signals[signal][row, sites] = numbers
-        self._seen[signal][row, sites] = True
-        born = self._born[signal]
-        new = np.isnan(born[sites]) & np.isfinite(numbers)
-        born[sites[new]] = numbers[new]
-
-    def _note(self, row: int, facts: Mapping[str, Any]) -> None:
-        """Numeric facts into rings, written twice as signals are."""
-        for ring in self._numbers.values():
-            ring[row] = ring[row + self._capacity] = np.nan
-        for name, value in facts.items():
-            if isinstance(value, (int, float)):
-                ring = self._numbers.setdefault(name, np.full(2 * self._capacity, np.nan))
-                ring[row] = ring[row + self._capacity] = value
-
-    def _widen(self, signal: str, width: int) -> None:
-        old, seen, born = self._signals.get(signal), self._seen.get(signal), self._born.get(signal)
-        self._signals[signal] = np.full((2 * self._capacity, width), np.nan)
-        self._seen[signal] = np.zeros((2 * self._capacity, width), dtype=np.bool_)
-        self._born[signal] = np.full(width, np.nan)
-        if old is not None and seen is not None and born is not None:
-            self._signals[signal][:, : old.shape[1]] = old
-            self._seen[signal][:, : old.shape[1]] = seen
-            self._born[signal][: len(born)] = born
-
-    def _derive(self, row: int) -> None:
-        every = np.arange(len(self.params))
-        if "update_norm" in self._seen and "weight_norm" in self._seen:
-            update, weight = self._signals["update_norm"][row], self._signals["weight_norm"][row]
-            n = min(len(update), len(weight))
-            both = self._seen["update_norm"][row, :n] & self._seen["weight_norm"][row, :n]
+    def _derived(self, row: int) -> dict[str, tuple[npt.NDArray[np.intp], Array]]:
+        """The signals that follow from others of the same sample."""
+        rows, found = slice(row, row + 1), {}
+        update, weight = self._signals.values("update_norm", rows), self._signals.values("weight_norm", rows)
+        if update.size and weight.size:
+            sites = np.flatnonzero(self._signals.seen("update_norm", rows)[0] & self._signals.seen("weight_norm", rows)[0])
+            moved, size = update[0, sites], weight[0, sites]
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                ratio = np.where((update[:n] == 0.0) & (weight[:n] == 0.0), 0.0, update[:n] / weight[:n])
-            self._write(row, "update_ratio", every[:n][both], ratio[both])
-        if "grad_norm" in self._seen and self._seen["grad_norm"][row].any():
-            there = self._seen["grad_norm"][row]
-            norms = self._signals["grad_norm"][row, there]
+                found["update_ratio"] = sites, np.where((moved == 0.0) & (size == 0.0), 0.0, moved / size)
+        sites = np.flatnonzero(self._signals.seen("grad_norm", rows)[0]) if "grad_norm" in self._signals.places else _ONLY[:0]
+        if sites.size:
+            norms = self._signals.values("grad_norm", rows)[0, sites]
             with np.errstate(over="ignore"):
-                self._write(row, "grad_total", np.array([0]), np.sqrt(np.array([np.sum(np.square(norms))])))
-            self._write(row, "grad_rms", every[: len(there)][there], norms / np.sqrt(self.numels[: len(there)][there]))
+                found["grad_total"] = _ONLY, np.sqrt(np.array([np.sum(np.square(norms))]))
+            found["grad_rms"] = sites, norms / np.sqrt(self.numels[sites])
+        return found
+
+
+_ONLY = np.zeros(1, dtype=np.intp)  # the site of a signal that has one

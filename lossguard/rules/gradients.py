@@ -53,6 +53,8 @@ class ExplodingGradient:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
+        if reach(history, "grad_total", self.window)[1] <= self.times * reach(history, "grad_total", history.samples)[0]:
+            return None
         total = history.last("grad_total")[:, 0] if history.last("grad_total").size else np.empty(0)
         steps = history.steps()[np.isfinite(total)]
         total = total[np.isfinite(total)]
@@ -219,6 +221,8 @@ class ClippingDominates:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
+        if reach(history, "clip_coefficient", self.least)[0] >= 1 - 1e-6:
+            return None  # nothing was clipped of late
         found = self._over(history, self.early, self.strong)
         return found if found is not None else self._over(history, self.span, self.excess)
 
@@ -269,6 +273,8 @@ class SkippedSteps:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         gates = history.last("consecutive_skips", 1)
+        if not gates.size and not history.facts().get("scaler"):
+            return None  # nothing here can skip
         gated = float(np.max(gates, initial=0.0, where=np.isfinite(gates)))
         if gated >= self.gate:
             severity = Severity.HALT if gated >= self.halt_after else Severity.WARNING

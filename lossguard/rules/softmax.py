@@ -40,7 +40,6 @@ class SaturatedSoftmax:
         n = stretch(history, self.span, self.least)
         if not n:
             return None
-        learned = fallen(history) < self.learned
         tests = (
             ("confident_wrong", self.wrong, "confident and wrong"),
             ("label_nll", self.nll, "negative log likelihood of the labels"),
@@ -52,7 +51,7 @@ class SaturatedSoftmax:
                 continue
             sick = steady(history, signal, n, self.least, lambda v, limit=limit: np.isfinite(v) & (v > limit))  # type: ignore[misc]
             if sick.any() and signal in ("logit_peak", "log_normalizer"):
-                sick &= self._out_of_scale(history, signal, n, learned)
+                sick &= self._out_of_scale(history, signal, n, fallen(history) < self.learned)
             if sick.any():
                 return self._finding(history, n, int(np.flatnonzero(sick)[0]), signal, limit, what)
         return None

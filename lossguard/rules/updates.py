@@ -49,6 +49,11 @@ class UpdateRatioHigh:
         steps = history.steps()
         steps = steps[np.searchsorted(steps, steps[-1] - self.within) :]
         weights = history.last("weight_norm", steps.size)
+        moved = history.last("update_norm", 1)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            most = np.fmax.reduce((weights[-1] + (moved[0] if moved.size else 0.0)) / weights[0])
+        if most <= self.growth and np.isfinite(weights[0]).all():
+            return None
         finite = np.isfinite(weights).any(axis=1) & (np.isfinite(weights) | ~able).all(axis=1)
         rows = np.flatnonzero(finite)
         if not rows.size:
@@ -82,6 +87,8 @@ class UpdateRatioHigh:
     def _large(self, history: History, able: Mask) -> Finding | None:
         """Law (a)."""
         u = history.last("update_ratio", self.few)
+        if not reach(history, "update_ratio", self.few)[1] > self.ratio:
+            return None
         if len(u) >= self.few and "Muon" not in str(history.facts().get("optimizer_name")):
             found = self._median(history, able, self.few, self.drastic)
             if found is not None:

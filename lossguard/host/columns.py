@@ -1,0 +1,108 @@
+"""A ring of rows whose columns belong to named signals: one matrix, so that a row is written at once. Numpy only.
+
+Every row is written twice, one capacity apart, so that the last n rows are always one slice: a view, never a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+Sites = npt.NDArray[np.intp]
+
+
+class Columns:
+    """Numbers, which of them were measured, and the first finite one of each column.
+
+    >>> ring = Columns(capacity=2)
+    >>> ring.put(0, {"a": (np.array([1]), np.array([5.0]))})
+    >>> ring.values("a", slice(0, 1))
+    array([[nan,  5.]])
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.places: dict[str, tuple[int, int]] = {}  # signal -> first column, width
+        self._numbers: Array = np.full((2 * capacity, 0), np.nan)
+        self._seen: Mask = np.zeros((2 * capacity, 0), dtype=np.bool_)
+        self._born: Array = np.full(0, np.nan)
+
+    def blank(self, row: int) -> None:
+        """Begin a row: nothing in it was measured."""
+        for at in (row, row + self.capacity):
+            self._numbers[at] = np.nan
+            self._seen[at] = False
+
+    def put(self, row: int, values: Mapping[str, tuple[Sites, npt.NDArray[Any]]], widths: Mapping[str, int] | None = None) -> None:
+        """Write numbers of several signals into a row; a signal is as wide as its largest site, or as ``widths`` says."""
+        if not values:
+            return
+        for signal, (sites, _) in values.items():
+            self._place(signal, (widths or {}).get(signal, 0), int(sites.max(initial=-1)) + 1)
+        columns = np.concatenate([sites + self.places[signal][0] for signal, (sites, _) in values.items()])
+        numbers = np.concatenate([numbers for _, numbers in values.values()]).astype(np.float64)
+        for at in (row, row + self.capacity):
+            self._numbers[at, columns] = numbers
+            self._seen[at, columns] = True
+        new = np.isnan(self._born[columns]) & np.isfinite(numbers)
+        if new.any():
+            self._born[columns[new]] = numbers[new]
+
+    def values(self, signal: str, rows: slice) -> Array:
+        """The numbers of a signal in these rows, a view: (rows, sites); (0, 0) if it was never written."""
+        place = self.places.get(signal)
+        return np.empty((0, 0)) if place is None else self._numbers[rows, place[0] : place[0] + place[1]]
+
+    def seen(self, signal: str, rows: slice) -> Mask:
+        """Where :meth:`values` holds measured numbers."""
+        place = self.places.get(signal)
+        return np.empty((0, 0), dtype=np.bool_) if place is None else self._seen[rows, place[0] : place[0] + place[1]]
+
+    def born(self, signal: str) -> Array:
+        """The first finite number of each site: (sites,)."""
+        place = self.places.get(signal)
+        return np.empty(0) if place is None else self._born[place[0] : place[0] + place[1]]
+
+    @property
+    def nbytes(self) -> int:
+        """Host bytes held."""
+        return self._numbers.nbytes + self._seen.nbytes + self._born.nbytes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and arrays."""
+        return {"places": dict(self.places), "numbers": self._numbers, "seen": self._seen, "born": self._born}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.places = {name: (first, width) for name, (first, width) in state["places"].items()}
+        self._numbers, self._seen, self._born = state["numbers"], state["seen"], state["born"]
+        self.capacity = len(self._numbers) // 2
+
+    def _place(self, signal: str, least: int, needed: int) -> None:
+        """A place for the signal, at the end of the matrix; one that has become too narrow moves there."""
+        held = self.places.get(signal)
+        width = max(least, needed)
+        if held is not None and held[1] >= width:
+            return
+        first = self._numbers.shape[1]
+        self._numbers = np.hstack([self._numbers, np.full((2 * self.capacity, width), np.nan)])
+        self._seen = np.hstack([self._seen, np.zeros((2 * self.capacity, width), dtype=np.bool_)])
+        self._born = np.concatenate([self._born, np.full(width, np.nan)])
+        self.places[signal] = first, width
+        if held is not None:
+            self._move(signal, held)
+
+    def _move(self, signal: str, held: tuple[int, int]) -> None:
+        """Take the old numbers along, then close the gap they leave."""
+        first, _ = self.places[signal]
+        old, new = slice(held[0], held[0] + held[1]), slice(first, first + held[1])
+        self._numbers[:, new], self._seen[:, new], self._born[new] = self._numbers[:, old], self._seen[:, old], self._born[old]
+        keep = np.ones(self._numbers.shape[1], dtype=np.bool_)
+        keep[old] = False
+        self._numbers, self._seen, self._born = self._numbers[:, keep], self._seen[:, keep], self._born[keep]
+        self.places = {name: (at - held[1] if at > held[0] else at, width) for name, (at, width) in self.places.items()}
