@@ -50,7 +50,7 @@ def once(reading: Callable[Concatenate[History, P], T]) -> Callable[Concatenate[
             history.memo[key] = reading(history, *args, **kwargs)
         return cast(T, history.memo[key])
 
-    return remembered
+    return remembered  # type: ignore[return-value]  # the same parameters, named
 
 
 @once

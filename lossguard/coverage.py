@@ -13,7 +13,13 @@ from lossguard.host.history import History
 
 @dataclass(frozen=True)
 class Coverage:
-    """observed: signal -> number of sites seen so far. not_observed: what -> why."""
+    """observed: signal -> number of sites seen so far. not_observed: what -> why.
+
+    >>> print(Coverage({"loss": 1}, {"table.weight": "its gradient is sparse: reading it would wait"}))
+    observed: loss (1)
+    not observed:
+      table.weight: its gradient is sparse: reading it would wait
+    """
 
     observed: dict[str, int] = field(default_factory=dict)
     not_observed: dict[str, str] = field(default_factory=dict)
@@ -35,7 +41,7 @@ def survey(recorder: Recorder, history: History, handover: Handover, steps: int,
         unseen.update(_after_steps(recorder, observed, backward_seen))
     if handover.late:
         unseen["late rows"] = f"{handover.late} rows had not arrived at their step and were waited for; a larger lag= avoids that"
-    unseen.update({part: "failed once and is switched off" for part in silenced})
+    unseen.update(dict.fromkeys(silenced, "failed once and is switched off"))
     return Coverage(observed, unseen)
 
 

@@ -87,7 +87,11 @@ def check_names(names: Iterable[str], argument: str, known: Iterable[str] | None
 
 @dataclass(frozen=True)
 class Evidence:
-    """One measured number behind a finding and, where there is one, the limit it is held against."""
+    """One measured number behind a finding and, where there is one, the limit it is held against.
+
+    >>> print(Evidence("gradient norm", 1878.0, limit=356.2))
+    gradient norm 1878 (limit 356.2)
+    """
 
     what: str
     value: float
@@ -100,7 +104,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Cause:
-    """A possible reason, the measurement that supports it, and a confidence in [0, 1]."""
+    """A possible reason, the measurement that supports it, and a confidence in [0, 1].
+
+    >>> print(Cause("learning rate too high", 0.8, "updates are 3 % of the weights"))
+    learning rate too high (0.8): updates are 3 % of the weights
+    """
 
     name: str
     confidence: float
@@ -112,7 +120,11 @@ class Cause:
 
 @dataclass(frozen=True)
 class Remedy:
-    """One thing to change. ``change`` holds the same advice for programs, such as ``{"lr": 0.003}``."""
+    """One thing to change. ``change`` holds the same advice for programs.
+
+    >>> Remedy("learning rate 0.03 -> 0.003", {"lr": 0.003}).change["lr"]
+    0.003
+    """
 
     text: str
     change: Mapping[str, Any] = field(default_factory=dict)

@@ -5,11 +5,10 @@ Users call it once an iteration; it raises only ``TrainingHalted`` and errors ab
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -19,23 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossguard import actions, batches, resume
+from lossguard import actions, arguments, batches, resume
 from lossguard.coverage import Coverage, survey
 from lossguard.device import gate as gates
 from lossguard.device.recorder import Recorder
-from lossguard.device.taps import Taps, unwrap
+from lossguard.device.taps import Taps
 from lossguard.findings import Finding, Severity, check_names
 from lossguard.host.handover import Handover
-from lossguard.host.history import History, Param
+from lossguard.host.history import History
 from lossguard.host.intake import Intake
+from lossguard.introduce import Introduction
 from lossguard.pulses import Pulses, check_loss
-from lossguard.rules import RULES, Rule
+from lossguard.rules import Rule
 from lossguard.rules.judge import Judge
 from lossguard.sinks import Record, Sink
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 DENSE = 50  # steps at the start that are all sampled: a rate 100 times too large shows for 5 to 10 steps only
 ALARM = 10  # steps sampled densely after a non-finite number
+OFF = "is switched off for this run"
 MICRO_BATCHES = 16  # iterations a sample waits for an update where ``accumulate`` is not given
 
 _watching: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Guard]] = weakref.WeakKeyDictionary()
@@ -85,31 +86,26 @@ class Guard:
         sinks: Sequence[Sink] = (),
         phases: str = "hooks",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}; give the model itself first: Guard(model, optimizer)")
+        model = arguments.a_model(model)
         parameters = list(model.parameters())
-        if not parameters:
-            raise ValueError(f"{type(model).__name__} has no parameters, so there is no training to guard; give the module that holds the weights")
-        self.optimizers = [unwrap(o) for o in (optimizers if isinstance(optimizers, (list, tuple)) else [optimizers])]
-        if not self.optimizers:
-            raise ValueError("the list of optimizers is empty; give the optimizer that trains the model: Guard(model, optimizer)")
-        self.every, self.dense = _at_least(1, every, "every"), _at_least(0, dense, "dense")
-        self._accumulate = None if accumulate is None else _at_least(1, accumulate, "accumulate")
+        self.optimizers = arguments.some_optimizers(optimizers)
+        self.every, self.dense = arguments.at_least(1, every, "every"), arguments.at_least(0, dense, "dense")
+        self._accumulate = None if accumulate is None else arguments.at_least(1, accumulate, "accumulate")
         if phases not in ("hooks", "explicit"):
             raise ValueError(f"unknown phases {phases!r}; expected 'hooks' or 'explicit'")
         skipped = check_names(skip, "skip", gates.SKIPPABLE) if skip else frozenset()
-        chosen = _rules(rules)
+        chosen = arguments.some_rules(rules)
         self._policy = actions.Policy.of(halt)
         self.model, self.steps, self.closed = model, 0, False
         self._muted = check_names(mute, "mute")
         self._scaler = scaler
         on_host = all(p.device.type == "cpu" for p in parameters)
-        lag = (0 if on_host else LAG) if lag is None else _at_least(0, lag, "lag")
+        lag = (0 if on_host else LAG) if lag is None else arguments.at_least(0, lag, "lag")
         self._record = None if record is None else Record(record, {"torch": torch.__version__, "model": type(model).__name__, "every": every})
         self._gates = gates.armed(self.optimizers) if skipped else []
         self._recorder = Recorder(model, self.optimizers, scaler)
         self._history = History(loss_family=loss_family or "unknown", optimizers=len(self.optimizers))
-        self._declared = loss_family is not None
+        self._introduction = Introduction(self._history, self._recorder, declared=loss_family is not None)
         self._judge = Judge(chosen, self._muted, halts=self._policy.halts, on_fault=self._rule_failed)
         self._handover = Handover(lag)
         self._intake = Intake(self._history, self._handover)
@@ -118,7 +114,6 @@ class Guard:
         self._batches = 0
         self._tries = 0  # iterations the open sample has waited for an update
         self._updates_seen = False
-        self._named: Any = None  # the roster whose names the history has
         self._explicit = phases == "explicit"
         self._update_tried = False  # an update was announced in this iteration, whether or not a loss scaler let it happen
         self._alarm_until = -1
@@ -257,15 +252,16 @@ class Guard:
             self._overdue = halt  # raised by the next step: a checkpoint is written first
         if not self._recorder.banks:
             self._recorder.build()
-            self._name_parameters()
-        return {"steps": self.steps, "batches": self._batches, "history": resume.pack(self._history.state_dict()), "judge": resume.pack(self._judge.state_dict())}
+            self._introduction.update()
+        history, judge = resume.pack(self._history.state_dict()), resume.pack(self._judge.state_dict())
+        return {"steps": self.steps, "batches": self._batches, "history": history, "judge": judge}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Raises ``ValueError`` for the state of another model."""
         self._check_open()
         if not self._recorder.banks:
             self._recorder.build()
-            self._name_parameters()
+            self._introduction.update()
         self._history.load_state_dict(resume.unpack(state["history"]))
         self._judge.load_state_dict(resume.unpack(state["judge"]))
         self.steps, self._batches = state["steps"], state["batches"]
@@ -315,25 +311,9 @@ class Guard:
             facts["scaler"] = 1.0
         if self._gates:
             facts["gated"] = 1.0
-        self._name_parameters()
+        self._introduction.update()
         for k, (row, segments) in enumerate(parts):
             self._handover.send(now, row, ("row", now, segments, facts, k == len(parts) - 1))
-
-    def _name_parameters(self) -> None:
-        """Tell the history what is known of parameters, units and the loss."""
-        history, recorder = self._history, self._recorder
-        known = recorder.graph.cancelled if recorder.graph else set()
-        if self._named is not recorder.roster or known:
-            self._named = recorder.roster
-            history.params = [
-                Param(t.name, _numel(t.tensor), t.kind, t.optimizer, str(t.tensor.dtype).removeprefix("torch."), id(t.tensor) in known, t.module)
-                for t in recorder.roster.trained
-            ]
-        history.notes.update(missing_from_optimizer=tuple(recorder.roster.missing), foreign_in_optimizer=recorder.roster.foreign, trainable=len(recorder.roster.trained))
-        history.name_units([(s.name, s.kind, s.width) for s in recorder.forward.sites])
-        history.heads = list(recorder.heads)
-        if recorder.graph and not self._declared and recorder.graph.loss_family != "unknown":
-            history.loss_family = recorder.graph.loss_family
 
     def _receive(self, now: int, *, everything: bool = False) -> None:
         """Take what has arrived, judge it, act. Raises ``TrainingHalted``."""
@@ -369,33 +349,23 @@ class Guard:
 
     def _watch(self, call: Any, *args: Any, part: str | None = None, **keywords: Any) -> Any:
         """Our own faults never end a run: one warning for each place, then that part stays silent."""
-        name = part or getattr(call, "__qualname__", type(call).__name__)
+        name = str(part or getattr(call, "__qualname__", type(call).__name__))
         if name in self._silenced:
             return None
         try:
             return call(*args, **keywords)
         except Exception as error:
             self._silenced.add(name)
-            warnings.warn(f"lossguard: {name} failed and is switched off for this run ({type(error).__name__}: {error}); training goes on", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"lossguard: {name} failed and {OFF} ({type(error).__name__}: {error}); training goes on", RuntimeWarning, stacklevel=3)
             return None
 
     def _rule_failed(self, diagnosis: str, error: Exception) -> None:
         self._silenced.add(f"rule {diagnosis}")
-        warnings.warn(f"lossguard: the rule {diagnosis} failed and is switched off for this run ({type(error).__name__}: {error})", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"lossguard: the rule {diagnosis} failed and {OFF} ({type(error).__name__}: {error})", RuntimeWarning, stacklevel=3)
 
     def _check_open(self) -> None:
         if self.closed:
             raise ValueError("this guard is closed; make a new one with Guard(model, optimizer), a closed guard keeps only its findings")
-
-
-def _rules(given: Iterable[Rule]) -> list[Rule]:
-    """The default rules, with the user's in the place of those of the same diagnosis or behind them."""
-    chosen: dict[str, Rule] = {name: cls() for name, cls in RULES.items()}
-    for rule in given:
-        if isinstance(rule, type) or not isinstance(rule, Rule):
-            raise ValueError(f"rules= holds {rule!r}, which is no rule object; give instances such as LossSpike(sigmas=10.0)")
-        chosen[rule.diagnosis] = rule
-    return list(chosen.values())
 
 
 def _take_over(model: nn.Module, guard: Guard) -> None:
@@ -403,16 +373,7 @@ def _take_over(model: nn.Module, guard: Guard) -> None:
     held = _watching.get(model)
     old = held() if held is not None else None
     if old is not None and not old.closed:
-        warnings.warn("this model was watched by another Guard, which is closed now; use one Guard for each model, or close() the old one first", UserWarning, stacklevel=3)
+        message = "this model was watched by another Guard, which is closed now; use one Guard for each model, or close() the old one first"
+        warnings.warn(message, UserWarning, stacklevel=3)
         old.close()
     _watching[model] = weakref.ref(guard)
-
-
-def _at_least(low: int, value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-    return value
-
-
-def _numel(tensor: Tensor) -> int:
-    return 0 if isinstance(tensor, nn.parameter.UninitializedTensorMixin) else math.prod(tensor.shape)

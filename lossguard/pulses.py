@@ -32,7 +32,8 @@ def check_loss(loss: Tensor | float | Mapping[str, Tensor | float]) -> dict[str,
             if value.numel() != 1:
                 raise ValueError(f"the {what} must be a scalar, got a tensor of shape {tuple(value.shape)}; reduce it first, with .mean() for instance")
         elif isinstance(value, bool) or not isinstance(value, Real):
-            raise ValueError(f"the {what} must be a scalar tensor, a float or a dict of them, got {type(value).__name__}; pass the loss that was backpropagated")
+            got = type(value).__name__
+            raise ValueError(f"the {what} must be a scalar tensor, a float or a dict of them, got {got}; pass the loss that was backpropagated")
     return terms
 
 

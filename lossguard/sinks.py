@@ -54,7 +54,8 @@ class Record:
         if len(history.units) > self._units:
             self._units = len(history.units)
             self._write("rows", {"kind": "units", "names": [u.name for u in history.units], "kinds": [u.kind for u in history.units]})
-        values = {name: [sites.tolist(), [_short(v) for v in np.asarray(numbers, dtype=np.float64).tolist()]] for name, (sites, numbers) in sample.values.items()}
+        pairs = ((name, sites.tolist(), np.asarray(numbers, dtype=np.float64).tolist()) for name, (sites, numbers) in sample.values.items())
+        values = {name: [sites, [_short(v) for v in numbers]] for name, sites, numbers in pairs}
         facts = {k: plain(v) for k, v in sample.facts.items() if isinstance(v, (int, float, str))}
         self._write("rows", {"kind": "sample", "step": sample.step, "facts": facts, "values": values})
 

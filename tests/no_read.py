@@ -259,6 +259,9 @@ def _item(tensor: Tensor) -> NoReturn:
 class _Backend(_DummyBackendModule):
     """The module torch.ghost: torch asks it for random state, which is the CPU's."""
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:  # activation checkpoints ask for it, whatever device they are on
+        return [torch.float16, torch.bfloat16]
+
     device = contextlib.nullcontext
     get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
     set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))

@@ -296,24 +296,26 @@ def test_memory_is_bounded(name):
 
 
 @pytest.mark.parametrize("small", [0, 16384])
-@pytest.mark.parametrize("ending", ["step", "no step"])
+@pytest.mark.parametrize("ending", ["step", "no step", "no backward"])
 def test_no_activation_outlives_its_step(small, ending, monkeypatch):
     """Once the step is over no output, no graph and no batch is held by the guard; large outputs not even within the step."""
     monkeypatch.setattr("lossguard.device.forward.SMALL", small)
     model, optimizer = fixture()
     held = []
     hook = model[0].register_forward_hook(lambda m, a, y: held.append((weakref.ref(a[0]), weakref.ref(y))))
-    guard = Guard(model, optimizer, accumulate=4 if ending == "no step" else None)
+    guard = Guard(model, optimizer, accumulate=None if ending == "step" else 4)
     for i in range(3):
-        x = torch.randn(8, 4)
-        guard.batch(x, torch.zeros(8, 3))
-        loss = model(x).square().mean()
-        loss.backward()
+        x, y = torch.randn(8, 4), torch.zeros(8, 3)
+        held.append((weakref.ref(y), weakref.ref(x)))
+        guard.batch(x, y)
+        loss = (model(x) - y).square().mean()
+        if ending != "no backward":
+            loss.backward()
         if ending == "step":
             optimizer.step()
             optimizer.zero_grad()
         guard.step(loss)
-        del x, loss
+        del x, y, loss
         gc.collect()
         assert [r() for pair in held for r in pair] == [None] * len(held) * 2, i
     hook.remove()

@@ -497,6 +497,26 @@ def test_two_optimizers():
     assert "no_gradient" not in guard._history.facts()
 
 
+def test_networks_in_turn():
+    """Where only one network trains in each step, the backward passes of either are seen, from the first to the last."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"g": nn.Linear(4, 4), "d": nn.Linear(4, 4)})
+    optimizers = {n: torch.optim.SGD(m.parameters(), lr=0.01) for n, m in model.items()}
+    with Guard(model, list(optimizers.values()), halt=None) as guard:
+        for i in range(12):
+            for name in ("g", "d"):
+                for other, module in model.items():
+                    module.requires_grad_(other == name)
+                loss = model["d"](model["g"](rows()(i))).square().mean()
+                optimizers[name].zero_grad()
+                loss.backward()
+                optimizers[name].step()
+            model.requires_grad_(True)
+            guard.step(loss)
+            expected = {n: p.grad.norm().item() for n, p in model.named_parameters()}
+            assert i == 0 or last(guard, "grad_norm") == pytest.approx(expected, rel=1e-5), i  # the first step knew one network only
+
+
 def test_group_added_and_frozen_and_thawed():
     """Parameters that join, freeze and thaw during the run keep their names and numbers apart."""
     model = mlp()

@@ -238,6 +238,24 @@ def test_large_tensors_are_sampled_well(layer):
             assert last(guard, "update_ratio") == pytest.approx({n: moved[n] / v for n, v in norms(before).items()}, rel=0.05)
 
 
+def test_a_sample_favours_no_column():
+    """Where a few input columns carry all of the update, the sample sees them in proportion, also for widths that are powers of two."""
+    torch.manual_seed(0)
+    model = nn.Linear(1024, 512, bias=False)
+    scale = torch.where(torch.arange(1024) % 512 < 16, 30.0, 1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Guard(model, optimizer) as guard:
+        for _ in range(3):
+            before = model.weight.detach().double().clone()
+            loss = (model(torch.randn(16, 1024) * scale) - 1.0).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            guard.step(loss)
+            moved = float((model.weight.detach().double() - before).norm())
+            assert last(guard, "update_norm")["weight"] == pytest.approx(moved, rel=0.3)
+
+
 def test_sparse_use_of_a_large_table():
     """Of an embedding of which one row in ten is touched a step, the sampled update is within 50 % of the whole."""
     torch.manual_seed(0)

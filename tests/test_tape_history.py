@@ -114,7 +114,11 @@ def test_a_device_without_values():
     assert list(handover.receive(2)) == [(None, "m")]
 
 
-SAMPLES = st.lists(st.dictionaries(st.sampled_from(["grad_norm", "weight_norm", "update_norm", "x", "y"]), st.dictionaries(st.integers(0, 4), NUMBERS, min_size=1), max_size=4), max_size=14)
+SITES = st.dictionaries(st.integers(0, 4), NUMBERS, min_size=1)
+SAMPLES = st.lists(st.dictionaries(st.sampled_from(["grad_norm", "weight_norm", "update_norm", "x", "y"]), SITES, max_size=4), max_size=14)
+SOME = st.dictionaries(st.integers(0, 2), FINITE)
+NORMS = st.fixed_dictionaries({"update_norm": SOME, "weight_norm": SOME, "grad_norm": SOME})
+ILLS = {"healthy": lambda i: 1.0, "spike": lambda i: 60.0 if i in (80, 81) else 1.0, "diverging": lambda i: 300.0 if i > 90 else 1.0}
 
 
 def sample(step, signals):
@@ -163,7 +167,7 @@ def test_the_first_finite_number_is_remembered(samples):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.fixed_dictionaries({"update_norm": st.dictionaries(st.integers(0, 2), FINITE), "weight_norm": st.dictionaries(st.integers(0, 2), FINITE), "grad_norm": st.dictionaries(st.integers(0, 2), FINITE)}), min_size=1, max_size=6))
+@given(st.lists(NORMS, min_size=1, max_size=6))
 def test_derived_signals(samples):
     """The update ratio is update over weight where both were seen; the total is the root of the squares' sum; nothing else appears."""
     history = History(samples=8, params=[Param(f"p{i}", 4 * (i + 1)) for i in range(3)])
@@ -278,7 +282,7 @@ def run(lag, ill):
     return guard, heard
 
 
-@pytest.mark.parametrize("ill", [lambda i: 1.0, lambda i: 60.0 if i in (80, 81) else 1.0, lambda i: 300.0 if i > 90 else 1.0], ids=["healthy", "spike", "diverging"])
+@pytest.mark.parametrize("ill", ILLS.values(), ids=list(ILLS))
 def test_lag_changes_when_not_what(ill):
     """With the rows arriving five steps later the history and the findings are the same, and are heard five steps later."""
     (now, heard_now), (later, heard_later) = run(0, ill), run(5, ill)

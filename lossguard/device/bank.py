@@ -7,7 +7,7 @@ are read through a spread sample for weights and updates, whole for gradient nor
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.c
 
 def why_not(parameter: Tensor) -> str | None:
     """The reason why a parameter cannot be measured here, or None if it can."""
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(parameter):
         return "lazy: not initialised yet"
     if type(parameter).__name__ == "DTensor" or hasattr(parameter, "_local_tensor"):
         return "sharded across ranks"
@@ -190,7 +190,7 @@ class Bank:
                 rows = flat[self._small_total :].view(len(self._large), -1)
                 row.add(chosen.name, self._large_sites, chosen.measure(rows), self._sample_scale())
 
-    def _by_bucket(self, flat: Tensor, sites: Sites, measure: signals.Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Sites]]:
+    def _by_bucket(self, flat: Tensor, sites: Sites, measure: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Sites]]:
         found, k = [], 0
         for first, count, size in self._layout:
             found.append((measure(flat[first : first + count * size].view(count, size)), sites[k : k + count]))
@@ -236,7 +236,7 @@ def _dense(t: Tensor) -> Tensor:
     """The same memory as a contiguous tensor, dimensions reordered where needed (channels-last weights)."""
     if t.is_contiguous():
         return t
-    return t.permute(sorted(range(t.dim()), key=lambda d: -t.stride(d)))
+    return t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
 
 
 def _gradient(p: Tensor) -> Tensor | None:

@@ -238,7 +238,7 @@ class Forward:
 
 RELU = 1
 # The groups of module classes that share their signals, numbered, so that they can be put side by side; 0: none of their own.
-_FAMILIES = {kind: RELU for kind in signals.RELU_KINDS} | {
+_FAMILIES = dict.fromkeys(signals.RELU_KINDS, RELU) | {
     kind: number for number, chosen in enumerate(signals.of("activation"), 2) if chosen.kinds != signals.RELU_KINDS for kind in chosen.kinds
 }
 

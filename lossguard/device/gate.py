@@ -43,7 +43,6 @@ class Gate:
         self.in_a_row = torch.zeros((), dtype=torch.float32, device=self.device)
         self.total = torch.zeros((), dtype=torch.float32, device=self.device)
         self._filled = 0
-        self._fill_momentum()
         mine = weakref.ref(self)  # the optimizer outlives a forgotten guard, and must not stay shut then
         hooks = [
             optimizer.register_step_pre_hook(lambda o, a, k: _call(mine, "_merge")),

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 SAMPLES, FEATURES = 16, 64  # of an output, for the signals that need no more than a sample
 
@@ -32,7 +31,7 @@ def watched(model: nn.Module) -> dict[int, tuple[str, str]]:
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
-        parametrized = is_parametrized(module)
+        parametrized = isinstance(getattr(module, "parametrizations", None), nn.ModuleDict)
         whole = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) or (parametrized and len(list(module.children())) == 1)
         if whole:
             inside.update(id(m) for m in module.modules())

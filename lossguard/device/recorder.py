@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 
 from lossguard.device import graph, roles, signals
 from lossguard.device.bank import Bank
-from lossguard.device.forward import Forward, Site
+from lossguard.device.forward import Forward
+from lossguard.device.functional import GradientRows
 from lossguard.device.logits import logits_numbers
 from lossguard.device.outputs import first_tensor, float_tensors, watched
 from lossguard.device.tape import Row, Segment
-from lossguard.device.units import SilentUnits, window
 
 MAX_HEADS = 16  # explicit softmax modules watched besides the one at the loss
 MAX_INPUTS = 4  # float inputs of the first module watched
@@ -56,8 +56,7 @@ class Recorder:
         self._updated: set[int] = set()  # optimizers that stepped in this step
         self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
         self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient after the last update
-        self._functional = SilentUnits()
-        self._functional_at: dict[int, tuple[Tensor, list[tuple[int, int, int]]]] = {}  # bank -> (indices, (site, first, units))
+        self._functional = GradientRows()
 
     # ---- phases
 
@@ -187,14 +186,14 @@ class Recorder:
         self.banks = [Bank(members, optimizer, elements) for (optimizer, _), members in groups.items()]
         self._signature = roles.signature(self.optimizers)
         self._kept_before.clear()
-        self._functional_at.clear()
+        self._functional.forget()
         if self.graph is not None:
-            self._plan_functional()
+            self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
 
     def unread(self) -> dict[str, str]:
         """What of the model as it is now is not measured, and why."""
         found = dict(self.roster.unread)
-        found.update({name: "held by no optimizer" for name in self.roster.missing})
+        found.update(dict.fromkeys(self.roster.missing, "held by no optimizer"))
         found.update({self.roster.trained[s].name: "its gradient is sparse: reading it would wait" for bank in self.banks for s in sorted(bank.sparse)})
         if self.banks:
             known = {id(t.tensor) for t in self.roster.trained}
@@ -278,50 +277,12 @@ class Recorder:
         missing = sorted(s for sites in self._missing.values() for s in sites)
         self.facts.pop("no_gradient", None)
         self.facts.update({"no_gradient": tuple(missing)} if missing else {})
-        if k in self._functional_at:
-            self._record_functional(k, bank, row)
-
-    def _record_functional(self, k: int, bank: Bank, row: Row) -> None:
-        """Dead units of ReLUs that no hook sees: a bias whose gradient is exactly zero belongs to a unit that fired for no sample."""
-        indices, spans = self._functional_at[k]
-        fired = bank.gradients.index_select(0, indices).abs()
-        for site, first, units in spans:
-            share = self._functional.update([site], fired[first : first + units].view(1, units), window(self._batch_rows))
-            if share is not None:
-                row.add("dead_fraction", np.array([site], dtype=np.intp), share)
+        self._functional.record(k, bank, self._batch_rows, row)
 
     def _read_graph(self, losses: Sequence[Tensor]) -> None:
         relus = {s.name for s in self.forward.sites if s.kind in signals.RELU_KINDS}
         self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus})
-        self._plan_functional()
-
-    def _plan_functional(self) -> None:
-        index = {id(t.tensor): i for i, t in enumerate(self.roster.trained)}
-        found = self.graph.relu_parameters if self.graph is not None else []
-        chosen = [index[i] for i in dict.fromkeys(reversed(found)) if i in index]
-        for k, bank in enumerate(self.banks):
-            self._plan_bank(k, bank, [i for i in chosen if i in bank.offsets])
-
-    def _plan_bank(self, k: int, bank: Bank, chosen: list[int]) -> None:
-        positions, spans, first = [], [], 0
-        for i in chosen:
-            trained = self.roster.trained[i]
-            units = trained.tensor.numel()
-            site = self._functional_site(trained.name.rpartition(".")[0] or trained.name, units)
-            positions.append(np.arange(bank.offsets[i], bank.offsets[i] + units))
-            spans.append((site, first, units))
-            first += units
-        if spans:
-            host = torch.from_numpy(np.concatenate(positions).astype(np.int64))
-            pinned = host.pin_memory() if bank.device.type == "cuda" else host
-            self._functional_at[k] = (pinned.to(bank.device, non_blocking=True), spans)
-
-    def _functional_site(self, name: str, units: int) -> int:
-        for site in self.forward.sites:
-            if site.name == name and site.kind == "gradient rows":
-                return site.index
-        self.forward.sites.append(Site(len(self.forward.sites), name, "gradient rows", units, False))
-        return len(self.forward.sites) - 1
+        self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
 
     def _look_at_clearing(self) -> None:
         """Gradients whose memory and version counter show that they were added to since the last update, not cleared."""

@@ -66,6 +66,6 @@ def _kind(p: Tensor, holder: nn.Module) -> str:
         return "embedding"
     if "Norm" in type(holder).__name__:
         return "norm"
-    if isinstance(p, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(p):
         return "matrix"
     return "matrix" if p.dim() >= 2 and p.numel() >= MATRIX_ELEMENTS else "vector"

@@ -10,6 +10,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ class Taps:
         self._watch_backward = backward
         mine = weakref.ref(self)
         for i, optimizer in enumerate(recorder.optimizers):
-            self._handles.append(optimizer.register_step_pre_hook(lambda o, a, k, i=i: _call(mine, "_pre_step", i, a, k)))
-            self._handles.append(optimizer.register_step_post_hook(lambda o, a, k, i=i: _call(mine, "_post_step", i)))
+            self._handles.append(optimizer.register_step_pre_hook(partial(_before_step, mine, i)))
+            self._handles.append(optimizer.register_step_post_hook(partial(_after_step, mine, i)))
         weakref.finalize(self, _remove, self._handles, self._grad_handles, self._forward).atexit = False
         self.rehook()
 
@@ -96,8 +97,8 @@ class Taps:
     def _hook_gradients(self, parameters: Sequence[Tensor]) -> None:
         _remove(self._grad_handles)
         mine = weakref.ref(self)
-        self._hooked = [p for p in parameters if not isinstance(p, nn.parameter.UninitializedTensorMixin) and p.is_leaf]
-        self._grad_handles += [p.register_post_accumulate_grad_hook(lambda p: _call(mine, "_gradient_arrived")) for p in self._hooked]
+        self._hooked = [p for p in parameters if not nn.parameter.is_lazy(p) and p.is_leaf]
+        self._grad_handles += [p.register_post_accumulate_grad_hook(lambda p: _call(mine, "_gradient_arrived")) for p in self._hooked]  # type: ignore[no-untyped-call]
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         known = self._recorder.modules.get(id(module))
@@ -143,6 +144,14 @@ class Taps:
         self._reached = sum(p.grad is not None for p in self._hooked)
         arrived = [[p for p in bank.parameters if p.grad is not None] for bank in self._recorder.banks]
         self._witnesses = [p for of in arrived for p in of[:: max(1, len(of) // WITNESSES)][:WITNESSES]] if all(arrived) else []
+
+
+def _before_step(mine: weakref.ref[Taps], index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _call(mine, "_pre_step", index, args, kwargs)
+
+
+def _after_step(mine: weakref.ref[Taps], index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _call(mine, "_post_step", index)
 
 
 def _expect_compiled_modules() -> None:

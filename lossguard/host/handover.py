@@ -86,7 +86,7 @@ def _can_pin(device: torch.device) -> bool:
 def _event(device: torch.device) -> Any:
     """An event behind the copy, or None where copies are done when they return."""
     if device.type == "cuda":
-        event: Any = torch.cuda.Event()  # no timing: cheap to record and to ask
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # no timing: cheap to record and to ask
         event.record(torch.cuda.current_stream(device))
         return event
     if device.type in ("xpu", "mps"):

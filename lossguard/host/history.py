@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from lossguard.host.columns import Array, Columns, Mask
 
+__all__ = ["PER_PARAMETER", "ZERO_BORN_RMS", "Array", "History", "Mask", "Param", "Sample", "Unit"]
+
 # Signals with one site per parameter: their arrays are always as wide as ``History.params``.
 PER_PARAMETER = ("grad_norm", "grad_rms", "weight_norm", "update_norm", "update_ratio")
 
@@ -220,7 +222,7 @@ class History:
     # ---- what rules ask often
 
     @property
-    def params(self) -> Sequence[Param]:
+    def params(self) -> tuple[Param, ...]:
         """The trained parameters, in model order."""
         return self._params
 
@@ -260,15 +262,17 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to give the alarms of an uninterrupted one; plain types and numpy arrays."""
         keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "lr_peak")
-        state = {key: getattr(self, key) for key in keys}
+        state: dict[str, Any] = {key: getattr(self, key) for key in keys}
         state.update(signals=self._signals.state_dict(), noted=self._noted.state_dict())
-        return {**state, "units": [(u.name, u.kind, u.width) for u in self.units], "heads": self.heads, "params": [p.name for p in self.params], "loss_family": self.loss_family}
+        units = [(u.name, u.kind, u.width) for u in self.units]
+        return {**state, "units": units, "heads": self.heads, "params": [p.name for p in self.params], "loss_family": self.loss_family}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse; ``ValueError`` if the state is of another model."""
         names = [p.name for p in self.params]
         if list(state["params"]) != names:
-            raise ValueError(f"the state is of a model with parameters {list(state['params'])[:3]}..., this one has {names[:3]}...; load it into the guard of the same model")
+            theirs = list(state["params"])[:3]
+            raise ValueError(f"the state is of a model with parameters {theirs}..., this one has {names[:3]}...; load it into the guard of the same model")
         for key, value in state.items():
             if key in ("signals", "noted"):
                 getattr(self, f"_{key}").load_state_dict(value)

@@ -15,7 +15,12 @@ from lossguard.host.history import History
 @runtime_checkable
 class Rule(Protocol):
     """The protocol. ``reads`` names the signals it needs: with ``("loss",)`` alone it is asked at every hand-over,
-    otherwise once for every new sample."""
+    otherwise once for every new sample.
+
+    >>> from lossguard.rules.curves import LossSpike
+    >>> isinstance(LossSpike(sigmas=10.0), Rule), LossSpike.diagnosis
+    (True, 'loss_spike')
+    """
 
     diagnosis: ClassVar[str]
     reads: ClassVar[tuple[str, ...]]

@@ -7,7 +7,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lossguard.advice import converged, informational, listing, lr_remedy, matrices, ranked, reach, step_size_advice, stretch, typical, typically, without_gradient
+from lossguard.advice import (
+    converged,
+    informational,
+    listing,
+    lr_remedy,
+    matrices,
+    ranked,
+    reach,
+    step_size_advice,
+    stretch,
+    typical,
+    typically,
+    without_gradient,
+)
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.rule import rule

@@ -1,0 +1,42 @@
+"""Tells the history who is who: parameters, module calls, softmaxes, the loss's family. Device facts in, host facts out."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from lossguard.device.recorder import Recorder
+from lossguard.host.history import History, Param
+
+
+class Introduction:
+    """Keeps a history's names up to date with a recorder. declared: the user named the loss's family."""
+
+    def __init__(self, history: History, recorder: Recorder, *, declared: bool) -> None:
+        self._history, self._recorder, self._declared = history, recorder, declared
+        self._named: tuple[object, object] = (None, None)  # the roster and the graph whose facts the history has
+
+    def update(self) -> None:
+        """Pass on what is known by now."""
+        history, recorder = self._history, self._recorder
+        if recorder.roster is not self._named[0] or recorder.graph is not self._named[1]:
+            self._named = recorder.roster, recorder.graph
+            self._name_parameters()
+        history.name_units([(s.name, s.kind, s.width) for s in recorder.forward.sites])
+        history.heads = list(recorder.heads)
+
+    def _name_parameters(self) -> None:
+        history, roster, graph = self._history, self._recorder.roster, self._recorder.graph
+        cancelled = graph.cancelled if graph else set()
+        history.params = [
+            Param(t.name, _numel(t.tensor), t.kind, t.optimizer, str(t.tensor.dtype).removeprefix("torch."), id(t.tensor) in cancelled, t.module)
+            for t in roster.trained
+        ]
+        history.notes.update(missing_from_optimizer=tuple(roster.missing), foreign_in_optimizer=roster.foreign, trainable=len(roster.trained))
+        if graph and not self._declared and graph.loss_family != "unknown":
+            history.loss_family = graph.loss_family
+
+
+def _numel(tensor: Tensor) -> int:
+    return 0 if nn.parameter.is_lazy(tensor) else math.prod(tensor.shape)
