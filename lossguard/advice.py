@@ -34,8 +34,6 @@ SPECIAL_LOSSES = (
 )
 
 
-# Readings
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -77,6 +75,17 @@ def steady(history: History, signal: str, n: int, least: int, sick: Callable[[Ar
         fine = seen & ~sick(values)
     newest = seen[-max(1, len(seen) // least) :].any(axis=0)
     return np.asarray(~fine.any(axis=0) & (seen.sum(axis=0) >= least) & newest)
+
+
+def middle(values: Array) -> float:
+    """The median of finite numbers; NaN of none. One sort: several times as fast as np.median on short arrays.
+
+    >>> middle(np.array([3.0, 1.0, 2.0, 10.0]))
+    2.5
+    """
+    ordered = np.sort(values)
+    n = ordered.size
+    return float(0.5 * (ordered[(n - 1) // 2] + ordered[n // 2])) if n else math.nan
 
 
 def typical(values: Array) -> Array:
@@ -152,9 +161,9 @@ def fallen(history: History) -> float:
     """The typical newest loss over the typical first loss; NaN where the loss is not positive throughout or too short."""
     losses = history.losses()
     losses = losses[np.isfinite(losses)]
-    if losses.size < 10 or losses.min() < 0 or np.median(losses[:5]) <= 0:
+    if losses.size < 10 or losses.min() < 0 or middle(losses[:5]) <= 0:
         return float("nan")
-    return float(np.median(losses[-10:]) / np.median(losses[:5]))
+    return float(middle(losses[-10:]) / middle(losses[:5]))
 
 
 def converged(history: History, share: float = 0.01) -> bool:
@@ -193,7 +202,7 @@ def loss_growth(history: History, step: int) -> tuple[float, float, int]:
     if losses.size < 2 or losses.min() <= 0:
         return float("nan"), float("nan"), 0
     half = losses.size // 2
-    return float(np.median(losses[:half])), float(losses[half:].max()), int(when[-1] - when[0])
+    return float(middle(losses[:half])), float(losses[half:].max()), int(when[-1] - when[0])
 
 
 @once
@@ -202,7 +211,7 @@ def gradient_growth(history: History) -> float:
     total = history.last("grad_total")[:, 0] if history.last("grad_total").size else np.empty(0)
     total = total[np.isfinite(total) & (total > 0)]
     cut = max(1, total.size - 5)
-    return float(total[cut:].max() / np.median(total[:cut])) if total.size >= 2 else float("nan")
+    return float(total[cut:].max() / middle(total[:cut])) if total.size >= 2 else float("nan")
 
 
 # Remedies

@@ -100,6 +100,7 @@ class Guard:
         self._muted = check_names(mute, "mute")
         self._scaler = scaler
         on_host = all(p.device.type == "cpu" for p in parameters)
+        self._on_cuda = any(p.device.type == "cuda" for p in parameters)
         lag = (0 if on_host else LAG) if lag is None else arguments.at_least(0, lag, "lag")
         self._record = None if record is None else Record(record, {"torch": torch.__version__, "model": type(model).__name__, "every": every})
         self._gates = gates.armed(self.optimizers) if skipped else []
@@ -146,7 +147,8 @@ class Guard:
             self._pulses.send()
         self.steps += 1
         self._open_step()
-        self._receive(now)
+        if self._handover.due(now):
+            self._receive(now)
         if self._overdue is not None:
             halt, self._overdue = self._overdue, None
             raise halt
@@ -274,6 +276,10 @@ class Guard:
         self._update_tried = False
         sampled = self._is_due(self.steps) or self._tries > 0
         self._taps.next_step()
+        if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
+            self._taps.listening = bool(self._gates) or self._recorder.expects_clearing
+            self._recorder.targets = None
+            return
         if sampled and self._recorder.outdated:
             self._watch(self._recorder.build)
             self._taps.rehook()
@@ -317,7 +323,7 @@ class Guard:
 
     def _receive(self, now: int, *, everything: bool = False) -> None:
         """Take what has arrived, judge it, act. Raises ``TrainingHalted``."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if self._on_cuda and torch.cuda.is_current_stream_capturing():
             return  # asking an event would break the capture
         heard: list[Finding] = []
         for news in self._intake.receive(now, everything=everything):

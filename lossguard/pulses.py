@@ -45,30 +45,35 @@ class Pulses:
         self._pulse: Pulse | None = None
         self._names: tuple[str, ...] = ()
         self._first = 0
-        self._leaves: list[Tensor] = []
+        self._batch: Any = None
         self._looked: list[int] = []  # how many leaves were looked at in each step of the block
+        self._no_grad = torch.no_grad()
         self._host: Any = None  # the block as numpy where it lies in host memory
 
     def show(self, batch: Any) -> None:
         """The coming step's batch; its float tensors are summed when the step ends."""
-        self._leaves = [x for _, x in zip(range(MAX_LEAVES), float_tensors(batch), strict=False)]
+        self._batch = batch
 
     def write(self, step: int, terms: Mapping[str, Tensor | float]) -> bool:
         """One step's numbers. True if they lie in host memory already and one is not finite."""
         pulse = self._ready(step, terms)
-        row, looked = pulse.filled, 0
-        with torch.no_grad():
-            for leaf in self._leaves:
-                looked += self._look_at(looked, leaf, pulse)
+        row = pulse.filled
+        with self._no_grad:
             for k, value in enumerate(terms.values(), MAX_LEAVES):
                 pulse.put(k, value.reshape(()) if isinstance(value, Tensor) and value.dim() else value)
-        self._leaves = []
-        self._looked.append(looked)
+            sick = self._host is not None and not all(map(math.isfinite, self._host[row, MAX_LEAVES:].tolist()))
+            if self._batch is not None and (sick or self._host is None):  # where the loss is at hand, a finite one clears its batch
+                self._looked[-1:] = [self._look(pulse)]
+        self._batch = None
         pulse.advance()
-        if self._host is None:
-            return False
-        numbers = self._host[row]
-        return not all(math.isfinite(v) for v in (*numbers[:looked], *numbers[MAX_LEAVES:]))
+        return sick
+
+    def _look(self, pulse: Pulse) -> int:
+        """Sums of the batch's leaves into the current row; returns how many were looked at."""
+        looked = 0
+        for _, leaf in zip(range(MAX_LEAVES), float_tensors(self._batch), strict=False):
+            looked += self._look_at(looked, leaf, pulse)
+        return looked
 
     def send(self) -> None:
         """Hand the block over, complete or not, and start the next."""
@@ -99,6 +104,7 @@ class Pulses:
             self.send()
         if not self._pulse.filled:
             self._first = step
+        self._looked.append(0)
         return self._pulse
 
     def _look_at(self, column: int, leaf: Tensor, pulse: Pulse) -> int:

@@ -484,7 +484,8 @@ def test_batches_pass_through():
         with pytest.raises(TypeError):
             len(guard.batches(iter(data)))
         assert list(guard.batches(x for x in ({"x": torch.ones(2), "labels": torch.ones(2)}, [torch.ones(1)], torch.ones(1), "text", None)))[-1] is None
-    assert guard.history.inputs().tolist() == [1, 1, 1, 0, 1] * 2
+    # on a CPU, where the loss is at hand, a batch is looked at when its loss is not finite
+    assert (guard.history.inputs() == 0).tolist() == [False, False, False, True, False] * 2
     assert "nonfinite_input" in {f.diagnosis for f in guard.findings} | {c.diagnosis for f in guard.findings for c in f.consequences}
 
 

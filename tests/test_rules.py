@@ -168,7 +168,7 @@ ILL: dict[str, tuple[Edit, int, int, str, Severity]] = {
     "nonfinite_gradient": (at("grad_norm", slice(0, 5), INF, since=70), 70, 0, "layers.1.weight", Severity.HALT),
     "nonfinite_weight": (at("weight_norm", slice(4, 7), NAN, since=70, measured=True), 70, 0, "layers.1.weight", Severity.HALT),
     "nonfinite_loss": (loss(lambda t, v: NAN, since=77), 77, 0, "loss", Severity.WARNING),
-    "exploding_gradient": (times("grad_norm", ALL, 300.0, since=100), 100, 40, "", Severity.WARNING),
+    "exploding_gradient": (both(times("grad_norm", ALL, 300.0, since=100), loss(lambda t, v: 2.3)), 100, 40, "", Severity.WARNING),
     "vanishing_gradient": (times("grad_norm", slice(0, 2), 1e-8), 0, 20, "layers.0.weight", Severity.WARNING),
     "missing_zero_grad": (fact("not_cleared", 1.0), 0, 3, "zero_grad", Severity.WARNING),
     "clipping_dominates": (at("clip_coefficient", 0, 0.01), 0, 50, "clipping", Severity.WARNING),
@@ -191,7 +191,10 @@ NEAR: dict[str, Edit] = {
     "nonfinite_gradient": both(fact("scaler", 1.0), at("grad_norm", ALL, INF, until=16), at("grad_norm", 3, INF, since=100, until=101)),
     "nonfinite_weight": times("weight_norm", ALL, 1e6),
     "nonfinite_loss": loss(lambda t, v: -1e30),
-    "exploding_gradient": both(times("grad_norm", ALL, 31.7, since=100, until=101), times("grad_norm", ALL, 14.0, since=130, until=151)),
+    # single steps, a warm-up's rise, and a network that leaves a plateau: its gradients grow while its loss falls
+    "exploding_gradient": both(
+        times("grad_norm", ALL, 31.7, since=60, until=61), times("grad_norm", ALL, 14.0, since=70, until=74), times("grad_norm", ALL, 20.0, since=100)
+    ),
     "vanishing_gradient": both(times("grad_norm", 1, 0.0, until=3), times("grad_norm", 4, 6e-4), times("grad_norm", 0, 1e-9), times("grad_norm", 2, 1e-9)),
     "missing_zero_grad": both(fact("not_cleared", 0.3), fact("not_cleared", 1.0, since=40, until=42)),
     "clipping_dominates": at("clip_coefficient", 0, 0.97),

@@ -41,7 +41,7 @@ class Recorder:
         self.targets: Tensor | None = None
         self.on = False
         self.modules = watched(model)
-        self._asked = self.modules
+        self.asked = self.modules
         self._dense = True
         self._few: tuple[int, dict[int, tuple[str, str]]] = (-1, {})  # how many modules were covered, and those that are not
         self.fired: set[str] = set()  # modules whose hook ever fired
@@ -64,7 +64,7 @@ class Recorder:
         """A new step starts. every_module: look at modules too whose output shows in the activation that follows."""
         self.on = sampled
         self._dense = every_module
-        self._asked = self.modules if every_module else self._needed()
+        self.asked = self.modules if every_module else self._needed()
         self.facts = {}
         self.targets = None
         self._head_seen, self._first_module = False, True
@@ -76,22 +76,16 @@ class Recorder:
         for row in self._rows.values():
             row.discard()
 
-    def asks(self, module: nn.Module) -> bool:
-        """Whether this module's output is looked at in the current step."""
-        return id(module) in self._asked or type(module) is nn.CrossEntropyLoss
-
     def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A module's forward pass ended. Recomputations and evaluation are passed over."""
-        if torch._C._current_graph_task_id() != -1:
-            return  # an activation checkpoint recomputes: counted already
-        known = self._asked.get(id(module))
-        if known is None:
-            if type(module) is nn.CrossEntropyLoss and torch.is_grad_enabled() and len(args) == 2 and isinstance(args[0], Tensor):
-                self._criterion_seen = True
-                self._logits(args[0], 1 if args[0].dim() > 1 else 0, args[1])
-            return
-        if module.training:
-            self._record_module(module, *known, args, output)
+        """The forward pass of a module that is ``asked`` ended. Recomputations and evaluation are passed over."""
+        if module.training and torch._C._current_graph_task_id() == -1:  # else an activation checkpoint recomputes: counted already
+            self._record_module(module, *self.asked[id(module)], args, output)
+
+    def criterion_called(self, args: tuple[Any, ...]) -> None:
+        """A ``nn.CrossEntropyLoss`` was called: its logits, and its targets."""
+        if torch.is_grad_enabled() and len(args) == 2 and isinstance(args[0], Tensor) and torch._C._current_graph_task_id() == -1:
+            self._criterion_seen = True
+            self._logits(args[0], 1 if args[0].dim() > 1 else 0, args[1])
 
     def backward_done(self, *, unscaled: bool = False) -> None:
         """All gradients of a backward pass are there, unclipped. Later passes before an update overwrite earlier ones."""

@@ -60,10 +60,16 @@ class Taps:
             mine = weakref.ref(self)
 
             def forward_ended(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if not torch.compiler.is_compiling():  # a constant while compiling: the compiled code keeps no trace of the hook
-                    taps = mine()
-                    if taps is not None and taps._recorder.asks(module):
-                        taps._forward_ended(module, args, output)
+                if torch.compiler.is_compiling():  # a constant while compiling: the compiled code keeps no trace of the hook
+                    return
+                taps = mine()
+                if taps is None:
+                    return
+                known = taps._recorder.asked.get(id(module))
+                if known is not None:
+                    taps._watch(taps._recorder.module_called, module, args, output, part=known[0])
+                elif type(module) is nn.CrossEntropyLoss:
+                    taps._watch(taps._recorder.criterion_called, args, part="CrossEntropyLoss")
 
             _expect_compiled_modules()
             self._forward.append(register_module_forward_hook(forward_ended))
@@ -97,12 +103,14 @@ class Taps:
     def _hook_gradients(self, parameters: Sequence[Tensor]) -> None:
         _remove(self._grad_handles)
         mine = weakref.ref(self)
-        self._hooked = [p for p in parameters if not nn.parameter.is_lazy(p) and p.is_leaf]
-        self._grad_handles += [p.register_post_accumulate_grad_hook(lambda p: _call(mine, "_gradient_arrived")) for p in self._hooked]  # type: ignore[no-untyped-call]
 
-    def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        known = self._recorder.modules.get(id(module))
-        self._watch(self._recorder.module_called, module, args, output, part=known[0] if known else type(module).__name__)
+        def arrived(parameter: Tensor) -> None:
+            taps = mine()
+            if taps is not None and taps.listening:
+                taps._gradient_arrived()
+
+        self._hooked = [p for p in parameters if not nn.parameter.is_lazy(p) and p.is_leaf]
+        self._grad_handles += [p.register_post_accumulate_grad_hook(arrived) for p in self._hooked]  # type: ignore[no-untyped-call]
 
     def _post_step(self, index: int) -> None:
         self._after_update(index)

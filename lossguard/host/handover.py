@@ -44,6 +44,10 @@ class Handover:
             mirror.copy_(numbers, non_blocking=True)
             self._queue.append((step + self.lag, mirror, _event(numbers.device), meaning))
 
+    def due(self, step: int) -> bool:
+        """Whether something is to be received at ``step``."""
+        return bool(self._queue) and self._queue[0][0] <= step
+
     def receive(self, step: int, *, everything: bool = False) -> Iterator[tuple[Numbers | None, Any]]:
         """What is due at ``step``, oldest first; None for a device without values. ``everything`` may wait for the rest."""
         while self._queue and (everything or self._queue[0][0] <= step):

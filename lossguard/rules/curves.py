@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import clip_remedy, constant_advice, converged, informational, lr_remedy, ranked
+from lossguard.advice import clip_remedy, constant_advice, converged, informational, lr_remedy, middle, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.rules.rule import rule
@@ -21,8 +21,8 @@ _NORMAL = 1.4826  # standard deviation over MAD of a normal distribution
 
 def robust_z(value: float, past: Array) -> float:
     """How many robust deviations the value is above the median of its past; a MAD of 0 is taken as rounding of float32."""
-    median = float(np.median(past))
-    spread = _NORMAL * float(np.median(np.abs(past - median)))
+    median = float(middle(past))
+    spread = _NORMAL * float(middle(np.abs(past - median)))
     return (value - median) / max(spread, 1e-6 * abs(median), 1e-300)
 
 
@@ -66,8 +66,8 @@ class LossSpike:
         past = past[np.isfinite(past)]
         if past.size < self.least:
             return list(range(first, len(losses)))
-        median = float(np.median(past))
-        spread = _NORMAL * float(np.median(np.abs(past - median)))
+        median = float(middle(past))
+        spread = _NORMAL * float(middle(np.abs(past - median)))
         return [at for at in range(first, len(losses)) if losses[at] > median + 0.5 * self.sigmas * min(spread, abs(median))]
 
     def _z(self, losses: Array, at: int) -> tuple[float, Array]:
@@ -76,18 +76,18 @@ class LossSpike:
         past = past[np.isfinite(past)]
         if past.size < self.least or not np.isfinite(now):
             return 0.0, past
-        median = float(np.median(past))
-        spread = max(_NORMAL * float(np.median(np.abs(past - median))), 1e-6 * abs(median))
+        median = float(middle(past))
+        spread = max(_NORMAL * float(middle(np.abs(past - median))), 1e-6 * abs(median))
         past = past[np.abs(past - median) <= self.sigmas * spread][-self.window :]
         if past.size < self.least:
             return 0.0, past
-        z, median = robust_z(float(now), past), float(np.median(past))
+        z, median = robust_z(float(now), past), float(middle(past))
         if past.min() <= 0 <= past.max():
             return (z if z > self.mixed else 0.0), past
         if z <= self.sigmas or now <= median + self.rise * abs(median):
             return 0.0, past
         first = np.abs(losses[np.isfinite(losses)][:5])
-        if past.min() > 0 and (self._log_z(float(now), past) <= self.logarithmic or now < self.floor * float(np.median(first))):
+        if past.min() > 0 and (self._log_z(float(now), past) <= self.logarithmic or now < self.floor * float(middle(first))):
             return 0.0, past
         return z, past
 
@@ -101,7 +101,7 @@ class LossSpike:
         return robust_z(float(np.log(now)) + slope * float(x.mean()), residual)
 
     def _finding(self, history: History, step: int, now: float, past: Array, z: float) -> Finding:
-        median = float(np.median(past))
+        median = float(middle(past))
         causes, remedies = ranked([
             (Cause("odd batch", 0.5, f"the losses before were calm (median {number(median)})"),
              [Remedy(f"look at the batch of step {step}", {"batch_of_step": step}), clip_remedy(history)]),

@@ -14,6 +14,7 @@ from lossguard.advice import (
     listing,
     lr_remedy,
     matrices,
+    middle,
     ranked,
     reach,
     steady,
@@ -49,6 +50,7 @@ class ExplodingGradient:
     short: int = 10  # samples of the past that a catastrophe needs; our own choice, a factor 1000 needs no fine median
     grace: int = 20  # steps; detectors A, machinery 3
     patience: int = 1  # samples; the medians are the patience
+    fall: float = 0.02  # of the median loss: growing gradients of a loss that falls by more are those of learning; our own benchmark's plateau
     enough: int = 40  # samples of the past that the median law needs (history of 50 with the newest 10); detectors A
 
     def check(self, history: History) -> Finding | None:
@@ -69,16 +71,23 @@ class ExplodingGradient:
         before = total[:-n][-self.past :]
         if before.size < self.enough:
             return None
-        now, past = float(np.median(total[-n:])), float(np.median(before))
-        if now <= self.times * past or now <= float(born[0]) or past == 0:
+        now, past = float(middle(total[-n:])), float(middle(before))
+        if now <= self.times * past or now <= float(born[0]) or past == 0 or self._learning(history):
             return None
         first = int(np.flatnonzero(total[-n:] > self.times * past)[0])
         return self._finding(history, int(steps[-n:][first]), now, past, self.times, Severity.WARNING)
 
+    def _learning(self, history: History) -> bool:
+        """The loss comes down meanwhile: a network that leaves a plateau has growing gradients."""
+        losses = history.losses(self.past)
+        losses = losses[np.isfinite(losses)]
+        half = losses.size // 2
+        return half > 0 and middle(losses[half:]) < (1 - self.fall) * float(middle(losses[:half]))
+
     def _twice(self, total: Array, born: float) -> tuple[int, float] | None:
         """Where in the totals the first of two catastrophes stands, and the past median; the newest sample must be one."""
         cut = max(self.short, total.size - self.window)
-        past = float(np.median(total[:cut][-self.past :]))
+        past = float(middle(total[:cut][-self.past :]))
         high = np.flatnonzero((total[cut:] > self.catastrophe * past) & (total[cut:] > born)) + cut
         return (int(high[0]), past) if past > 0 and high.size >= 2 and high[-1] == total.size - 1 else None
 
@@ -162,7 +171,7 @@ class VanishingGradient:
         speed = float(np.nanmedian(ratio[able]))
         if low.sum() <= self.most * able.sum() or not 0 < speed < self.dying:
             return None
-        name, worst = history.params[int(np.flatnonzero(low)[0])].name, float(np.median(history.last("grad_rms", 1)[0, low]))
+        name, worst = history.params[int(np.flatnonzero(low)[0])].name, float(middle(history.last("grad_rms", 1)[0, low]))
         remedy = Remedy(f"Adam's eps {number(float(epsilon))} -> {number(worst * 1e-3)}, or multiply the loss by 1000", {"eps": worst * 1e-3})
         causes, remedies = ranked([(Cause("adam epsilon", 0.8, f"gradients of {number(worst)} against eps {number(float(epsilon))}"), [remedy])])
         evidence = (Evidence("gradient rms", worst, self.epsilons * float(epsilon)), Evidence("update ratio", speed, self.dying))
@@ -235,7 +244,7 @@ class ClippingDominates:
             c = kept[:, site][np.isfinite(kept[:, site]) & (kept[:, site] > 0)]
             if c.size < self.least:
                 continue
-            share, median = float((c < 1 - 1e-6).mean()), float(np.median(1 / c))
+            share, median = float((c < 1 - 1e-6).mean()), float(middle(1 / c))
             if share > self.share and median >= excess:
                 return self._finding(history, n, site, share, median, excess)
         return None

@@ -13,6 +13,7 @@ from lossguard.advice import (
     listing,
     lr_remedy,
     matrices,
+    middle,
     ranked,
     reach,
     step_size_advice,
@@ -155,7 +156,7 @@ class UpdateRatioLow:
             return None
         each = typical(u)[able]
         each = each[np.isfinite(each)]
-        median = float(np.median(each)) if each.size else float("nan")
+        median = middle(each) if each.size else float("nan")
         if not 0 < median < self.ratio:
             return None
         slow = int(np.flatnonzero(able)[int(np.nanargmin(np.where(typical(u)[able] > 0, typical(u)[able], np.inf)))])
