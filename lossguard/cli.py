@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lossguard import __version__, explain, sinks
-from lossguard.findings import Finding
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +38,7 @@ def _explain(name: str | None) -> str:
 
 
 def _findings(folder: Path) -> str:
-    lines = [str(Finding.from_dict(line)) for line in sinks.read(folder) if line.get("kind") == "finding"]
+    lines = [str(finding) for finding in sinks.findings(folder)]
     return "\n".join(lines) if lines else f"no findings in {folder}"
 
 

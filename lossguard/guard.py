@@ -184,6 +184,7 @@ class Guard:
             for gate in self._gates:
                 gate.close()
             if self._record:
+                self._record.summary(self.findings)
                 self._record.close()
             if _watching.get(self.model) is not None and _watching[self.model]() is self:
                 del _watching[self.model]

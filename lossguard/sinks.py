@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +40,10 @@ class Record:
     def finding(self, finding: Finding) -> None:
         """One event, as it stands now."""
         self._write("findings", {"kind": "finding", **finding.to_dict()})
+
+    def summary(self, findings: Sequence[Finding]) -> None:
+        """All events as they stand at the end of the run: with their counts and consequences."""
+        self._write("findings", {"kind": "summary", "findings": [f.to_dict() for f in findings]})
 
     def losses(self, first: int, totals: list[float], terms: Mapping[str, list[float]]) -> None:
         """The losses of consecutive steps."""
@@ -89,6 +93,20 @@ def read(folder: str | Path, name: str = "findings") -> Iterator[dict[str, Any]]
             if line.get("kind") == "header" and line.get("schema", 0) > SCHEMA:
                 raise ValueError(f"{path} has schema {line['schema']}, this version reads up to {SCHEMA}; update lossguard")
             yield line
+
+
+def findings(folder: str | Path) -> list[Finding]:
+    """The events of a record's last run: as they stood at its end, or as they were heard if it was killed."""
+    heard: list[Finding] = []
+    for line in read(folder):
+        if line["kind"] == "header":
+            heard = []
+        elif line["kind"] == "finding":
+            new = Finding.from_dict(line)
+            heard = [f for f in heard if (f.diagnosis, f.step) != (new.diagnosis, new.step)] + [new]
+        elif line["kind"] == "summary":
+            heard = [Finding.from_dict(f) for f in line["findings"]]
+    return heard
 
 
 def _short(value: float) -> Any:

@@ -37,6 +37,7 @@ class DeadRelu:
     narrow: int = 32  # units; below it chance is large (bottleneck of 16: 0.36), and the share must exceed `narrow_share`; our own choice
     narrow_share: float = 0.75  # share of units in a narrow layer; our own choice
     memory: int = 64  # samples for which a window's verdict stands; windows end at every 30 samples or more
+    born: float = 0.95  # of the zeros that dead units alone would give: seen in the first batch, they were born dead; our own choice
     grace: int = 0  # steps; the window of at least 30 samples is the grace
     patience: int = 1  # samples; the window is the patience
 
@@ -72,11 +73,14 @@ class DeadRelu:
     def _finding(self, history: History, units: list[Unit], dead: Array, root: int, sick: Mask, when: Array) -> Finding:
         unit, share = units[root], float(dead[root])
         many = f"{round(share * unit.width)} of {unit.width} units" if unit.width else f"{share:.0%} of the units"
+        first = history.born("zero_fraction")[root] if root < history.born("zero_fraction").size else np.nan
+        born = bool(first >= self.born * (share + 0.5 * (1 - share)))  # units that live are silent half of the time
+        began = f"{first:.0%} of its outputs were 0 in the first batch" if np.isfinite(first) else "its first outputs were not seen"
         causes, remedies = ranked([
-            (Cause("learning rate too high", 0.6, f"{many} of {unit.name} were pushed below zero for every sample"),
+            (Cause("bias or initialisation", 0.8 if born else 0.3, began),
+             [Remedy(f"set the bias before {unit.name} to 0 and initialise its weights by He", {"bias": 0.0, "init": "he"})]),
+            (Cause("learning rate too high", 0.2 if born else 0.6, f"{many} of {unit.name} were pushed below zero for every sample"),
              [lr_remedy(history, 0.1), Remedy(f"use LeakyReLU(0.01) for {unit.name}", {"activation": "LeakyReLU", "slope": 0.01})]),
-            (Cause("bias or initialisation", 0.4, f"look at the bias of the layer before {unit.name}"),
-             [Remedy(f"set the bias before {unit.name} to 0", {"bias": 0.0})]),
         ])  # fmt: skip
         others = listing(units[i].name for i in np.flatnonzero(sick) if i != root)
         message = f"{many} are silent for every sample of the last window" + (f"; also {others}" if others else "")

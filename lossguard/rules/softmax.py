@@ -32,6 +32,7 @@ class SaturatedSoftmax:
     learned: float = 0.5  # loss over the first loss below which a large logit is no fault; our own choice
     span: int = 20  # steps; detectors A (20 batches)
     least: int = 3  # samples in the span
+    apart: float = 0.5  # of the larger: label NLL and loss further apart are of different labels (a sample of rows is within a few per cent)
     grace: int = 0  # steps; the span is the grace
     patience: int = 1  # samples; the span is the patience
 
@@ -47,7 +48,7 @@ class SaturatedSoftmax:
             ("log_normalizer", self.normalizer, "mean log normaliser"),
         )
         for signal, limit, what in tests:
-            if not reach(history, signal, n)[1] > limit:
+            if not reach(history, signal, n)[1] > limit or (signal in ("confident_wrong", "label_nll") and self._misaligned(history)):
                 continue
             sick = steady(history, signal, n, self.least, lambda v, limit=limit: np.isfinite(v) & (v > limit))  # type: ignore[misc]
             if sick.any() and signal in ("logit_peak", "log_normalizer"):
@@ -55,6 +56,13 @@ class SaturatedSoftmax:
             if sick.any():
                 return self._finding(history, n, int(np.flatnonzero(sick)[0]), signal, limit, what)
         return None
+
+    def _misaligned(self, history: History) -> bool:
+        """The labels shown are not those of the loss: a model that shifts them inside would read as confident and wrong."""
+        nll, loss = history.last("label_nll", 1), history.losses(1)
+        if history.loss_family != "cross_entropy" or not nll.size or not np.isfinite(nll[0, 0]) or not loss.size or not np.isfinite(loss[0]):
+            return False
+        return bool(abs(nll[0, 0] - loss[0]) > self.apart * max(abs(loss[0]), abs(nll[0, 0]), 1e-6))
 
     def _out_of_scale(self, history: History, signal: str, n: int, learned: bool) -> Mask:
         """Heads at which a large value is a fault: at the loss unless it learns, elsewhere if the value grew; never a mask's constant."""
