@@ -160,3 +160,10 @@ def test_consequences_are_known_diagnoses() -> None:
 def test_every_rule_of_the_registry_is_a_rule() -> None:
     """Each registered class fulfils the protocol."""
     assert len(RULES) >= 20 and all(isinstance(make(), Rule) for make in RULES.values())
+
+
+def test_halts_of_one_fault_are_one_event() -> None:
+    """Below a root that halts, further halts are its consequences, whatever warning came before them."""
+    judge = Judge([scripted("update_ratio_high", {2: W}), scripted("nonfinite_activation", {4: H}), scripted("nonfinite_loss", {4: H, 5: H})])
+    assert play(judge, 7) == [(2, "warning update_ratio_high"), (4, "halt nonfinite_activation")]
+    assert [c.diagnosis for c in judge.findings[1].consequences] == ["nonfinite_loss"]

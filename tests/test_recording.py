@@ -561,3 +561,18 @@ def test_several_optimizers_and_rates():
     assert guard.history.lr == pytest.approx(0.3)
     assert sorted({p.optimizer for p in guard.history.params}) == [0, 1]
     assert guard.history.last("clip_coefficient", 1)[0].tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_the_input_is_that_of_the_first_module_at_every_sample():
+    """Once settled, modules shown by their activation are passed over, but never the first: what it is given is the input."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Guard(model, optimizer, every=2, dense=4) as guard:
+        for i in range(12):
+            x = torch.full((16, 8), float(i + 1))
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            guard.step(loss)
+    assert guard.history.last("input_rms")[:, 0] == pytest.approx([s + 1 for s in guard.history.steps()])

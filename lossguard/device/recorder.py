@@ -216,8 +216,9 @@ class Recorder:
         """The modules whose outputs no activation behind them shows."""
         covered = self.forward.covered
         if self._few[0] != len(covered):
-            head = (self.graph.head if self.graph else None) or ""
-            needed = {i: known for i, known in self.modules.items() if known[0] not in covered or known[0] == head.partition("[")[0]}
+            first = self.forward.sites[0].name if self.forward.sites else ""  # what it is given is the input
+            always = {name.partition("[")[0] for name in (first, (self.graph.head if self.graph else None) or "")}
+            needed = {i: known for i, known in self.modules.items() if known[0] not in covered or known[0] in always}
             self._few = (len(covered), needed)
         return self._few[1]
 

@@ -16,6 +16,7 @@ from lossguard.rules.rule import Rule
 _DIVERGENCE = ("nonfinite_loss", "nonfinite_activation", "nonfinite_gradient", "nonfinite_weight", "exploding_gradient",
                "diverging_loss", "loss_spike", "saturated_softmax", "saturated_activation", "collapsed_activation", "dead_relu",
                "vanishing_gradient", "constant_loss", "clipping_dominates", "unchanged_weights", "update_ratio_low")  # fmt: skip
+_COLLAPSE = ("constant_loss", "unchanged_weights", "update_ratio_low")
 _NO_SIGNAL = ("vanishing_gradient", "collapsed_activation", "constant_loss", "unchanged_weights", "update_ratio_low")
 
 # root -> what may follow from it. A later symptom found while its root's episode is fresh is attached to the root.
@@ -33,12 +34,12 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "saturated_softmax": ("vanishing_gradient", "constant_loss", "loss_spike", "diverging_loss", "update_ratio_low"),
     "dead_relu": _NO_SIGNAL,
     "saturated_activation": _NO_SIGNAL,
-    "collapsed_activation": _NO_SIGNAL,
     "vanishing_gradient": _NO_SIGNAL,
+    "collapsed_activation": _COLLAPSE,
     "update_ratio_low": ("constant_loss", "unchanged_weights"),
     "diverging_loss": ("loss_spike",),
 }
-SEEN_LATE = ("dead_relu",)  # measured over a window that began before what follows from it was seen
+SEEN_LATE = ("dead_relu", "vanishing_gradient")  # measured over a window that began before what follows from it was seen
 RANK = {name: i for i, name in enumerate(FOLLOWS)}
 
 
@@ -123,7 +124,7 @@ class Judge:
         if name in self._open:
             return self._continue(self._open[name], finding)
         root = self._root_of(finding)
-        if root is not None and (not self.halts(finding) or self.halts(self.findings[root])):
+        if root is not None:
             event = self.findings[root]
             self.findings[root] = replace(event, consequences=(*event.consequences, finding))
             self._open[name] = (root, len(event.consequences))
@@ -164,8 +165,10 @@ class Judge:
         return False
 
     def _root_of(self, finding: Finding) -> int | None:
-        """The earliest event that explains this finding and is still fresh."""
+        """The earliest event that explains this finding and is still fresh; what halts is hidden only below what halts."""
         for i, event in enumerate(self.findings):
+            if self.halts(finding) and not self.halts(event):
+                continue
             fresh = finding.step - (event.last_step if event.last_step is not None else event.step) <= self.horizon
             if fresh and event.severity >= Severity.WARNING and finding.diagnosis in FOLLOWS.get(event.diagnosis, ()) and event.step <= finding.step:
                 return i
