@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossguard import actions, arguments, batches, resume
+from lossguard import actions, arguments, batches, resume, verdict
 from lossguard.coverage import Coverage, survey
 from lossguard.device import gate as gates
 from lossguard.device.recorder import Recorder
@@ -165,6 +165,18 @@ class Guard:
         self._recorder.targets = targets if isinstance(targets, Tensor) else None
         self._pulses.show((inputs, targets))
 
+    def validation(self, loss: Tensor | float) -> None:
+        """An evaluation is over: its loss, a scalar tensor still on its device, or a float. Read by ``verdict``."""
+        self._check_open()
+        value = check_loss(loss)[""] if not isinstance(loss, Mapping) else None
+        if value is None:
+            raise ValueError("the validation loss must be one scalar, got a dict; give the sum that you select checkpoints by")
+        self._pulses.send()
+        numbers = value.detach().to(torch.float32).reshape(1).clone() if isinstance(value, Tensor) else torch.tensor([float(value)])
+        self._handover.send(self.steps - 1, numbers, ("validation", self.steps - 1))
+        if self._handover.due(self.steps - 1):
+            self._receive(self.steps - 1)
+
     def flush(self) -> None:
         """Judge all that was recorded; may wait for the device. Raises ``TrainingHalted`` as :meth:`step` does."""
         self._pulses.send()
@@ -211,8 +223,13 @@ class Guard:
         for gate in self._gates:
             gate.judge()
 
-    def after_update(self, index: int) -> None:
-        """Optimizer ``index`` stepped."""
+    def before_update(self, index: int = 0) -> None:
+        """Optimizer ``index`` is about to step on gradients as they are now, clipped or not. Its own hook says so too."""
+        if not self.closed:
+            self._watch(self._recorder.before_update, index)
+
+    def after_update(self, index: int = 0) -> None:
+        """Optimizer ``index`` stepped. Its own hook says so too."""
         if self.closed:
             return
         self._updates_seen = True
@@ -230,6 +247,11 @@ class Guard:
     def history(self) -> History:
         """What has arrived from the device so far, as rules see it; to be read only."""
         return self._history
+
+    @property
+    def verdict(self) -> str:
+        """The reading of the loss curves now: ``learning``, ``overfitting``, ``bottleneck``, ...; see ``lossguard.verdict``."""
+        return verdict.read(self._history)
 
     @property
     def coverage(self) -> Coverage:

@@ -50,6 +50,10 @@ class Record:
         line = {"kind": "losses", "first": first, "total": [_short(v) for v in totals]}
         self._write("rows", {**line, "terms": {k: [_short(v) for v in vs] for k, vs in terms.items()}} if terms else line)
 
+    def validation(self, step: int, value: float) -> None:
+        """One evaluation's loss, after this step."""
+        self._write("rows", {"kind": "validation", "step": step, "loss": _short(value)})
+
     def sample(self, sample: Sample, history: History) -> None:
         """One sampled step: ``values`` maps a signal to its sites and numbers; names of sites stand in lines of their own."""
         if len(history.params) > self._params:

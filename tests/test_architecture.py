@@ -23,7 +23,7 @@ LAYERS = [
     ("device/",),
     ("host/",),
     ("rules/rule.py", "rules/judge.py"),
-    ("advice.py",),
+    ("advice.py", "verdict.py"),
     ("rules/",),
     ("actions.py", "resume.py", "batches.py"),
     ("sinks.py", "coverage.py", "pulses.py", "arguments.py", "introduce.py", "preflight.py"),

@@ -101,6 +101,7 @@ class History:
         self._noted = Columns(samples)  # the numeric facts
         self._facts: list[dict[str, Any]] = []
         self._count = 0
+        self._validations: list[tuple[float, float]] = []
         self._judged_losses = 0
         self.lr_peak = 0.0
 
@@ -133,6 +134,12 @@ class History:
         lr = sample.facts.get("lr")
         if lr is not None and np.isfinite(lr):
             self.lr_peak = max(self.lr_peak, float(lr))
+
+    def add_validation(self, step: int, value: float) -> None:
+        """One evaluation's loss, after this step; as many are kept as losses."""
+        self.memo.clear()
+        self._validations.append((step, value))
+        del self._validations[: max(0, len(self._validations) - len(self._losses))]
 
     # ---- what rules read
 
@@ -185,6 +192,10 @@ class History:
     def inputs(self, n: int | None = None) -> Array:
         """Whether the batches of :meth:`losses` were finite: 1 yes, 0 no, NaN not looked at."""
         return self._loss_rows(n)[:, 2]
+
+    def validations(self) -> Array:
+        """The evaluations so far, oldest first: (n, 2), the step before each and its loss."""
+        return np.array(self._validations, dtype=np.float64).reshape(-1, 2)
 
     def term(self, name: str, n: int | None = None) -> Array:
         """A named loss term, as :meth:`losses`."""
@@ -261,7 +272,7 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to give the alarms of an uninterrupted one; plain types and numpy arrays."""
-        keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "lr_peak")
+        keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "_validations", "lr_peak")
         state: dict[str, Any] = {key: getattr(self, key) for key in keys}
         state.update(signals=self._signals.state_dict(), noted=self._noted.state_dict())
         units = [(u.name, u.kind, u.width) for u in self.units]

@@ -16,6 +16,7 @@ from lossguard.host.history import History, Sample
 class _Writer(Protocol):
     def losses(self, first: int, totals: list[float], terms: dict[str, list[float]]) -> None: ...
     def sample(self, sample: Sample, history: History) -> None: ...
+    def validation(self, step: int, value: float) -> None: ...
 
 
 @dataclass
@@ -26,6 +27,7 @@ class News:
     totals: list[float] = field(default_factory=list)
     terms: dict[str, list[float]] = field(default_factory=dict)
     sample: Sample | None = None
+    validation: tuple[int, float] | None = None  # the step before an evaluation, and its loss
     sick: bool = False  # a loss or a batch is not finite
 
     def write(self, record: _Writer, history: History) -> None:
@@ -34,6 +36,8 @@ class News:
             record.losses(self.first, self.totals, self.terms)
         if self.sample is not None:
             record.sample(self.sample, history)
+        if self.validation is not None:
+            record.validation(*self.validation)
 
 
 class Intake:
@@ -54,6 +58,11 @@ class Intake:
                 if numbers is not None:
                     self._take_losses(numbers, meaning, news)
                 continue
+            if meaning[0] == "validation":
+                if numbers is not None:
+                    news.validation = meaning[1], float(numbers[0])
+                    self._history.add_validation(*news.validation)
+                continue
             _, step, segments, facts, last = meaning
             if numbers is not None:
                 self._parts.append((numbers.copy(), segments))
@@ -64,7 +73,7 @@ class Intake:
                     self._history.add_sample(news.sample)
                     yield news
                 news = News()
-        if news.totals:
+        if news.totals or news.validation is not None:
             yield news
 
     def _take_losses(self, numbers: Numbers, meaning: Any, news: News) -> None:
