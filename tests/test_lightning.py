@@ -272,6 +272,15 @@ def test_validation_and_sanity_checking_leave_no_trace():
         np.testing.assert_array_equal(alone.guard.history.last(signal), among.guard.history.last(signal), err_msg=signal)
 
 
+def test_the_monitored_metric_is_the_validation_loss():
+    """Each validation after training steps adds the metric to the guard's curves; sanity checking adds nothing."""
+    module = classifier()
+    module.validation_step = lambda batch, batch_idx: module.log("val_loss", torch.tensor(0.5))
+    callback = LossGuardCallback()
+    trainer(callback, max_epochs=3, num_sanity_val_steps=1).fit(module, loader(), loader(32))
+    assert callback.guard.history.validations()[:, 1].tolist() == [0.5] * 3
+
+
 def test_a_closure_that_is_called_again():
     """LBFGS runs backward many times in a step: one loss and one update are recorded."""
     callback = fit(classifier(optimizer=torch.optim.LBFGS, lr=0.1, max_iter=3))

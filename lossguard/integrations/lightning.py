@@ -53,7 +53,8 @@ class LossGuardCallback(Callback):
 
     Takes the keywords of ``lossguard.Guard`` but for model, optimizers, scaler and phases, which the Trainer answers. name:
     the prefix of its scalars in the Trainer's loggers and part of its key in checkpoints; two callbacks need two names.
-    log_layers: every parameter's and module's series besides the at most 20 scalars. A step is a training batch that has a
+    log_layers: every parameter's and module's series besides the at most 20 scalars. monitor: the logged metric that is the
+    validation loss, for the guard's verdict. A step is a training batch that has a
     loss, so with ``accumulate_grad_batches`` several steps make an update. ``TrainingHalted`` comes out of ``trainer.fit``.
 
     guard: the ``Guard`` of the newest fit, None before the first. findings: what it found; stays after the fit.
@@ -62,15 +63,15 @@ class LossGuardCallback(Callback):
     []
     """
 
-    def __init__(self, *, name: str = "lossguard", log_layers: bool = False, **keywords: Any) -> None:
+    def __init__(self, *, name: str = "lossguard", log_layers: bool = False, monitor: str = "val_loss", **keywords: Any) -> None:
         super().__init__()
         known = [k for k in inspect.signature(Guard).parameters if k not in OURS]
         for keyword in keywords:
             if keyword not in known:
                 near = difflib.get_close_matches(keyword, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(['name', 'log_layers', *known])}"
+                hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(['name', 'log_layers', 'monitor', *known])}"
                 raise TypeError(f"unknown keyword {keyword!r}; {hint}")
-        self.name, self.log_layers = name, log_layers
+        self.name, self.log_layers, self.monitor = name, log_layers, monitor
         self.guard: Guard | None = None
         self._keywords = keywords
         self._state: dict[str, Any] | None = None  # from a checkpoint, until a fit begins
@@ -162,6 +163,12 @@ class LossGuardCallback(Callback):
             guard.step(loss)
         finally:
             self._report(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """The metric ``monitor`` is the validation loss, if it was logged."""
+        guard, value = self._watching(), trainer.callback_metrics.get(self.monitor)
+        if guard is not None and not trainer.sanity_checking and isinstance(value, Tensor) and value.numel() == 1 and guard.steps:
+            guard.validation(value)
 
     # ---- checkpoints
 
