@@ -31,13 +31,11 @@ from lossguard.introduce import Introduction
 from lossguard.pulses import Pulses, check_loss
 from lossguard.rules import Rule
 from lossguard.rules.judge import Judge
+from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
-DENSE = 50  # steps at the start that are all sampled: a rate 100 times too large shows for 5 to 10 steps only
-ALARM = 10  # steps sampled densely after a non-finite number
 OFF = "is switched off for this run"
-MICRO_BATCHES = 16  # iterations a sample waits for an update where ``accumulate`` is not given
 
 _watching: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Guard]] = weakref.WeakKeyDictionary()
 
@@ -90,7 +88,7 @@ class Guard:
         parameters = list(model.parameters())
         self.optimizers = arguments.some_optimizers(optimizers)
         self.every, self.dense = arguments.at_least(1, every, "every"), arguments.at_least(0, dense, "dense")
-        self._accumulate = None if accumulate is None else arguments.at_least(1, accumulate, "accumulate")
+        accumulate = None if accumulate is None else arguments.at_least(1, accumulate, "accumulate")
         if phases not in ("hooks", "explicit"):
             raise ValueError(f"unknown phases {phases!r}; expected 'hooks' or 'explicit'")
         skipped = check_names(skip, "skip", gates.SKIPPABLE) if skip else frozenset()
@@ -113,11 +111,8 @@ class Guard:
         self._pulses = Pulses(self._handover, min(self.every, 10))
         self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), *sinks]
         self._batches = 0
-        self._tries = 0  # iterations the open sample has waited for an update
-        self._updates_seen = False
         self._explicit = phases == "explicit"
-        self._update_tried = False  # an update was announced in this iteration, whether or not a loss scaler let it happen
-        self._alarm_until = -1
+        self._schedule = Schedule(self.every, self.dense, accumulate=accumulate, may_skip=scaler is not None and not self._explicit)
         self._overdue: actions.TrainingHalted | None = None
         self._silenced: set[str] = set()
         self._skipped: deque[int] = deque(maxlen=1024)  # sampled steps whose update was left out
@@ -139,9 +134,9 @@ class Guard:
         sick = self._pulses.write(now, terms)
         sampled = self._recorder.on
         if sick:
-            self._alarm_until = now + ALARM
+            self._schedule.alarm(now)
             self._recorder.post_mortem()
-        if sick or (sampled and self._has_update()):
+        if sick or (sampled and self._schedule.complete(bool(self._recorder.facts.get("stepped")))):
             self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits)
         elif self._pulses.full:
             self._pulses.send()
@@ -218,7 +213,7 @@ class Guard:
         """A backward pass ended; gradients are complete and unclipped. unscaled: they have their true scale already."""
         if self.closed:
             return
-        self._update_tried = self._explicit
+        self._schedule.update_tried = self._explicit
         self._watch(self._recorder.backward_done, unscaled=unscaled)
         for gate in self._gates:
             gate.judge()
@@ -232,8 +227,8 @@ class Guard:
         """Optimizer ``index`` stepped. Its own hook says so too."""
         if self.closed:
             return
-        self._updates_seen = True
-        look = self._recorder.on or self._is_due(self.steps + 1)
+        self._schedule.update_seen = True
+        look = self._recorder.on or self._schedule.due(self.steps + 1)
         self._watch(self._recorder.after_update, index, look_at_clearing=look)
 
     # ---- what was found
@@ -296,8 +291,8 @@ class Guard:
 
     def _open_step(self) -> None:
         """Decide whether the coming step is sampled, and attach what it needs."""
-        self._update_tried = False
-        sampled = self._is_due(self.steps) or self._tries > 0
+        self._schedule.update_tried = False
+        sampled = self._schedule.due(self.steps)
         self._taps.next_step()
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
             self._taps.listening = bool(self._gates) or self._recorder.expects_clearing
@@ -306,25 +301,9 @@ class Guard:
         if sampled and self._recorder.outdated:
             self._watch(self._recorder.build)
             self._taps.rehook()
-        self._recorder.begin(sampled, every_module=self.steps < self.dense or self.steps <= self._alarm_until)
+        self._recorder.begin(sampled, every_module=self._schedule.settling(self.steps))
         self._taps.watch_forward(sampled)
         self._taps.listening = sampled or bool(self._gates) or bool(self._recorder.expects_clearing)
-
-    def _is_due(self, step: int) -> bool:
-        return step < self.dense or step % self.every == 0 or step <= self._alarm_until
-
-    def _has_update(self) -> bool:
-        """Whether the open sample is complete. Where gradients accumulate, it waits for the iteration with the update."""
-        unknown = self._scaler is not None and self._accumulate is None and not self._explicit  # a scaler may have skipped the update
-        if self._recorder.facts.get("stepped") or self._update_tried or unknown:
-            self._tries = 0
-            return True
-        self._tries += 1
-        patience = self._accumulate or (MICRO_BATCHES if self._updates_seen else 1)
-        if self._tries < patience:
-            return False
-        self._tries = 0
-        return True
 
     def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None) -> None:
         for k, gate in enumerate(self._gates):
@@ -351,7 +330,7 @@ class Guard:
         heard: list[Finding] = []
         for news in self._intake.receive(now, everything=everything):
             if news.sick:
-                self._alarm_until = max(self._alarm_until, self.steps + ALARM)
+                self._schedule.alarm(self.steps)
             if self._record:
                 self._watch(news.write, self._record, self._history)
             if news.sample is not None and "consecutive_skips" in news.sample.values and news.sample.values["consecutive_skips"][1].any():

@@ -26,7 +26,7 @@ LAYERS = [
     ("advice.py", "verdict.py"),
     ("rules/",),
     ("actions.py", "resume.py", "batches.py"),
-    ("sinks.py", "coverage.py", "pulses.py", "arguments.py", "introduce.py", "preflight.py"),
+    ("sinks.py", "coverage.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "preflight.py"),
     ("guard.py",),
     ("integrations/", "report.py", "explain.py", "demo.py"),
     ("__init__.py", "__main__.py", "cli.py"),
@@ -140,8 +140,8 @@ def test_one_place_moves_data_to_the_host():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes(name):
-    """A module has at most 350 lines (the guard, which wires all, 450), a function at most 60, its signature and docstring not counted."""
-    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= (450 if name == "guard.py" else 350)
+    """A module has at most 350 lines (the guard, which wires all, 400), a function at most 60, its signature and docstring not counted."""
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= (400 if name == "guard.py" else 350)
     for node in ast.walk(TREES[ROOT / name]):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
