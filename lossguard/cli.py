@@ -47,6 +47,6 @@ def _demo(folder: Path, steps: int) -> int:
         from lossguard import demo
     except ModuleNotFoundError as error:
         raise ValueError(f"the demo needs {error.name}; install it with: pip install 'lossguard[demo]'") from error
-    if steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {steps}")
+    if steps < demo.LEAST:
+        raise ValueError(f"--steps must be at least {demo.LEAST}, so that every fault has come to show, got {steps}")
     return demo.main(folder, steps)

@@ -23,6 +23,8 @@ from lossguard.actions import TrainingHalted, logger
 from lossguard.findings import Finding, Severity
 from lossguard.guard import Guard
 
+LEAST = 70  # steps of each run: the corrupt batch is the 61st
+
 Batches = Iterator[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -51,7 +51,7 @@ def test_the_list_of_diagnoses(capsys):
     [
         (["explain", "explodng_gradient"], "did you mean 'exploding_gradient'"),
         (["findings", "/nowhere"], "no record at"),
-        (["demo", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["demo", "--steps", "0"], "--steps must be at least 70"),
     ],
 )
 def test_wrong_use_is_answered_in_words(arguments, words, capsys):

@@ -576,3 +576,41 @@ def test_the_input_is_that_of_the_first_module_at_every_sample():
             optimizer.step()
             guard.step(loss)
     assert guard.history.last("input_rms")[:, 0] == pytest.approx([s + 1 for s in guard.history.steps()])
+
+
+def test_networks_in_turn_may_leave_gradients_to_each_other():
+    """In an adversarial pair the generator's pass adds to the discriminator's gradients, which are cleared before its own: no carry-over."""
+    torch.manual_seed(0)
+    pair = nn.ModuleDict({"g": nn.Linear(4, 4), "d": nn.Linear(4, 1)})
+    g, d = torch.optim.SGD(pair["g"].parameters(), lr=0.01), torch.optim.SGD(pair["d"].parameters(), lr=0.01)
+    with Guard(pair, [g, d], loss_family="adversarial") as guard:
+        for _ in range(20):
+            fake = pair["g"](torch.randn(16, 4))
+            d.zero_grad()
+            (pair["d"](fake.detach()) - pair["d"](torch.randn(16, 4))).mean().backward()
+            d.step()
+            g.zero_grad()
+            loss = -pair["d"](fake).mean()
+            loss.backward()
+            g.step()
+            guard.step(loss)
+    assert not (guard.history.fact("not_cleared", default=0.0) > 0).any()
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_optimizers_of_one_loss_are_asked_for_clearing(clears):
+    """Two optimizers behind one backward pass: gradients that neither clears are seen."""
+    model = mlp()
+    layers = list(model.children())
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.01) for layer in layers if list(layer.parameters())]
+    with Guard(model, optimizers) as guard:
+        for i in range(8):
+            x, y = batch(i)
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                if clears:
+                    optimizer.zero_grad()
+            guard.step(loss)
+    assert np.nanmax(guard.history.fact("not_cleared")) == (0.0 if clears else 1.0)

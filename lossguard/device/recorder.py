@@ -55,6 +55,7 @@ class Recorder:
         self._kept_before: set[int] = set()  # banks whose weights before the update are kept in this step
         self._updated: set[int] = set()  # optimizers that stepped in this step
         self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
+        self._passes: dict[int, int] = {}  # of several optimizers: backward passes since the last update of each
         self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient after the last update
         self._functional = GradientRows()
 
@@ -91,8 +92,9 @@ class Recorder:
         """All gradients of a backward pass are there, unclipped. Later passes before an update overwrite earlier ones."""
         if not self.banks:
             self.build()
-        if self._versions:
-            self._look_at_clearing()
+        if self._versions and len(self.optimizers) == 1:
+            self._look_at_clearing(self.banks)
+        self._passes = {k: n + 1 for k, n in self._passes.items()}
         if not self.on:
             return
         with torch.no_grad():
@@ -105,6 +107,10 @@ class Recorder:
 
     def before_update(self, index: int) -> None:
         """Optimizer ``index`` is about to step: see what clipping did since the backward pass."""
+        passes = self._passes.pop(index, 0)
+        if passes:
+            # more than one: a pass for another optimizer may have added what was cleared before the own one, so nothing is said
+            self._look_at_clearing([bank for bank in self.banks if bank.optimizer == index], telling=passes == 1)
         if not self.on:
             return
         with torch.no_grad():
@@ -119,6 +125,8 @@ class Recorder:
             for bank in self.banks:
                 if bank.optimizer == index:
                     self._versions.update({s: v for s, p in bank.probes if (v := _version(p)) is not None})
+            if len(self.optimizers) > 1:
+                self._passes[index] = 0
         if not self.on:
             return
         with torch.no_grad():
@@ -279,19 +287,18 @@ class Recorder:
         self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus})
         self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
 
-    def _look_at_clearing(self) -> None:
+    def _look_at_clearing(self, banks: Sequence[Bank], *, telling: bool = True) -> None:
         """Gradients whose memory and version counter show that they were added to since the last update, not cleared."""
         carried = looked = 0
-        for bank in self.banks:
+        for bank in banks:
             for site, p in bank.probes:
-                before, now = self._versions.get(site), _version(p)
+                before, now = self._versions.pop(site, None), _version(p)
                 if before is None or now is None or now == before:
                     continue
                 looked += 1
                 carried += now == (before[0], before[1] + 1)
-        self._versions.clear()
-        if looked:
-            self.facts["not_cleared"] = carried / looked
+        if looked and telling:
+            self.facts["not_cleared"] = max(carried / looked, self.facts.get("not_cleared", 0.0))
 
     def _unscaled(self, index: int) -> bool:
         """Whether the gradients at the update have their true scale (a fused step under a scaler unscales inside)."""
