@@ -135,7 +135,7 @@ class Guard:
         sampled = self._recorder.on
         if sick:
             self._schedule.alarm(now)
-            self._recorder.post_mortem()
+            self._watch(self._recorder.post_mortem)
         if sick or (sampled and self._schedule.complete(bool(self._recorder.facts.get("stepped")))):
             self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits)
         elif self._pulses.full:

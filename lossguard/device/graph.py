@@ -97,8 +97,8 @@ def _through_views(softmax: Any, producers: Mapping[Any, Any]) -> tuple[Any, int
     dim, node = _saved(softmax, "_saved_dim"), softmax
     for _ in range(32):
         below = node.next_functions[0][0] if node.next_functions else None
-        if below is None:
-            return None
+        if below is None or not (node is softmax or hasattr(node, "_input_metadata")):
+            return None  # nothing behind it, or a torch that does not tell the shapes of views
         moved = dim if node is softmax else _before(node, dim, _shape(node), _shape(below))
         if moved is None:
             return None
