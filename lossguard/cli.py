@@ -46,7 +46,7 @@ def _demo(folder: Path, steps: int) -> int:
     try:
         from lossguard import demo
     except ModuleNotFoundError as error:
-        raise ValueError(f"the demo needs {error.name}; install it with: pip install 'lossguard[demo]'") from error
+        raise ValueError(f"the demo needs {error.name}; install it with: pip install scikit-learn") from error
     if steps < demo.LEAST:
         raise ValueError(f"--steps must be at least {demo.LEAST}, so that every fault has come to show, got {steps}")
     return demo.main(folder, steps)

@@ -8,6 +8,7 @@ out and read at once from then on.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ class Forward:
         self._at_once: set[int] = set()  # sites whose output is overwritten in place
         self._large: list[int] = []  # sites with large outputs that are no activations, as first seen
         self.covered: set[str] = set()  # modules whose every output went straight into a watched elementwise activation
-        self._last: tuple[str, Tensor] | None = None  # the module and output before, while the first steps are dense
+        self._last: tuple[str, weakref.ref[Tensor]] | None = None  # the module and output before, while steps are dense
         self._uncovered: set[str] = set()
         self._conv1d = False  # whether the last shaping module of three dimensions put channels first
 
@@ -101,9 +102,9 @@ class Forward:
     def follow(self, name: str, kind: str, given: object, output: Tensor) -> None:
         """Learn which modules need no look of their own: what an elementwise activation gives shows what it was given."""
         if self._last is not None:
-            (self.covered if given is self._last[1] and kind in outputs.ELEMENTWISE else self._uncovered).add(self._last[0])
+            (self.covered if given is self._last[1]() and kind in outputs.ELEMENTWISE else self._uncovered).add(self._last[0])
             self.covered -= self._uncovered
-        self._last = name, output
+        self._last = name, weakref.ref(output)
 
     def finish(self, row_of: Callable[[torch.device], Row]) -> None:
         """The forward pass is over: reduce what was kept, outputs of one shape together."""
@@ -179,7 +180,7 @@ class Forward:
         stacked = stacked.to(torch.float32) if stacked.dtype == torch.float64 else stacked
         elements = stacked.shape[1] * stacked.shape[2]
         sites = np.array([k.site.index for k in group], dtype=np.intp)
-        norms = torch.linalg.vector_norm(stacked, dim=(1, 2), dtype=None if stacked.dtype == torch.float64 else torch.float32)
+        norms = torch.linalg.vector_norm(stacked, dim=(1, 2), dtype=torch.float32)
         row.add("activation_rms", sites, norms, np.full(len(group), elements**-0.5))
         samples = outputs.sample(stacked)
         for family in sorted(set(families)):

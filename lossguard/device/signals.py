@@ -152,7 +152,6 @@ def sample_variance(samples: Tensor) -> Tensor:
 
 
 RELU_KINDS = ("ReLU", "ReLU6", "Threshold")
-RAIL_KINDS = ("Sigmoid", "Tanh", "Hardsigmoid", "Hardtanh")
 
 
 @signal("activation", unit="share of zero elements in the batch", kinds=RELU_KINDS)

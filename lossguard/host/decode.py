@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +12,6 @@ import numpy.typing as npt
 from lossguard.host.history import Param, Sample
 
 Values = dict[str, tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]]
-
-
-class Meaning(Protocol):
-    """What a run of numbers means (the tape's ``Segment``)."""
-
-    signal: str
-    sites: npt.NDArray[np.intp]
-    scale: npt.NDArray[np.float64] | None
 
 
 def decode(step: int, parts: Iterable[tuple[npt.NDArray[np.float32], Sequence[Any]]], facts: Mapping[str, Any], params: Sequence[Param]) -> Sample:

@@ -55,8 +55,8 @@ class Sample:
     """One recorded step, as it leaves the hand-over.
 
     values: signal name -> (site indices, numbers). facts: host-known things of the same step: ``lr`` (largest learning
-    rate), ``stepped`` (optimizers that stepped), ``max_norm``, ``batch`` (index), ``no_gradient`` (names of parameters
-    whose gradient is None), ``not_cleared`` (share of gradients that were not cleared since the last update), ...
+    rate), ``stepped`` (1.0 if an optimizer stepped), ``batch`` (index), ``no_gradient`` (indices of parameters whose
+    gradient is None), ``not_cleared`` (share of gradients that were not cleared since the last update), ...
     """
 
     step: int
