@@ -11,6 +11,7 @@ from torch import nn
 
 from lossguard import Guard, signal
 from lossguard.device import signals
+from lossguard.device.logits import together
 from lossguard.device.signals import SIGNALS
 
 SHAPES = {"gradient": (3, 40), "weight": (3, 40), "update": (3, 40), "activation": (3, 16, 5), "logits": (16, 5)}
@@ -179,7 +180,7 @@ def test_masked_logits():
     """A mask of -inf is no large logit and takes no probability; +inf and NaN show."""
     logits = torch.tensor([[1.0, -7.0, -math.inf], [2.0, -math.inf, 3.0]])
     assert signals.logit_peak(logits).item() == 7.0
-    assert signals.top_probability(logits).tolist() == pytest.approx([max(softmax([1.0, -7.0])), max(softmax([2.0, 3.0]))])
+    assert together(logits, torch.tensor([0, 2]))[2].item() == pytest.approx(-np.mean([math.log(max(softmax(row))) for row in ([1.0, -7.0], [2.0, 3.0])]))
     assert math.isfinite(signals.log_normalizer(logits).item())
     assert signals.logit_peak(torch.tensor([[1.0, math.inf]])).item() == math.inf
     assert math.isnan(signals.logit_peak(torch.tensor([[1.0, math.nan]])).item())
@@ -190,13 +191,21 @@ def test_labels():
     logits = torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [1.0, 1.0, 1.0]])
     targets = torch.tensor([0, 2, -100, 1])
     rows = [-math.log(softmax(row)[t]) for row, t in zip(logits.tolist(), targets.tolist(), strict=True) if t >= 0]
-    assert signals.label_nll(logits, targets).item() == pytest.approx(sum(rows) / 3, rel=1e-5)
-    assert signals.label_nll(logits, targets).item() == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
-    assert signals.confident_wrong(logits, targets).item() == pytest.approx(1 / 3)
-    ignored = torch.full((4,), -100)
-    assert (signals.label_nll(logits, ignored).item(), signals.confident_wrong(logits, ignored).item()) == (0.0, 0.0)
-    for measure in (signals.label_nll, signals.confident_wrong):
-        assert measure(logits.to("meta"), targets.to("meta")).dtype == torch.float32
+    _, _, nll, wrong = together(logits, targets).tolist()
+    assert nll == pytest.approx(sum(rows) / 3, rel=1e-5)
+    assert nll == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert wrong == pytest.approx(1 / 3)
+    assert together(logits, torch.full((4,), -100))[2:].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
+def test_shared_softmax(scale):
+    """Measured together, the softmax signals are what each is by itself; nothing is read."""
+    logits, targets = scale * torch.randn(32, 7, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 7
+    alone = [signals.confident_fraction(logits).item(), signals.log_normalizer(logits).item()]
+    assert together(logits, None).tolist() == pytest.approx(alone, rel=1e-5)
+    assert together(logits, targets)[:2].tolist() == pytest.approx(alone, rel=1e-5)
+    assert together(logits.to("meta"), targets.to("meta")).shape == (4,)
 
 
 @pytest.fixture

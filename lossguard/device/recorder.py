@@ -57,6 +57,7 @@ class Recorder:
         self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
         self._passes: dict[int, int] = {}  # of several optimizers: backward passes since the last update of each
         self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient after the last update
+        self._carried: dict[str, Any] = {}  # what a step that is not sampled tells of itself: facts of the next sample
         self._functional = GradientRows()
 
     # ---- phases
@@ -67,6 +68,8 @@ class Recorder:
         self._dense = every_module
         self.asked = self.modules if every_module else self._needed()
         self.facts = {}
+        if sampled:
+            self.facts, self._carried = self._carried, {}
         self.targets = None
         self._head_seen, self._first_module = False, True
         self._producers.clear()
@@ -119,15 +122,15 @@ class Recorder:
                     bank.record_probes(self.row(bank.device))
                     self.facts["probes_unscaled"] = self._unscaled(index)
 
-    def after_update(self, index: int, *, look_at_clearing: bool) -> None:
-        """Optimizer ``index`` stepped."""
-        if look_at_clearing:
+    def after_update(self, index: int) -> None:
+        """Optimizer ``index`` stepped. From a sampled step's on it shows whether gradients are cleared."""
+        if self.on:
             for bank in self.banks:
                 if bank.optimizer == index:
                     self._versions.update({s: v for s, p in bank.probes if (v := _version(p)) is not None})
             if len(self.optimizers) > 1:
                 self._passes[index] = 0
-        if not self.on:
+        else:
             return
         with torch.no_grad():
             for k, bank in enumerate(self.banks):
@@ -298,7 +301,8 @@ class Recorder:
                 looked += 1
                 carried += now == (before[0], before[1] + 1)
         if looked and telling:
-            self.facts["not_cleared"] = max(carried / looked, self.facts.get("not_cleared", 0.0))
+            facts = self.facts if self.on else self._carried
+            facts["not_cleared"] = max(carried / looked, facts.get("not_cleared", 0.0))
 
     def _unscaled(self, index: int) -> bool:
         """Whether the gradients at the update have their true scale (a fused step under a scaler unscales inside)."""

@@ -186,30 +186,10 @@ def logit_peak(logits: Tensor) -> Tensor:
 @signal("logits", unit="share of rows with a probability above CONFIDENT")
 def confident_fraction(logits: Tensor) -> Tensor:
     """Share of nearly one-hot rows. (R, C) -> ()"""
-    return (top_probability(logits) > CONFIDENT).to(torch.float32).mean()
+    return (torch.softmax(logits, dim=1).amax(dim=1) > CONFIDENT).to(torch.float32).mean()
 
 
 @signal("logits", unit="|mean log Z|")
 def log_normalizer(logits: Tensor) -> Tensor:
     """Magnitude of the mean log-normaliser of the softmax. (R, C) -> ()"""
     return torch.logsumexp(logits, dim=1).mean().abs()
-
-
-def top_probability(logits: Tensor) -> Tensor:
-    """The largest softmax probability of each row. (R, C) -> (R,)"""
-    return torch.exp(logits.amax(dim=1) - torch.logsumexp(logits, dim=1))
-
-
-def confident_wrong(logits: Tensor, targets: Tensor) -> Tensor:
-    """Share of rows that are confident and wrong; rows whose target is outside the classes do not count. (R, C), (R,) -> ()"""
-    counted = (targets >= 0) & (targets < logits.shape[1])
-    wrong = (top_probability(logits) > CONFIDENT) & (logits.argmax(dim=1) != targets) & counted
-    return wrong.to(torch.float32).sum() / counted.to(torch.float32).sum().clamp_min(1.0)
-
-
-def label_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the labels, over rows whose target is a class. (R, C), (R,) -> ()"""
-    counted = (targets >= 0) & (targets < logits.shape[1])
-    picked = logits.gather(1, torch.where(counted, targets, torch.zeros_like(targets)).unsqueeze(1)).squeeze(1)
-    rows = torch.where(counted, torch.logsumexp(logits, dim=1) - picked, torch.zeros_like(picked))
-    return rows.sum() / counted.to(torch.float32).sum().clamp_min(1.0)
