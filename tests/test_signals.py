@@ -13,6 +13,7 @@ from lossguard import Guard, signal
 from lossguard.device import signals
 from lossguard.device.logits import together
 from lossguard.device.signals import SIGNALS
+from lossguard.host.history import History, Sample
 
 SHAPES = {"gradient": (3, 40), "weight": (3, 40), "update": (3, 40), "activation": (3, 16, 5), "logits": (16, 5)}
 K = 3
@@ -76,12 +77,12 @@ def naive_norm(rows):
     return [math.sqrt(sum(v * v for v in row)) for row in rows.double().tolist()]
 
 
-def naive_variance(samples):
-    found = []
-    for site in samples.double().numpy():
-        spread = np.mean([np.mean((column - column.mean()) ** 2) for column in site.T])
-        found.append(spread / np.mean(site**2) if site.any() else 0.0)
-    return found
+def naive_spread(samples):
+    return [math.sqrt(sum(((column - column.mean()) ** 2).sum() for column in site.T)) for site in samples.double().numpy()]
+
+
+def naive_size(samples):
+    return naive_norm(samples.flatten(1))
 
 
 def naive_zero(samples):
@@ -120,7 +121,8 @@ NAIVE = {
     "grad_norm": naive_norm,
     "weight_norm": naive_norm,
     "update_norm": naive_norm,
-    "sample_variance": naive_variance,
+    "sample_spread": naive_spread,
+    "sample_size": naive_size,
     "zero_fraction": naive_zero,
     "saturated_fraction": naive_rails(lambda s: 4 * s * (1 - s)),
     "saturated_fraction_tanh": naive_rails(lambda t: 1 - t * t),
@@ -163,11 +165,21 @@ def test_shares_span_their_range():
 
 
 def test_sample_variance_edges():
-    """The same output for every sample reads 0, also where it is zero; independent noise reads 1."""
+    """The same output for every sample reads 0, also where it is zero; independent noise reads 1; NaN stays NaN."""
     constant = torch.ones(1, 16, 5) * torch.arange(1.0, 6.0)
     torch.manual_seed(0)
-    assert signals.sample_variance(torch.cat([constant, torch.zeros(1, 16, 5)])).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
-    assert signals.sample_variance(torch.randn(1, 4000, 5)).item() == pytest.approx(1.0, abs=0.01)
+    sick = torch.randn(1, 16, 5)
+    sick[0, 3, 2] = math.nan
+    assert variance(torch.cat([constant, torch.zeros(1, 16, 5)])).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert variance(torch.randn(1, 4000, 5)).item() == pytest.approx(1.0, abs=0.01)
+    assert np.isnan(variance(sick)).all()
+
+
+def variance(samples):
+    """What the history makes of the two norms."""
+    history, sites = History(), np.arange(len(samples))
+    history.add_sample(Sample(0, {name: (sites, SIGNALS[name].measure(samples).numpy()) for name in signals.SPREAD}))
+    return history.last("sample_variance", 1)[0]
 
 
 def test_padding_adds_nothing():

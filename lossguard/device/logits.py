@@ -53,9 +53,10 @@ def together(rows: Tensor, labels: Tensor | None) -> Tensor:
     counted = inside == labels
     own = torch.where(counted, scores.gather(1, inside.unsqueeze(1)).squeeze(1), 0.0)
     wrong = (own < top) & confident  # top is at most 0: a row that does not count is never wrong
-    numbers = torch.cat((confident, normalizer, own, wrong, counted)).view(5, -1).mean(dim=1).abs()  # log-likelihoods are all at most 0
-    numbers[2:4] /= numbers[4].clamp_min(torch.finfo(torch.float32).tiny)
-    return numbers[:4]
+    shares = torch.mean(torch.stack((confident, wrong, counted)), dim=1, dtype=torch.float32)
+    means = torch.stack((normalizer, own)).mean(dim=1).abs()  # log-likelihoods are at most 0
+    weight = shares[2:].clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.cat((shares[:1], means[:1], means[1:] / weight, shares[1:2] / weight))
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 
 from lossguard.device import graph, roles, signals
 from lossguard.device.bank import Bank
-from lossguard.device.forward import Forward
+from lossguard.device.forward import Forward, Site
 from lossguard.device.functional import GradientRows
 from lossguard.device.logits import logits_numbers
 from lossguard.device.outputs import first_tensor, float_tensors, watched
 from lossguard.device.tape import Row, Segment
 
 MAX_HEADS = 16  # explicit softmax modules watched besides the one at the loss
+SOFTMAXES = ("Softmax", "LogSoftmax")
 MAX_INPUTS = 4  # float inputs of the first module watched
 
 
@@ -44,6 +45,7 @@ class Recorder:
         self.asked = self.modules
         self._dense = True
         self._few: tuple[int, dict[int, tuple[str, str]]] = (-1, {})  # how many modules were covered, and those that are not
+        self._ordinary: dict[int, Site] = {}  # modules of whose outputs nothing but the common signals is taken
         self.fired: set[str] = set()  # modules whose hook ever fired
         self._rows: dict[torch.device, Row] = {}
         self._signature: tuple[int, ...] = ()
@@ -82,7 +84,10 @@ class Recorder:
 
     def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward pass of a module that is ``asked`` ended. Recomputations and evaluation are passed over."""
-        if module.training and torch._C._current_graph_task_id() == -1:  # else an activation checkpoint recomputes: counted already
+        if not module.training or torch._C._current_graph_task_id() != -1:  # an activation checkpoint recomputes: counted already
+            return
+        site = self._ordinary.get(id(module)) if not self._dense and type(output) is Tensor else None
+        if site is None or not self.forward.keep(site, output):
             self._record_module(module, *self.asked[id(module)], args, output)
 
     def criterion_called(self, args: tuple[Any, ...]) -> None:
@@ -181,6 +186,7 @@ class Recorder:
         self.roster.trained = [*kept, *now.values()]
         self.modules = watched(self.model)
         self._few = (-1, {})
+        self._ordinary.clear()
         groups: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
         elements = 0
         for i, t in enumerate(self.roster.trained):
@@ -238,8 +244,8 @@ class Recorder:
         tensor = output if isinstance(output, Tensor) and output.is_floating_point() else first_tensor(output)
         if tensor is None or tensor.layout != torch.strided or not tensor.numel():
             return
-        if self._first_module:
-            self._first_module = False
+        first, self._first_module = self._first_module, False
+        if first:
             leaves = [x for _, x in zip(range(MAX_INPUTS), float_tensors(args), strict=False)]
             if leaves:
                 self._batch_rows = leaves[0].shape[0] if leaves[0].dim() > 1 else None
@@ -255,7 +261,9 @@ class Recorder:
             self._producers[tensor.grad_fn] = site.name
         elif self.graph is not None and self.graph.head == site.name and not self._criterion_seen:
             self._logits(tensor, self.graph.head_dim if tensor.dim() > 1 else 0, self.targets)
-        if kind in ("Softmax", "LogSoftmax") and args and isinstance(args[0], Tensor) and args[0].dim():
+        elif self.graph is not None and not first and kind not in SOFTMAXES and site.name == name:
+            self._ordinary[id(module)] = site
+        if kind in SOFTMAXES and args and isinstance(args[0], Tensor) and args[0].dim():
             self._softmax_module(site.name, args[0], getattr(module, "dim", -1))
 
     def _softmax_module(self, name: str, logits: Tensor, dim: int | None) -> None:

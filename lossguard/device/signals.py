@@ -137,18 +137,21 @@ def update_norm(rows: Tensor) -> Tensor:
     return _norm(rows, dim=1, dtype=torch.float32)
 
 
-@signal("activation", unit="between-sample variance over second moment")
-def sample_variance(samples: Tensor) -> Tensor:
-    """Variance over samples, averaged over features, over the mean square: 0 where every sample gives the same. (K, R, F) -> (K,)
+# sample_variance, the variance over samples, averaged over features, over the mean square, is the squared ratio of these two:
+# 0 where every sample gives the same. Both are norms, since torch.var over a middle dimension costs twenty times as much on a CPU.
+SPREAD = ("sample_spread", "sample_size")
 
-    A layer that is exactly zero everywhere gives 0 / 0 and reads as 0: all samples agree. Written with norms of the
-    centred samples, since torch.var over a middle dimension costs twenty times as much on a CPU.
-    """
-    centred = samples - samples.mean(dim=1, keepdim=True)
-    spread = _norm(centred, dim=(1, 2))
-    size = _norm(samples, dim=(1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
-    share: Tensor = (spread / size).square()
-    return share
+
+@signal("activation", unit="L2 norm of a sample of the output, centred over the batch")
+def sample_spread(samples: Tensor) -> Tensor:
+    """How far the samples of a batch are from their mean. (K, R, F) -> (K,)"""
+    return _norm(samples - samples.mean(dim=1, keepdim=True), dim=(1, 2))
+
+
+@signal("activation", unit="L2 norm of the same sample")
+def sample_size(samples: Tensor) -> Tensor:
+    """The norm that ``sample_spread`` is held against. (K, R, F) -> (K,)"""
+    return _norm(samples, dim=(1, 2))
 
 
 RELU_KINDS = ("ReLU", "ReLU6", "Threshold")
@@ -157,7 +160,7 @@ RELU_KINDS = ("ReLU", "ReLU6", "Threshold")
 @signal("activation", unit="share of zero elements in the batch", kinds=RELU_KINDS)
 def zero_fraction(samples: Tensor) -> Tensor:
     """Share of exactly zero elements; up to 0.97 is healthy sparsity. (K, R, F) -> (K,)"""
-    return (samples == 0).to(torch.float32).mean(dim=(1, 2))
+    return torch.mean(samples == 0, dim=(1, 2), dtype=torch.float32)
 
 
 @signal("activation", unit="share of units at their rails", kinds=("Sigmoid", "Hardsigmoid"))

@@ -43,7 +43,7 @@ class SilentUnits:
             self._seen[site] += 1.0 / batches
         if min(self._seen[site] for site in sites) < FULL:
             return None
-        return (silent >= FULL).to(torch.float32).mean(dim=1)
+        return torch.mean(silent >= FULL, dim=1, dtype=torch.float32)
 
     @property
     def nbytes(self) -> int:

@@ -322,12 +322,20 @@ class History:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             if "update_norm" in values and "weight_norm" in values:
                 sites, moved, size = _both(values["update_norm"], values["weight_norm"])
-                found["update_ratio"] = sites, np.where((moved == 0.0) & (size == 0.0), 0.0, moved / size)
+                found["update_ratio"] = sites, _share(moved, size)
+            if "sample_spread" in values and "sample_size" in values:
+                sites, spread, size = _both(values["sample_spread"], values["sample_size"])
+                found["sample_variance"] = sites, np.square(_share(spread, size))
             if "grad_norm" in values:
                 sites, norms = values["grad_norm"][0], np.asarray(values["grad_norm"][1], dtype=np.float64)
                 found["grad_total"] = _ONLY, np.sqrt(np.array([np.dot(norms, norms)]))
                 found["grad_rms"] = sites, norms / self._roots[sites]
         return found
+
+
+def _share(part: Array, whole: Array) -> Array:
+    """part / whole, 0 where both are 0: nothing moved, nothing differs."""
+    return np.where((part == 0.0) & (whole == 0.0), 0.0, part / whole)
 
 
 def _both(a: tuple[npt.NDArray[np.intp], Array], b: tuple[npt.NDArray[np.intp], Array]) -> tuple[npt.NDArray[np.intp], Array, Array]:
