@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.device import graph, roles, signals
-from lossguard.device.bank import Bank
+from lossguard.device.bank import Bank, version
 from lossguard.device.forward import Forward, Site
 from lossguard.device.functional import GradientRows
 from lossguard.device.logits import logits_numbers
@@ -124,7 +124,10 @@ class Recorder:
         with torch.no_grad():
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
-                    bank.record_probes(self.row(bank.device))
+                    if bank.untouched:
+                        self.facts["unclipped"] = (*self.facts.get("unclipped", ()), index)
+                        continue
+                    bank.lay_probes(self.row(bank.device))
                     self.facts["probes_unscaled"] = self._unscaled(index)
 
     def after_update(self, index: int) -> None:
@@ -132,7 +135,7 @@ class Recorder:
         if self.on:
             for bank in self.banks:
                 if bank.optimizer == index:
-                    self._versions.update({s: v for s, p in bank.probes if (v := _version(p)) is not None})
+                    self._versions.update({s: v for s, p in bank.probes if (v := version(p)) is not None})
             if len(self.optimizers) > 1:
                 self._passes[index] = 0
         else:
@@ -140,7 +143,7 @@ class Recorder:
         with torch.no_grad():
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
-                    bank.record_after(self.row(bank.device))
+                    bank.keep_update()
         self._updated.add(index)
         self.facts["stepped"] = 1.0
         self._read_rates()
@@ -154,6 +157,8 @@ class Recorder:
                 self._head_seen = False
                 self._logits(logits, -1, self.targets)
             self.row(self._default_device())
+            for k in sorted(self._kept_before):
+                self.banks[k].lay(self.row(self.banks[k].device))
             self.forward.finish(self.row)
             if self.graph is None and any(loss.grad_fn is not None for loss in losses):
                 self._read_graph(losses)
@@ -165,7 +170,7 @@ class Recorder:
         """A non-finite number was seen: add the exact norms of all weights as they are now to the row."""
         with torch.no_grad():
             for bank in self.banks:
-                bank.record_exact_weights(self.row(bank.device))
+                bank.lay_exact_weights(self.row(bank.device))
         self.facts["forced"] = 1.0
 
     # ---- what is known
@@ -285,9 +290,9 @@ class Recorder:
     def _record_bank(self, k: int, bank: Bank) -> None:
         row = self.row(bank.device)
         if k not in self._kept_before:
-            bank.record_before(row)
+            bank.keep_weights()
             self._kept_before.add(k)
-        self._missing[k] = bank.record_gradients(row)
+        self._missing[k] = bank.keep_gradients()
         missing = sorted(s for sites in self._missing.values() for s in sites)
         self.facts.pop("no_gradient", None)
         self.facts.update({"no_gradient": tuple(missing)} if missing else {})
@@ -303,7 +308,7 @@ class Recorder:
         carried = looked = 0
         for bank in banks:
             for site, p in bank.probes:
-                before, now = self._versions.pop(site, None), _version(p)
+                before, now = self._versions.pop(site, None), version(p)
                 if before is None or now is None or now == before:
                     continue
                 looked += 1
@@ -339,12 +344,3 @@ class Recorder:
     def _default_device(self) -> torch.device:
         return next((b.device for b in self.banks), torch.device("cpu"))
 
-
-def _version(p: Tensor) -> tuple[int, int] | None:
-    g = p.grad
-    if g is None:
-        return None
-    try:
-        return g.data_ptr(), g._version
-    except RuntimeError:  # a wrapper without memory of its own
-        return id(g), g._version

@@ -119,22 +119,27 @@ def l2_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(plain, 2, dtype=torch.float32))
 
 
+def norms(rows: Tensor) -> Tensor:
+    """L2 norms of the last dimension; padding adds nothing. (..., K, N) -> (..., K)"""
+    return _norm(rows, dim=-1, dtype=torch.float32)
+
+
 @signal("gradient", unit="L2 norm, true scale, before clipping")
 def grad_norm(rows: Tensor) -> Tensor:
     """L2 norm of each row; padding adds nothing. (K, N) -> (K,)"""
-    return _norm(rows, dim=1, dtype=torch.float32)
+    return norms(rows)
 
 
 @signal("weight", unit="L2 norm before the update")
 def weight_norm(rows: Tensor) -> Tensor:
     """L2 norm of each row. (K, N) -> (K,)"""
-    return _norm(rows, dim=1, dtype=torch.float32)
+    return norms(rows)
 
 
 @signal("update", unit="L2 norm of the real weight difference")
 def update_norm(rows: Tensor) -> Tensor:
     """L2 norm of each row of weights after minus before. (K, N) -> (K,)"""
-    return _norm(rows, dim=1, dtype=torch.float32)
+    return norms(rows)
 
 
 # sample_variance, the variance over samples, averaged over features, over the mean square, is the squared ratio of these two:

@@ -94,6 +94,11 @@ class Row:
         self._vectors.append(numbers)
         self._segments.append(Segment(signal, sites, scale))
 
+    def add_block(self, names: Sequence[str], sites: Sequence[Sites], numbers: Tensor, scale: Scale | None = None) -> None:
+        """A matrix (names, K): one signal a line, each with the sites of its own."""
+        self._vectors.append(numbers.flatten())
+        self._segments += [Segment(name, of, scale) for name, of in zip(names, sites, strict=False)]
+
     def add_together(self, names: Sequence[str], sites: Sites, numbers: Tensor) -> None:
         """A vector with one number for each of several signals, all of the same one site."""
         self._vectors.append(numbers)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from lossguard.host.history import Param, Sample
 
 Sites = npt.NDArray[np.intp]
-Values = dict[str, tuple[Sites, npt.NDArray[np.float64]]]
+Numbers = tuple[Sites, npt.NDArray[np.float64]]
+Values = dict[str, Numbers]
 KEPT = 16  # layouts whose meaning is kept: sampled steps have two or three
 
 
@@ -110,19 +111,24 @@ def _unscale(collected: Values, facts: dict[str, Any]) -> None:
 
 
 def _clip(collected: Values, facts: dict[str, Any], params: Sequence[Param]) -> None:
-    after, before = collected.pop("clipped_norm", None), collected.get("grad_norm")
+    found = dict.fromkeys(facts.pop("unclipped", ()), 1.0)
     facts.pop("probes_unscaled", None)
-    if after is None or before is None:
-        return
+    after, before = collected.pop("clipped_norm", None), collected.get("grad_norm")
+    if after is not None and before is not None:
+        found.update(_coefficients(after, before, params))
+    if found:
+        collected["clip_coefficient"] = _sites(tuple(found)), np.array(list(found.values()))
+
+
+def _coefficients(after: Numbers, before: Numbers, params: Sequence[Param]) -> dict[int, float]:
+    """Optimizer -> norm of its probed gradients now over their norm before."""
     norms = dict(zip(before[0].tolist(), before[1].tolist(), strict=True))
     sums: dict[int, tuple[float, float]] = {}
     for site, value in zip(after[0].tolist(), after[1].tolist(), strict=True):
         if site in norms:
             old = sums.get(params[site].optimizer, (0.0, 0.0))
             sums[params[site].optimizer] = old[0] + value**2, old[1] + norms[site] ** 2
-    found = {o: math.sqrt(a / b) for o, (a, b) in sums.items() if b > 0 and math.isfinite(a / b)}
-    if found:
-        collected["clip_coefficient"] = _sites(tuple(found)), np.array(list(found.values()))
+    return {o: math.sqrt(a / b) for o, (a, b) in sums.items() if b > 0 and math.isfinite(a / b)}
 
 
 @functools.lru_cache(maxsize=KEPT)
