@@ -192,7 +192,7 @@ def test_masked_logits():
     """A mask of -inf is no large logit and takes no probability; +inf and NaN show."""
     logits = torch.tensor([[1.0, -7.0, -math.inf], [2.0, -math.inf, 3.0]])
     assert signals.logit_peak(logits).item() == 7.0
-    assert together(logits, torch.tensor([0, 2]))[2].item() == pytest.approx(-np.mean([math.log(max(softmax(row))) for row in ([1.0, -7.0], [2.0, 3.0])]))
+    assert named(logits, torch.tensor([0, 2]))["nll_part"] == pytest.approx(-np.mean([math.log(max(softmax(row))) for row in ([1.0, -7.0], [2.0, 3.0])]))
     assert math.isfinite(signals.log_normalizer(logits).item())
     assert signals.logit_peak(torch.tensor([[1.0, math.inf]])).item() == math.inf
     assert math.isnan(signals.logit_peak(torch.tensor([[1.0, math.nan]])).item())
@@ -203,21 +203,32 @@ def test_labels():
     logits = torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [1.0, 1.0, 1.0]])
     targets = torch.tensor([0, 2, -100, 1])
     rows = [-math.log(softmax(row)[t]) for row, t in zip(logits.tolist(), targets.tolist(), strict=True) if t >= 0]
-    _, _, nll, wrong = together(logits, targets).tolist()
+    nll, wrong = over_labels(logits, targets)
     assert nll == pytest.approx(sum(rows) / 3, rel=1e-5)
     assert nll == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
     assert wrong == pytest.approx(1 / 3)
-    assert together(logits, torch.full((4,), -100))[2:].tolist() == [0.0, 0.0]
+    assert over_labels(logits, torch.full((4,), -100)) == (0.0, 0.0)
+
+
+def named(logits, targets):
+    return {name: float(number) for names, numbers in together(logits, targets).items() for name, number in zip(names, numbers, strict=True)}
+
+
+def over_labels(logits, targets):
+    """What the history makes of the parts."""
+    history = History()
+    history.add_sample(Sample(0, {name: (np.zeros(1, dtype=np.intp), np.array([number])) for name, number in named(logits, targets).items()}))
+    return history.last("label_nll", 1)[0, 0], history.last("confident_wrong", 1)[0, 0]
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
 def test_shared_softmax(scale):
     """Measured together, the softmax signals are what each is by itself; nothing is read."""
     logits, targets = scale * torch.randn(32, 7, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 7
-    alone = [signals.confident_fraction(logits).item(), signals.log_normalizer(logits).item()]
-    assert together(logits, None).tolist() == pytest.approx(alone, rel=1e-5)
-    assert together(logits, targets)[:2].tolist() == pytest.approx(alone, rel=1e-5)
-    assert together(logits.to("meta"), targets.to("meta")).shape == (4,)
+    alone = {"confident_fraction": signals.confident_fraction(logits).item(), "log_normalizer": signals.log_normalizer(logits).item()}
+    assert named(logits, None) == pytest.approx(alone, rel=1e-5)
+    assert {name: named(logits, targets)[name] for name in alone} == pytest.approx(alone, rel=1e-5)
+    assert all(len(names) == len(numbers) for names, numbers in together(logits.to("meta"), targets.to("meta")).items())
 
 
 @pytest.fixture

@@ -69,6 +69,7 @@ class Forward:
         self._bytes = 0
         self._at_once: set[int] = set()  # sites whose output is overwritten in place
         self._arrays: dict[tuple[int, ...], Sites] = {}
+        self._plans: dict[tuple[int, ...], tuple[int, list[tuple[signals.Signal, slice | list[int], Sites]]]] = {}
         self._large: list[int] = []  # sites with large outputs that are no activations, as first seen
         self.covered: set[str] = set()  # modules whose every output went straight into a watched elementwise activation
         self._last: tuple[str, weakref.ref[Tensor]] | None = None  # the module and output before, while steps are dense
@@ -235,14 +236,27 @@ class Forward:
             samples = group[0][1] if len(group) == 1 else torch.cat([s for _, s in group])
             samples = samples.to(torch.float32)
             sites = [site for t, _ in group for site in t.sites]
-            for chosen in signals.of("activation"):
-                kinds = chosen.kinds
-                part = [i for i, site in enumerate(sites) if site.kind in kinds] if kinds else range(len(sites))
-                if not part or (chosen.name in signals.SPREAD and samples.shape[1] < MIN_SAMPLES):
+            for chosen, part, indices in self._measured(sites):
+                if chosen.name in signals.SPREAD and samples.shape[1] < MIN_SAMPLES:
                     continue
-                together = part[-1] - part[0] + 1 == len(part)  # as the built-in families are
-                those = samples[part[0] : part[-1] + 1] if together else torch.stack([samples[i] for i in part])
-                row_of(samples.device).add(chosen.name.removesuffix("_tanh"), self._indices([sites[i] for i in part]), chosen.measure(those))
+                those = samples[part] if isinstance(part, slice) else torch.stack([samples[i] for i in part])
+                row_of(samples.device).add(chosen.name.removesuffix("_tanh"), indices, chosen.measure(those))
+
+    def _measured(self, sites: Sequence[Site]) -> list[tuple[signals.Signal, slice | list[int], Sites]]:
+        """Which signal is measured on which of these sites, side by side as those of the built-in families are."""
+        key = tuple([site.index for site in sites])
+        known = self._plans.get(key)
+        if known is None or known[0] != len(signals.SIGNALS):
+            plan: list[tuple[signals.Signal, slice | list[int], Sites]] = []
+            for chosen in signals.of("activation"):
+                part = [i for i, site in enumerate(sites) if not chosen.kinds or site.kind in chosen.kinds]
+                if part:
+                    together = part[-1] - part[0] + 1 == len(part)
+                    plan.append((chosen, slice(part[0], part[-1] + 1) if together else part, self._indices([sites[i] for i in part])))
+            if len(self._plans) >= KNOWN:
+                self._plans.clear()
+            known = self._plans[key] = len(signals.SIGNALS), plan
+        return known[1]
 
     def _lay_silence(self, row_of: Callable[[torch.device], Row]) -> None:
         """Peaks of layers of one width: one set of counters for all of them."""

@@ -17,7 +17,8 @@ from lossguard.device.tape import Row, Sites
 
 LOGIT_ROWS = 256  # rows of logits looked at, spread over the batch
 SHARED = ("confident_fraction", "log_normalizer")  # what every softmax gives
-LABELLED = ("label_nll", "confident_wrong")  # what it gives beside targets
+# what it gives beside targets: shares and a mean over all rows, from which the host makes those over the rows that count
+LABELLED = ("labelled_fraction", "wrong_part", "nll_part")
 
 
 def logits_numbers(head: int, logits: Tensor, dim: int, targets: Tensor | None, row: Row) -> None:
@@ -30,33 +31,32 @@ def logits_numbers(head: int, logits: Tensor, dim: int, targets: Tensor | None, 
     labels = None
     if targets is not None and not targets.is_floating_point() and targets.numel() * classes.shape[-1] == classes.numel() and targets.device == logits.device:
         labels = targets.detach().reshape(-1)[::stride].to(torch.int64)
-    numbers = together(rows, labels)
-    row.add_together((*SHARED, *LABELLED)[: len(numbers)], site, numbers)
+    for names, numbers in together(rows, labels).items():
+        row.add_block(names, [site] * len(names), numbers)
     for chosen in signals.of("logits"):
         if chosen.name not in SHARED:
             row.add_scalars(chosen.name, site, [chosen.measure(rows)])
 
 
-def together(rows: Tensor, labels: Tensor | None) -> Tensor:
-    """SHARED, and LABELLED where there are labels: (R, C), (R,) -> (2,) or (4,).
+def together(rows: Tensor, labels: Tensor | None) -> dict[tuple[str, ...], Tensor]:
+    """SHARED, and LABELLED where there are labels: (R, C), (R,) -> names and as many numbers.
 
-    label_nll: mean negative log-likelihood of the labels; confident_wrong: share of rows that are confident and wrong.
-    Rows whose label is no class (padding) count in neither; both are 0 where no row counts.
+    nll_part: mean negative log-likelihood of the labels; wrong_part: share of rows that are confident and wrong. Rows
+    whose label is no class (padding) count in neither and not in ``labelled_fraction``.
     """
     scores = torch.log_softmax(rows, dim=1)
     top = scores.amax(dim=1)
     confident = top > math.log(signals.CONFIDENT)
     normalizer = rows.amax(dim=1) - top
     if labels is None:
-        return torch.stack((confident.to(torch.float32), normalizer)).mean(dim=1).abs()
+        return {SHARED: torch.stack((confident.to(torch.float32), normalizer)).mean(dim=1).abs()}
     inside = labels.clamp(0, rows.shape[1] - 1)
     counted = inside == labels
     own = torch.where(counted, scores.gather(1, inside.unsqueeze(1)).squeeze(1), 0.0)
     wrong = (own < top) & confident  # top is at most 0: a row that does not count is never wrong
-    shares = torch.mean(torch.stack((confident, wrong, counted)), dim=1, dtype=torch.float32)
+    shares = torch.mean(torch.stack((confident, counted, wrong)), dim=1, dtype=torch.float32)
     means = torch.stack((normalizer, own)).mean(dim=1).abs()  # log-likelihoods are at most 0
-    weight = shares[2:].clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.cat((shares[:1], means[:1], means[1:] / weight, shares[1:2] / weight))
+    return {(SHARED[0], *LABELLED[:2]): shares, (SHARED[1], LABELLED[2]): means}
 
 
 @functools.lru_cache(maxsize=64)

@@ -95,14 +95,9 @@ class Row:
         self._segments.append(Segment(signal, sites, scale))
 
     def add_block(self, names: Sequence[str], sites: Sequence[Sites], numbers: Tensor, scale: Scale | None = None) -> None:
-        """A matrix (names, K): one signal a line, each with the sites of its own."""
-        self._vectors.append(numbers.flatten())
+        """A contiguous matrix (names, K): one signal a line, each with the sites of its own."""
+        self._vectors.append(numbers.view(-1))
         self._segments += [Segment(name, of, scale) for name, of in zip(names, sites, strict=False)]
-
-    def add_together(self, names: Sequence[str], sites: Sites, numbers: Tensor) -> None:
-        """A vector with one number for each of several signals, all of the same one site."""
-        self._vectors.append(numbers)
-        self._segments += [Segment(name, sites) for name in names]
 
     def add_scalars(self, signal: str, sites: Sites, numbers: list[Tensor], scale: Scale | None = None) -> None:
         """0-dim tensors, one per site; all scalars of a row are stacked at once."""

@@ -5,6 +5,7 @@ Every row is written twice, one capacity apart, so that the last n rows are alwa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,10 @@ class Columns:
         self._seen: Mask = np.zeros((2 * capacity, 0), dtype=np.bool_)
         self._born: Array = np.full(0, np.nan)
         self._unborn = 0  # columns without a finite number so far
+        self._rank: dict[str, int] = {}  # signal -> its place among those in use, from left to right
+        self._starts: Sites = np.empty(0, dtype=np.intp)  # the first column of each of them
+        self._low: Array = np.empty((2 * capacity, 0))  # of each row and signal the least number,
+        self._high: Array = np.empty((2 * capacity, 0))  # and the greatest
         self._fresh: Array = np.empty(0)  # a row being written
         self._there: Mask = np.empty(0, dtype=np.bool_)
         self._known: dict[tuple[Any, ...], tuple[Sites, list[Sites]]] = {}  # signals and arrays of sites -> their columns; the arrays are held
@@ -51,6 +56,17 @@ class Columns:
         for at in (row, row + self.capacity):
             self._numbers[at] = self._fresh
             self._seen[at] = there
+        if self._starts.size:
+            self._low[row] = self._low[row + self.capacity] = np.fmin.reduceat(self._fresh, self._starts)
+            self._high[row] = self._high[row + self.capacity] = np.fmax.reduceat(self._fresh, self._starts)
+
+    def extremes(self, signal: str, rows: slice) -> tuple[float, float]:
+        """The least and the greatest measured number of a signal in these rows; (inf, -inf) if there is none."""
+        at = self._rank.get(signal)
+        if at is None or rows.start == rows.stop:
+            return math.inf, -math.inf
+        low, high = float(np.fmin.reduce(self._low[rows, at])), float(np.fmax.reduce(self._high[rows, at]))
+        return (math.inf, -math.inf) if math.isnan(low) else (low, high)
 
     def values(self, signal: str, rows: slice) -> Array:
         """The numbers of a signal in these rows, a view: (rows, sites); (0, 0) if it was never written."""
@@ -112,6 +128,12 @@ class Columns:
         width = self._numbers.shape[1]
         self._fresh, self._there = np.empty(width), np.empty(width, dtype=np.bool_)
         self._unborn = int(np.isnan(self._born).sum())
+        used = sorted((first, name) for name, (first, width) in self.places.items() if width)
+        self._rank = {name: k for k, (_, name) in enumerate(used)}
+        self._starts = np.array([first for first, _ in used], dtype=np.intp)
+        if used:
+            self._low = np.fmin.reduceat(self._numbers, self._starts, axis=1)
+            self._high = np.fmax.reduceat(self._numbers, self._starts, axis=1)
 
     def _place(self, signal: str, least: int, needed: int) -> None:
         """A place for the signal, at the end of the matrix; one that has become too narrow moves there."""

@@ -20,6 +20,9 @@ __all__ = ["PER_PARAMETER", "ZERO_BORN_RMS", "Array", "History", "Mask", "Param"
 # Signals with one site per parameter: their arrays are always as wide as ``History.params``.
 PER_PARAMETER = ("grad_norm", "grad_rms", "weight_norm", "update_norm", "update_ratio")
 
+# Signals that are not kept, since only what follows from them means something: ``sample_variance``, ``label_nll``, ``confident_wrong``.
+PARTS = ("sample_spread", "sample_size", "labelled_fraction", "nll_part", "wrong_part")
+
 # A tensor born with a root mean square below this is zero-born (zero-gamma, LoRA B, zero heads and biases): detectors measure it as a role.
 ZERO_BORN_RMS = 1e-3
 
@@ -118,12 +121,13 @@ class History:
         self._loss_count += 1
 
     def add_sample(self, sample: Sample) -> None:
-        """One sampled step; derived signals (``update_ratio``, ``grad_total``, ``grad_rms``) are filled in here."""
+        """One sampled step; derived signals (``update_ratio``, ``grad_total``, ``grad_rms``, those of PARTS) are filled in here."""
         row = self._count % self._capacity
         self.memo.clear()
         self._steps[row] = self._steps[row + self._capacity] = sample.step
         widths = dict.fromkeys(PER_PARAMETER, len(self.params))
-        self._signals.put(row, {**sample.values, **self._derived(sample.values)}, dict.fromkeys(PER_PARAMETER, len(self.params)))
+        kept = {name: numbers for name, numbers in sample.values.items() if name not in PARTS}
+        self._signals.put(row, {**kept, **self._derived(sample.values)}, dict.fromkeys(PER_PARAMETER, len(self.params)))
         self._note(row, sample.facts)
         self._facts.append(sample.facts)
         del self._facts[: max(0, len(self._facts) - self._capacity)]
@@ -163,6 +167,10 @@ class History:
     def seen(self, signal: str, n: int | None = None) -> Mask:
         """Where :meth:`last` holds measured numbers."""
         return self._signals.seen(signal, self._rows(n))
+
+    def extremes(self, signal: str, n: int) -> tuple[float, float]:
+        """The least and the greatest measured number of the last n samples of a signal; (inf, -inf) if there is none."""
+        return self._signals.extremes(signal, self._rows(n))
 
     def born(self, signal: str) -> Array:
         """The first finite number seen at each site of a signal, however long ago: (sites,)."""
@@ -326,6 +334,10 @@ class History:
             if "sample_spread" in values and "sample_size" in values:
                 sites, spread, size = _both(values["sample_spread"], values["sample_size"])
                 found["sample_variance"] = sites, np.square(_share(spread, size))
+            if "labelled_fraction" in values:
+                for name, part in (("label_nll", "nll_part"), ("confident_wrong", "wrong_part")):
+                    sites, numbers, counted = _both(values[part], values["labelled_fraction"])
+                    found[name] = sites, _share(numbers, counted)
             if "grad_norm" in values:
                 sites, norms = values["grad_norm"][0], np.asarray(values["grad_norm"][1], dtype=np.float64)
                 found["grad_total"] = _ONLY, np.sqrt(np.array([np.dot(norms, norms)]))
