@@ -159,11 +159,11 @@ def informational(history: History) -> bool:
 @once
 def fallen(history: History) -> float:
     """The typical newest loss over the typical first loss; NaN where the loss is not positive throughout or too short."""
-    losses = history.losses()
-    losses = losses[np.isfinite(losses)]
-    if losses.size < 10 or losses.min() < 0 or middle(losses[:5]) <= 0:
+    losses, first = history.losses(), history.first_losses(5)
+    losses, first = losses[np.isfinite(losses)], first[np.isfinite(first)]
+    if losses.size < 10 or losses.min() < 0 or not middle(first) > 0:
         return float("nan")
-    return float(middle(losses[-10:]) / middle(losses[:5]))
+    return float(middle(losses[-10:]) / middle(first))
 
 
 def converged(history: History, share: float = 0.01) -> bool:

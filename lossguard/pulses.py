@@ -37,6 +37,19 @@ def check_loss(loss: Tensor | float | Mapping[str, Tensor | float]) -> dict[str,
     return terms
 
 
+def evaluation(loss: Tensor | float, accuracy: Tensor | float | None, train_accuracy: Tensor | float | None) -> Tensor:
+    """An evaluation's three numbers in one tensor, on the device where they are; NaN for what is not told. ``ValueError`` for what is no scalar."""
+    if isinstance(loss, Mapping):
+        raise ValueError("the validation loss must be one scalar, got a dict; give the sum that you select checkpoints by")
+    given: list[Tensor | float] = []
+    for name, value in (("validation loss", loss), ("accuracy", accuracy), ("train_accuracy", train_accuracy)):
+        given.append(math.nan if value is None else check_loss({name: value})[name])
+    device = next((v.device for v in given if isinstance(v, Tensor) and v.device.type != "cpu"), torch.device("cpu"))
+    with torch.no_grad():
+        cells = [v.detach().reshape(1) if isinstance(v, Tensor) else torch.full((1,), float(v)) for v in given]
+        return torch.cat([c.to(device, torch.float32, non_blocking=True) for c in cells])
+
+
 class Pulses:
     """Blocks of steps on their way. Columns: finiteness of up to two leaves of the batch, then the loss's terms."""
 

@@ -20,6 +20,12 @@ __all__ = ["PER_PARAMETER", "ZERO_BORN_RMS", "Array", "History", "Mask", "Param"
 # Signals with one site per parameter: their arrays are always as wide as ``History.params``.
 PER_PARAMETER = ("grad_norm", "grad_rms", "weight_norm", "update_norm", "update_ratio")
 
+# The columns of ``History.validations``: the step before an evaluation, its loss, accuracies (NaN: not told), and the mean of the
+# training losses right before it with the standard error of that mean.
+VALIDATION_COLUMNS = ("step", "loss", "accuracy", "train_accuracy", "training", "training_error")
+FIRST = 50  # losses of the run's beginning that are never forgotten
+MEAN_LEAST, MEAN_MOST = 20, 512  # losses in a training mean beside an evaluation: the newest half of those since the last evaluation
+
 # A tensor born with a root mean square below this is zero-born (zero-gamma, LoRA B, zero heads and biases): detectors measure it as a role.
 ZERO_BORN_RMS = 1e-3
 
@@ -101,8 +107,10 @@ class History:
         self._noted = Columns(samples)  # the numeric facts
         self._facts: list[dict[str, Any]] = []
         self._count = 0
-        self._validations: list[tuple[float, float]] = []
+        self._first_losses: list[float] = []
+        self._validations: list[tuple[float, ...]] = []
         self._judged_losses = 0
+        self._fresh_validations = 0
         self.lr_peak = 0.0
 
     # ---- what arrives
@@ -116,6 +124,8 @@ class History:
         for name, ring in self._terms.items():
             ring[self._loss_count % len(ring)] = (terms or {}).get(name, np.nan)
         self._loss_count += 1
+        if len(self._first_losses) < FIRST:
+            self._first_losses.append(total)
 
     def add_sample(self, sample: Sample) -> None:
         """One sampled step; derived signals (``update_ratio``, ``grad_total``, ``grad_rms``) are filled in here."""
@@ -135,10 +145,12 @@ class History:
         if lr is not None and np.isfinite(lr):
             self.lr_peak = max(self.lr_peak, float(lr))
 
-    def add_validation(self, step: int, value: float) -> None:
-        """One evaluation's loss, after this step; as many are kept as losses."""
+    def add_validation(self, step: int, value: float, accuracy: float = np.nan, train_accuracy: float = np.nan) -> None:
+        """One evaluation's loss, after this step, and accuracies where they are told; as many are kept as losses."""
         self.memo.clear()
-        self._validations.append((step, value))
+        last = self._validations[-1][0] if self._validations else -1
+        self._validations.append((step, value, accuracy, train_accuracy, *self._training_mean(last)))
+        self._fresh_validations += 1
         del self._validations[: max(0, len(self._validations) - len(self._losses))]
 
     # ---- what rules read
@@ -193,9 +205,18 @@ class History:
         """Whether the batches of :meth:`losses` were finite: 1 yes, 0 no, NaN not looked at."""
         return self._loss_rows(n)[:, 2]
 
+    def first_losses(self, n: int = FIRST) -> Array:
+        """The first n losses of the run, however long ago, at most FIRST."""
+        return np.array(self._first_losses[:n], dtype=np.float64)
+
     def validations(self) -> Array:
-        """The evaluations so far, oldest first: (n, 2), the step before each and its loss."""
-        return np.array(self._validations, dtype=np.float64).reshape(-1, 2)
+        """The evaluations so far, oldest first: (n, 6), the columns of VALIDATION_COLUMNS."""
+        return np.array(self._validations, dtype=np.float64).reshape(-1, len(VALIDATION_COLUMNS))
+
+    @property
+    def fresh_validations(self) -> int:
+        """How many of the newest evaluations no rule has judged yet."""
+        return self._fresh_validations
 
     def term(self, name: str, n: int | None = None) -> Array:
         """A named loss term, as :meth:`losses`."""
@@ -228,7 +249,7 @@ class History:
 
     def mark_judged(self) -> None:
         """Called by the judge after a round."""
-        self._judged_losses = self._loss_count
+        self._judged_losses, self._fresh_validations = self._loss_count, 0
 
     # ---- what rules ask often
 
@@ -272,7 +293,8 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to give the alarms of an uninterrupted one; plain types and numpy arrays."""
-        keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "_validations", "lr_peak")
+        keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "_validations", "_fresh_validations",
+                "_first_losses", "lr_peak")  # fmt: skip
         state: dict[str, Any] = {key: getattr(self, key) for key in keys}
         state.update(signals=self._signals.state_dict(), noted=self._noted.state_dict())
         units = [(u.name, u.kind, u.width) for u in self.units]
@@ -300,6 +322,17 @@ class History:
         end = self._count % self._capacity
         end += self._capacity if end < n or (end == 0 and n) else 0
         return slice(end - n, end)
+
+    def _training_mean(self, since: float) -> tuple[float, float]:
+        """The mean of the newest half of the finite losses after a step, and its standard error."""
+        losses = self.losses()
+        finite = np.isfinite(losses)
+        new = int((finite & (self.loss_steps() > since)).sum())
+        part = losses[finite][-min(max(new // 2, MEAN_LEAST), MEAN_MOST) :]
+        if not part.size:
+            return np.nan, np.nan
+        size = max(float(np.abs(part).max()), np.finfo(np.float64).tiny)  # squares of huge losses overflow
+        return float((part / size).mean() * size), float((part / size).std() * size / np.sqrt(part.size))
 
     def _loss_index(self, n: int | None) -> npt.NDArray[np.int64]:
         held = min(self._loss_count, len(self._losses))

@@ -94,6 +94,8 @@ class Judge:
     def _due(self, rule: Rule, history: History, new_sample: bool) -> bool:
         if rule.diagnosis in self._broken or rule.diagnosis in self.mute or history.step < rule.grace:
             return False
+        if "validation" in rule.reads:  # once for each evaluation
+            return history.fresh_validations > 0
         return new_sample or rule.reads == ("loss",)
 
     def _ask(self, rule: Rule, history: History) -> Finding | None:
