@@ -22,17 +22,6 @@ SOUND_RMS = 1e4  # root mean square of a module's output up to which it did not 
 LOSS_WINDOW = 20  # losses before the fault in which growth is looked for
 FAMILIES_WITHOUT_ORDER = frozenset({"adversarial", "reinforcement"})
 
-# Values at which a loss sticks, and what they are: detectors A, constant_loss.
-SPECIAL_LOSSES = (
-    (87.3365, "-ln(smallest float32)", "softmax underflow"),
-    (103.2789, "-ln(smallest float32 denormal)", "softmax underflow"),
-    (9.7041, "-ln(smallest normal float16)", "softmax underflow"),
-    (16.6355, "-ln(smallest float16 denormal)", "softmax underflow"),
-    (16.1181, "-ln(1e-7)", "probability clamped"),
-    (18.4207, "-ln(1e-8)", "probability clamped"),
-    (27.6310, "-ln(1e-12)", "probability clamped"),
-)
-
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -316,29 +305,6 @@ def batch_remedy(history: History, step: int) -> Remedy:
 def step_size_advice(history: History, because: str, confidence: float = 0.9) -> Advice:
     """A learning rate that is too high, and what to do."""
     return ranked([(Cause("learning rate too high", confidence, because), [lr_remedy(history, 0.1), clip_remedy(history)])])
-
-
-def constant_advice(history: History, value: float) -> Advice:
-    """Why a loss sticks at this value (SYMPTOMS B7, B8)."""
-    pairs: list[tuple[Cause, Sequence[Remedy]]] = []
-    for special, formula, name in SPECIAL_LOSSES:
-        if abs(value - special) < 2e-3 * special:
-            tries = [lr_remedy(history, 0.1), Remedy("scale the logits down: divide the last layer's initial weights by 10", {"head_scale": 0.1})]
-            pairs.append((Cause(name, 0.9, f"{number(value)} is {formula}"), tries))
-    classes = round(math.exp(value)) if 0.6 < value < 12 else 0
-    if classes >= 2 and abs(value - math.log(classes)) < 1e-3 * min(1.0, 10 / classes):
-        what = "both" if classes == 2 else "all"
-        pairs.append((Cause("same output for every sample", 0.7, f"{number(value)} is ln {classes}: {what} classes are equally likely"),
-                      [Remedy("initialise the weights at random (He for ReLU, Xavier else), not by zeros", {"init": "he"})]))  # fmt: skip
-    total = history.last("grad_total", 5)
-    if total.size and np.nanmax(np.where(np.isfinite(total), total, 0.0)) == 0.0:
-        pairs.append((Cause("no gradient", 0.8, "the gradient norm is exactly 0"), [Remedy("look for detach(), no_grad() or dead units before the loss")]))
-    updates = history.last("update_norm", 5)
-    if updates.size and np.nanmax(np.where(np.isfinite(updates), updates, 0.0)) == 0.0:
-        pairs.append((Cause("weights do not move", 0.8, "every update of the last samples is exactly 0"), [lr_remedy(history, 10.0)]))
-    if not pairs:
-        pairs.append((Cause("gradients do not reach the output", 0.4, "the loss is the same for different batches"), [lr_remedy(history, 0.1)]))
-    return ranked(pairs)
 
 
 def _wide(mask: Mask, values: Array) -> Mask:

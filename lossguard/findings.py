@@ -65,6 +65,14 @@ DIAGNOSES: dict[str, tuple[Severity, str]] = {
     "loss_spike": (Severity.WARNING, "the loss jumped far above its recent past"),
     "diverging_loss": (Severity.WARNING, "the loss rises and stays above where it was"),
     "constant_loss": (Severity.WARNING, "the loss does not change from batch to batch"),
+    "loss_plateau": (Severity.WARNING, "the loss has not fallen since the start"),
+    "oscillating_loss": (Severity.WARNING, "the loss fell and then bounces at a height"),
+    "negative_loss": (Severity.WARNING, "the loss is negative though it cannot be"),
+    "overfitting": (Severity.WARNING, "training goes on falling and validation does not"),
+    "validation_mismatch": (Severity.WARNING, "validation does not behave as data of the same kind would"),
+    "learning_bottleneck": (Severity.WARNING, "neither curve moves any more at the full learning rate"),
+    "validation_below_training": (Severity.INFO, "validation is the lower of the two curves"),
+    "oscillating_validation": (Severity.WARNING, "validation swings up and down"),
     "skipped_steps": (Severity.WARNING, "optimizer steps are silently not applied"),
 }
 

@@ -124,20 +124,20 @@ def direction(read: Curves) -> str:
     return "falling" if new < old - read.share(MOVE, old) else "flat"
 
 
-def turned(read: Curves, patience: int) -> int | None:
+def turned(read: Curves, patience: int, rise: float = RISE, material: float = MATERIAL, noise: float = NOISE) -> int | None:
     """The index of the best evaluation if the last ``patience`` ones are all clearly above it; else None."""
     if len(read) < EVALUATIONS:
         return None
     best = int(np.argmin(read.loss))
     if best >= len(read) - patience:
         return None
-    return best if bool((read.loss[-patience:] > turning_limit(read, best)).all()) else None
+    return best if bool((read.loss[-patience:] > turning_limit(read, best, rise, material, noise)).all()) else None
 
 
-def turning_limit(read: Curves, best: int) -> float:
+def turning_limit(read: Curves, best: int, rise: float = RISE, material: float = MATERIAL, noise: float = NOISE) -> float:
     """The validation loss above which the curve has turned: above its level around the best by a share, what matters, and noise."""
     level = middle(read.loss[max(0, best - 1) : best + 2])
-    return level + max(read.share(RISE, level), MATERIAL * read.learned, NOISE * read.noise)
+    return level + max(read.share(rise, level), material * read.learned, noise * read.noise)
 
 
 def risen(read: Curves, since: int) -> bool:
@@ -169,21 +169,21 @@ def falls_alone(read: Curves, share: float = 0.1, follow: float = 0.25) -> bool:
     return bool(material and training + NOISE * error < follow * fall)
 
 
-def below_training(read: Curves, count: int = 3) -> bool:
+def below_training(read: Curves, count: int = 3, below: float = BELOW) -> bool:
     """The last evaluations are all below the training loss by more than noise."""
     if len(read) < count:
         return False
     gap = read.training[-count:] - read.loss[-count:]
-    limit = np.array([read.share(BELOW, t) for t in read.training[-count:]])
+    limit = np.array([read.share(below, t) for t in read.training[-count:]])
     return bool((gap > np.maximum(limit, ERRORS * np.hypot(read.error[-count:], read.noise))).all())
 
 
-def swings(read: Curves) -> int:
+def swings(read: Curves, swing: float = SWING, material: float = SWING_MATERIAL) -> int:
     """How many of the last changes are large and opposite to the one before."""
     changes = np.diff(read.loss)[-SWINGS[1] - 1 :]
     if changes.size < 2:
         return 0
-    large = np.abs(changes) > max(read.share(SWING, middle(read.loss[-SWINGS[1] :])), SWING_MATERIAL * read.learned)
+    large = np.abs(changes) > max(read.share(swing, middle(read.loss[-SWINGS[1] :])), material * read.learned)
     return int((large[1:] & large[:-1] & (changes[1:] * changes[:-1] < 0)).sum())
 
 

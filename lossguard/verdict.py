@@ -39,6 +39,7 @@ class Verdict(str):
     also: tuple[str, ...]
 
     def __new__(cls, word: str, *, training: str = "?", validation: str = "?", best_step: int | None = None, also: tuple[str, ...] = ()) -> Verdict:
+        """The word with what it knows."""
         self = super().__new__(cls, word)
         self.training, self.validation, self.best_step, self.also = training, validation, best_step, also
         return self

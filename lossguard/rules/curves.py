@@ -1,4 +1,4 @@
-"""The training loss over time: spikes, divergence, standstill. Losses in, finding or None out; numpy only.
+"""The training loss over time: spikes, divergence, bouncing, a wrong sign. Losses in, finding or None out; numpy only.
 
 Every fresh loss is judged against its own past. Runs whose losses have no order (several optimizers, adversarial or
 reinforcement losses) get information only. Losses are compared by ratios only while they have one sign.
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
-from lossguard.advice import clip_remedy, constant_advice, converged, informational, lr_remedy, middle, ranked
+from lossguard.advice import Advice, clip_remedy, informational, lr_remedy, middle, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
+from lossguard.obstacles import speed
 from lossguard.rules.rule import rule
 
 _NORMAL = 1.4826  # standard deviation over MAD of a normal distribution
@@ -169,41 +171,157 @@ class DivergingLoss:
 
 @rule
 @dataclass(frozen=True)
-class ConstantLoss:
-    """constant_loss: the loss is the same for 20 different batches; says what a special value means (detectors A, constant_loss; SYMPTOMS B7, B8).
+class OscillatingLoss:
+    """oscillating_loss: the loss fell and then bounces at a height (detectors A, oscillating_loss; SYMPTOMS B3).
 
-    Silent at exactly 0, on a converged run, and while the learning rate is 0. A loss that came down and settled smoothly
-    (full-batch descent) is information only.
+    Law (alternates): in 3 windows of 64 losses in a row, without their quadratic trend, neighbours are opposite (autocorrelation
+    below -0.6), the deviation is above 10 % of the median, and the windows do not fall. Law (bounces): the mean of 64 losses has been
+    above its best by 25 % and 4 standard errors for 3 windows, though the learning rate was not raised since, and updates change
+    more than 3 % of the weights.
+
+    Why: a learning rate too high for this stage of the run; batches too small; momentum too high for the learning rate.
+    Do: divide the learning rate by 10, or let it decay (cosine, step); clip the gradient norm at its healthy median; batch size
+    times 2 to 4; momentum 0.9 -> 0.8.
+    False alarm: noise of small batches has an autocorrelation of 0 and does not count. Two data sources in turn alternate from the
+    first steps on, and are recognised by that. Warm restarts raise the learning rate. The limits saw no positive example in the
+    evidence: ``OscillatingLoss(correlation=-0.8)`` is stricter.
     """
 
-    diagnosis: ClassVar[str] = "constant_loss"
-    reads: ClassVar[tuple[str, ...]] = ("loss",)
-    range: float = 1e-6  # of |mean|; detectors A
-    window: int = 20  # losses; detectors A
-    near: float = 0.01  # of the value: the losses before the standstill lie within it if the run settled; our own choice
-    fell: float = 0.9  # value over the first loss below which a settled run has learned something; our own choice
-    grace: int = 0  # steps; the window is the grace
-    patience: int = 1  # answers; the window is the patience
+    diagnosis: ClassVar[str] = "oscillating_loss"
+    reads: ClassVar[tuple[str, ...]] = ("loss", "update_norm", "weight_norm")
+    window: int = 64  # losses; detectors A
+    windows: int = 3  # in a row; detectors A
+    correlation: float = -0.6  # lag-1 autocorrelation; detectors A (healthy from -0.44)
+    deviation: float = 0.1  # standard deviation over |median|; detectors A
+    height: float = 0.25  # of the best mean: above it the loss bounces; our own choice
+    errors: float = 4.0  # standard errors of a mean; as in diverging_loss
+    fast: float = 3e-2  # median update ratio; detectors A, target band
+    grace: int = 192  # steps; three windows
+    patience: int = 1  # samples; the windows are the patience
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
-        losses = history.losses(self.window)
-        if losses.size < self.window or not np.isfinite(losses).all():
+        losses, steps = history.losses(), history.loss_steps()
+        finite = np.isfinite(losses)
+        losses, steps = losses[finite], steps[finite]
+        span = self.window * self.windows
+        if losses.size < span:
             return None
-        value, spread = float(losses.mean()), float(losses.max() - losses.min())
-        if value == 0.0 or not spread <= self.range * abs(value) or history.lr == 0.0 or converged(history):
-            return None
-        everything = history.losses()
-        apart = np.flatnonzero(~(np.abs(everything - value) <= self.range * abs(value)))
-        since = int(apart[-1]) + 1 if apart.size else 0
-        since = min(since, everything.size - self.window)
-        causes, remedies = constant_advice(history, value)
-        severity = Severity.INFO if informational(history) or self._settled(everything, since, value) else Severity.WARNING
-        lasts = Evidence("losses in a row", float(everything.size - since), float(self.window))
-        evidence = (Evidence("range over mean", spread / abs(value), self.range), lasts)
-        return Finding(self.diagnosis, severity, int(history.loss_steps()[since]), "loss", f"it is {number(value)} for every batch", evidence, causes, remedies)
+        size = float(np.abs(losses).max()) or 1.0
+        newest = (losses[-span:] / size).reshape(self.windows, self.window)
+        return self._alternates(history, newest, size, int(steps[-span])) or self._bounces(history, losses / size, size, steps)
 
-    def _settled(self, losses: Array, since: int, value: float) -> bool:
-        """The loss came down and approached the value smoothly."""
-        before, first = losses[max(0, since - self.window) : since], losses[np.isfinite(losses)][0]
-        return bool(before.size >= 3 and value < first - (1 - self.fell) * abs(first) and (np.abs(before - value) <= self.near * abs(value))[-3:].all())
+    def _alternates(self, history: History, newest: Array, size: float, step: int) -> Finding | None:
+        if not all(self._opposite(part) for part in newest):
+            return None
+        means, error = newest.mean(axis=1), float(newest.std(axis=1).mean()) / np.sqrt(self.window)
+        first = history.first_losses()
+        first = first[np.isfinite(first)]
+        if means[-1] < means[0] - 2 * error or (first.size >= 2 * self.windows and self._opposite(first / size)):
+            return None
+        evidence = (Evidence("autocorrelation of neighbours", max(self._rho(part) for part in newest), self.correlation),
+                    Evidence("deviation over median", float(newest[-1].std() / abs(middle(newest[-1]))), self.deviation))  # fmt: skip
+        return self._finding(history, step, f"up and down at every step about {number(float(means[-1]) * size)}", evidence, "neighbouring losses are opposite")
+
+    def _opposite(self, part: Array) -> bool:
+        return bool(self._rho(part) < self.correlation and part.std() > self.deviation * abs(middle(part)))
+
+    @staticmethod
+    def _rho(part: Array) -> float:
+        """The lag-1 autocorrelation about a quadratic trend; 0 for a constant."""
+        x = np.linspace(-1.0, 1.0, part.size)
+        rest = part - np.polynomial.polynomial.polyval(x, np.polynomial.polynomial.polyfit(x, part, 2))
+        power = float(np.dot(rest, rest))
+        return float(np.dot(rest[1:], rest[:-1])) / power if power > 1e-24 * part.size else 0.0
+
+    def _bounces(self, history: History, losses: Array, size: float, steps: npt.NDArray[np.int64]) -> Finding | None:
+        u = speed(history)
+        span = self.window * self.windows
+        if not u > self.fast or losses.size < span + self.window or losses.min() <= 0:
+            return None
+        sums = np.cumsum(np.concatenate([[0.0], losses]))
+        means = (sums[self.window :] - sums[: -self.window]) / self.window
+        best = int(np.argmin(means[: -span + 1]))
+        held = losses[best : best + self.window]
+        limit = float(means[best]) + max(self.height * float(means[best]), self.errors * float(held.std()) / np.sqrt(self.window))
+        newest = losses[-span:].reshape(self.windows, self.window)
+        error = self.errors * newest.std(axis=1) / np.sqrt(self.window)
+        if not (newest.mean(axis=1) - error > limit).all() or self._raised(history, int(steps[best])):
+            return None
+        low, now = float(means[best]) * size, float(newest[-1].mean()) * size
+        evidence = (Evidence("mean of the newest losses", now, limit * size), Evidence("best mean so far", low), Evidence("median update ratio", u, self.fast))
+        return self._finding(history, int(steps[-span]), f"fell to {number(low)}, then bounces about {number(now)}", evidence,
+                             f"a step changes {number(u)} of the weights")  # fmt: skip
+
+    @staticmethod
+    def _raised(history: History, step: int) -> bool:
+        """The learning rate is higher now than it was at that step."""
+        lr = history.fact("lr")
+        after = np.flatnonzero(history.steps() >= step)
+        return bool(after.size and lr[-1] > lr[after[0]] * (1 + 1e-6))
+
+    def _finding(self, history: History, step: int, message: str, evidence: tuple[Evidence, ...], because: str) -> Finding:
+        causes, remedies = ranked([
+            (Cause("learning rate too high", 0.7, because), [lr_remedy(history, 0.1), clip_remedy(history)]),
+            (Cause("batches too small", 0.3, "each batch pulls elsewhere"), [Remedy("2 to 4 times the batch size, 32 at least", {"batch_size": 32})]),
+        ])  # fmt: skip
+        severity = Severity.INFO if informational(history) else Severity.WARNING
+        return Finding(self.diagnosis, severity, step, "loss", message, evidence, causes, remedies)
+
+
+@rule
+@dataclass(frozen=True)
+class NegativeLoss:
+    """negative_loss: a loss that cannot be negative is (detectors A, negative_loss; SYMPTOMS B6).
+
+    Law: the loss is below -1e-6 of its size, and it is known to be a cross entropy, a binary cross entropy, a squared, absolute or
+    Huber error, a CTC loss or a KL divergence and nothing else: declared as ``loss_family``, or read from the graph of the loss.
+
+    Why: targets out of range (-1 used as padding, 0 to 255 instead of 0 to 1); ``nll_loss`` on probabilities or logits instead of
+    log-probabilities; unnormalised distributions in a divergence; a minus sign too many; negative sample weights.
+    Do: check that targets lie in [0, 1] (binary) or are class numbers; feed ``log_softmax`` to ``nll_loss``, or logits to
+    ``cross_entropy``; normalise both sides of a divergence to sum 1; weights of 0 or more.
+    False alarm: Gaussian likelihoods, ELBO, policy gradients, adversarial, cosine and contrastive losses may be negative: their
+    family is not among these, and a sum of terms in which something is subtracted is not judged. Rounding stays within the limit.
+    """
+
+    diagnosis: ClassVar[str] = "negative_loss"
+    reads: ClassVar[tuple[str, ...]] = ("loss",)
+    rounding: float = 1e-6  # of max(1, |median of the losses|); detectors A
+    families: tuple[str, ...] = ("cross_entropy", "binary", "mse", "l1", "huber", "ctc", "kl")  # losses that are never negative; detectors A
+    grace: int = 0  # steps; exact test
+    patience: int = 1  # answers; exact test
+
+    def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
+        if history.loss_family not in self.families or not history.notes.get("loss_is_plain", False):
+            return None
+        losses = history.losses()
+        fresh = losses[-history.fresh_losses :] if history.fresh_losses else losses[:0]
+        if not fresh.size or not np.nanmin(fresh, initial=0.0) < -self.rounding:
+            return None
+        finite = np.abs(losses[np.isfinite(losses)])
+        limit = -self.rounding * max(1.0, middle(finite))
+        below = np.flatnonzero((fresh < limit) & np.isfinite(fresh))
+        if not below.size:
+            return None
+        value, step = float(fresh[below[0]]), int(history.loss_steps(fresh.size)[below[0]])
+        causes, remedies = self._advice(history, value)
+        severity = Severity.INFO if informational(history) else Severity.WARNING
+        message = f"it is {number(value)}, and a loss of the family {history.loss_family} cannot be below 0"
+        return Finding(self.diagnosis, severity, step, "loss", message, (Evidence("loss", value, limit),), causes, remedies)
+
+    @staticmethod
+    def _advice(history: History, value: float) -> Advice:
+        labels = Remedy("check that every target is in range: 0 to 1, or a class number; -1 only as ignore_index", {"labels": "repair"})
+        if history.loss_family == "cross_entropy" and "loss" not in history.heads:
+            softmax = Remedy("give the logits to cross_entropy, or log_softmax(logits) to nll_loss", {"output_activation": "log_softmax"})
+            return ranked([(Cause("no log-softmax before the loss", 0.8, "no softmax was found between the network and nll_loss"), [softmax]),
+                           (Cause("targets out of range", 0.3, f"the loss is {number(value)}"), [labels])])  # fmt: skip
+        if history.loss_family == "kl":
+            unit = Remedy("normalise both distributions: log_softmax for the input, softmax for the target", {"output_activation": "log_softmax"})
+            return ranked([(Cause("distributions that do not sum to 1", 0.7, f"the divergence is {number(value)}"), [unit])])
+        weights = Remedy("use sample and class weights of 0 or more", {"labels": "repair"})
+        return ranked(
+            [(Cause("targets out of range", 0.7, f"the loss is {number(value)}"), [labels]), (Cause("negative weights", 0.3, "they turn its sign"), [weights])]
+        )
