@@ -35,6 +35,12 @@ class LossSpike:
 
     Law: robust z > 8 over the 128 losses before (healthy <= 6.7) and L > 1.5 median; where signs mix, z > 12. Positive losses must
     also stand out by z > 5 on a logarithmic scale without its trend: small batches near convergence have heavy tails.
+
+    Why: an odd or corrupt batch; a learning rate near the edge of stability; second moments of Adam that lag behind (beta2 0.999).
+    Do: look at the batch of that step; clip the gradient norm at its healthy median; learning rate divided by 10, or a longer warm-up;
+    beta2 0.95; in long runs go back about 100 steps and skip 200 batches.
+    False alarm: heavy tails and spikes below 5 % of the first losses do not count; batches of very different length do: average the
+    loss per token, or ``LossSpike(sigmas=12)``.
     """
 
     diagnosis: ClassVar[str] = "loss_spike"
@@ -121,6 +127,13 @@ class DivergingLoss:
 
     Law: for 20 steps the mean of 20 losses is above the best such mean so far by max(4 sd, 10 % of it), and above the mean of
     the first 20. Halts if that goes on for 300 steps.
+
+    Why: a learning rate too high; a flipped sign of the loss or of the gradient; dirty labels; batches too small; an unsuitable
+    initialisation or structure.
+    Do: divide the learning rate by 10 and warm up over 100 steps or more; clip the gradient norm; check the sign of the loss; look at 20
+    samples with their labels; batches of 32 or more.
+    False alarm: losses without order (several optimizers, adversarial, reinforcement) are information only. A curriculum that grows
+    harder, or a term whose weight grows (KL annealing), rises by design: ``DivergingLoss(rise=1.0)`` or mute it.
     """
 
     diagnosis: ClassVar[str] = "diverging_loss"

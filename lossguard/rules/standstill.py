@@ -172,8 +172,16 @@ class LearningBottleneck:
 class ConstantLoss:
     """constant_loss: the loss is the same for 20 different batches; says what a special value means (detectors A, constant_loss; SYMPTOMS B7, B8).
 
-    Silent at exactly 0, on a converged run, and while the learning rate is 0. A loss that came down and settled smoothly
-    (full-batch descent) is information only.
+    Law: the range of 20 losses is at most 1e-6 of their mean. Silent at exactly 0, on a converged run, and while the learning rate is 0.
+    A loss that came down and settled smoothly (full-batch descent) is information only. Values that speak are named: 87.3365 and others
+    are the floor of a softmax that underflows, ln C is that of C equally likely classes.
+
+    Why: the network gives the same output for every sample; logits so large that the softmax underflows; gradients that do not reach
+    the weights; the same number logged again and again.
+    Do: at 87.3365: learning rate divided by 10, last layer's initial weights times 0.1; at ln C: random initialisation instead of zeros,
+    and look for dead units; else look for detach() and no_grad() before the loss.
+    False alarm: one batch used for every step settles smoothly, which is information; a margin loss that is satisfied is exactly 0 and
+    silent.
     """
 
     diagnosis: ClassVar[str] = "constant_loss"
