@@ -24,6 +24,9 @@ RAILED = 0.5  # share of a layer's units at their rails
 ALIKE = 1e-4  # between-sample variance over second moment; healthy from 7e-4
 LOUD = 100.0  # largest logit at the loss; healthy up to 28
 WRONG = 0.1  # share of rows that are certain and wrong; healthy far below
+GREW = 10.0  # times a weight norm has grown since the start; detectors A, update_ratio_high (b), there within 100 steps
+KNOWN = 0.3466  # half of ln 2: a classifier whose first loss is below was trained before; detectors A, loss_plateau (0.5 ln K)
+KNOWING = 0.1  # share of nearly one-hot rows in the first batch of a network that was trained before; our own choice
 COARSE = 10.0  # root mean square of the input; detectors A, unnormalized_input
 
 # Values at which a loss sticks, and what they are: detectors A, constant_loss.
@@ -65,15 +68,39 @@ def plateau_advice(history: History) -> Advice:
     return ranked(found)
 
 
+def inflated(history: History) -> float:
+    """How many times the weight norm of some matrix has grown since it was first seen; NaN if unknown."""
+    born, now, able = history.born("weight_norm"), typically(history, "weight_norm", SAMPLES), matrices(history)
+    grown = [float(now[i] / born[i]) for i in np.flatnonzero(able[: min(born.size, now.size)]) if born[i] > 0 and np.isfinite(now[i])]
+    return max(grown, default=math.nan)
+
+
+def trained_before(history: History) -> bool:
+    """The network knew the task when this run began: a loss below that of two equal classes, or rows that were certain at once."""
+    head = history.heads.index("loss") if "loss" in history.heads else -1
+    certain = history.born("confident_fraction")
+    first = history.first_losses(20)
+    first = first[np.isfinite(first)]
+    classifier = history.loss_family in ("cross_entropy", "binary")
+    return bool((classifier and first.size and first.mean() < KNOWN) or (0 <= head < certain.size and certain[head] >= KNOWING))
+
+
+def step_size(history: History, slow: float = SLOW, fast: float = FAST) -> Cause | None:
+    """The learning rate, if the size of the updates speaks against it."""
+    u, grown = speed(history), inflated(history)
+    if u > fast:
+        return Cause("learning rate too high", 0.7, f"a step changes {number(u)} of the weights")
+    if u < slow and grown > GREW:
+        return Cause("learning rate too high", 0.7, f"a step changes only {number(u)} of the weights, which have grown {number(grown)} times")
+    return Cause("learning rate too low", 0.8, f"a step changes {number(u)} of the weights") if u < slow else None
+
+
 def _step_size(history: History) -> Pairs:
     u = speed(history)
     if u == 0:
         return [(Cause("weights do not move", 0.8, "every update of the last samples is exactly 0"), [lr_remedy(history, 10.0)])]
-    if u < SLOW and not history.schedule_tail:
-        return [(Cause("learning rate too low", 0.8, f"a step changes {number(u)} of the weights"), [lr_remedy(history, 10.0)])]
-    if u > FAST:
-        return [(Cause("learning rate too high", 0.7, f"a step changes {number(u)} of the weights"), [lr_remedy(history, 0.1)])]
-    return []
+    cause = None if history.schedule_tail else step_size(history)
+    return [(cause, [lr_remedy(history, 10.0 if cause.name.endswith("low") else 0.1)])] if cause else []
 
 
 def _worst(history: History, signal: str, sign: float = 1.0) -> tuple[float, str]:

@@ -21,6 +21,8 @@ RISE = 0.10  # of the best validation loss: above it the curve has turned; detec
 MATERIAL = 0.02  # of what was learned: less is the wobble of a converged run (validation 0.036 of 2.3); our own choice
 NOISE = 3.0  # standard deviations of one evaluation; detectors A has 2 standard errors of the mean, which we do not know
 EVALUATIONS = 3  # before the validation curve is read
+GAP = 0.25  # of what was learned: training below validation by more; healthy digits and small language models have 0.04 to 0.19
+LEARNED = 0.1  # of the first losses: a run that came down by less has learned nothing that it could overfit; our own choice
 CONVERGED = 0.05  # of the first losses: a training loss below has nothing left to learn (delayed generalisation follows there)
 DONE = 0.5  # of the first losses: a run that settles below has learned; detectors A, learning_bottleneck
 SWING = 0.10  # of the validation loss: a smaller change from one evaluation to the next is no swing; detectors A
@@ -99,12 +101,17 @@ def spread(values: Array, newest: int = 16) -> float:
 
 def trend(losses: Array) -> str:
     """``falling``, ``flat`` or ``rising``: the newest quarter of the losses against the quarter before it."""
-    quarter = losses.size // 4
-    new, old = losses[-quarter:], losses[-2 * quarter : -quarter]
-    size = float(np.abs(losses[-2 * quarter :]).max()) or 1.0
+    return change(losses[-2 * (losses.size // 4) :])
+
+
+def change(losses: Array) -> str:
+    """``falling``, ``flat`` or ``rising``: the newer half of the losses against the older, by their medians."""
+    part = losses.size // 2
+    new, old = losses[-part:], losses[-2 * part : -part]
+    size = float(np.abs(losses).max()) or 1.0
     difference = middle(new / size) - middle(old / size)
     wide = NORMAL * math.hypot(*(middle(np.abs(part / size - middle(part / size))) for part in (new, old)))
-    noise = ERRORS * 1.2533 * wide / quarter**0.5  # the standard error of a median of normal noise is 1.2533 that of a mean
+    noise = ERRORS * 1.2533 * wide / part**0.5  # the standard error of a median of normal noise is 1.2533 that of a mean
     if abs(difference) <= max(noise, MOVE * abs(middle(old / size))):
         return "flat"
     return "falling" if difference < 0 else "rising"
@@ -121,7 +128,14 @@ def direction(read: Curves) -> str:
         return "rising"
     half = len(read) // 2
     old, new = float(read.loss[:half].min()), float(read.loss[half:].min())
-    return "falling" if new < old - read.share(MOVE, old) else "flat"
+    return "falling" if new < old - max(read.share(MOVE, old), MOVE * read.learned, ERRORS * read.noise) else "flat"
+
+
+def apart(read: Curves, newest: int = 3, training: float | None = None) -> float:
+    """How far training (at the last evaluation, if not given) lies below validation, over what was learned; 0 if nothing was learned yet."""
+    if not read.learned > (LEARNED * abs(read.first) if read.positive else 0.0):
+        return 0.0
+    return (middle(read.loss[-newest:]) - float(read.training[-1] if training is None else training)) / read.learned
 
 
 def turned(read: Curves, patience: int, rise: float = RISE, material: float = MATERIAL, noise: float = NOISE) -> int | None:
@@ -160,11 +174,12 @@ def drop(values: Array, count: int = 3) -> float:
 
 def falls_alone(read: Curves, share: float = 0.1, follow: float = 0.25) -> bool:
     """Validation falls over the last 6 evaluations, and training, which has something left to learn, does not follow."""
-    if len(read) < 6 or not read.training[-3:].mean() > CONVERGED * abs(read.first):
+    count = min(3, len(read) // 2)
+    if len(read) < 5 or not read.training[-3:].mean() > CONVERGED * abs(read.first):
         return False
-    fall, training = drop(read.loss), drop(read.training)
-    error = float(np.sqrt(np.square(read.error[-6:]).sum())) / 3
-    old = float(read.loss[-6:-3].mean())
+    fall, training = drop(read.loss, count), drop(read.training, count)
+    error = float(np.sqrt(np.square(read.error[-2 * count :]).sum())) / count
+    old = float(read.loss[-2 * count : -count].mean())
     material = fall > max(read.share(share, old), SWING_MATERIAL * read.learned, NOISE * read.noise)
     return bool(material and training + NOISE * error < follow * fall)
 
@@ -187,14 +202,15 @@ def swings(read: Curves, swing: float = SWING, material: float = SWING_MATERIAL)
     return int((large[1:] & large[:-1] & (changes[1:] * changes[:-1] < 0)).sum())
 
 
-def standing(read: Curves, share: float, least: int) -> bool:
-    """Over this newest share of the evaluations, at least so many, neither curve moved by more than noise."""
+def standing(history: History, read: Curves, share: float, least: int) -> int:
+    """How many of the newest evaluations (this share of them, at least so many) neither curve moved over by more than noise; 0: one did."""
     count = max(least, math.ceil(share * len(read)))
     if len(read) < count + 1:
-        return False
+        return 0
     half = count // 2
-    for values, noise in ((read.loss[-count:], read.noise), (read.training[-count:], float(np.sqrt(np.square(read.error[-count:]).mean())))):
-        moved = abs(float(values[-half:].mean() - values[:half].mean()))
-        if not moved <= max(read.share(MOVE, middle(values)), ERRORS * noise * math.sqrt(2 / half)):
-            return False
-    return True
+    moved = abs(float(read.loss[-half:].mean() - read.loss[-count : half - count].mean()))
+    if not moved <= max(read.share(MOVE, middle(read.loss[-count:])), ERRORS * read.noise * math.sqrt(2 / half)):
+        return 0
+    losses = history.losses()[history.loss_steps() > read.steps[-count]]
+    losses = losses[np.isfinite(losses)]
+    return count if losses.size >= LEAST and change(losses) == "flat" else 0

@@ -11,6 +11,7 @@ import numpy as np
 
 from lossguard import readings
 from lossguard.host.history import History
+from lossguard.obstacles import trained_before
 
 # (training, validation) -> what it means. "?" stands for a curve that is not known yet.
 STATES = {
@@ -70,17 +71,24 @@ def read(history: History) -> Verdict:
         return Verdict("too early", best_step=best)
     training, validation = readings.trend(losses), readings.direction(curves)
     also = ("validation below training",) if readings.below_training(curves) else ()
-    return Verdict(_word(curves, training, validation), training=training, validation=validation, best_step=best, also=also)
+    return Verdict(
+        _word(curves, training, validation, float(losses[-readings.LEAST // 2 :].mean()), trained_before(history)),
+        training=training,
+        validation=validation,
+        best_step=best,
+        also=also,
+    )
 
 
-def _word(curves: readings.Curves, training: str, validation: str) -> str:
+def _word(curves: readings.Curves, training: str, validation: str, now: float, known: bool) -> str:
     if training != "rising" and readings.swings(curves) >= readings.SWINGS[0]:
         return "oscillating validation"
-    if training != "rising" and validation == "falling" and readings.falls_alone(curves):
-        return "validation mismatch"
     word = STATES[training, validation]
-    if word == "bottleneck" and curves.positive and curves.training[-1] < readings.DONE * curves.first:
+    if word == "validation mismatch":
+        return word if readings.falls_alone(curves) else "learning"
+    trained = curves.positive and (known or curves.training[-1] < readings.DONE * curves.first)
+    if word == "bottleneck" and trained:
         return "done"
-    if word == "validation mismatch" and training == "flat" and curves.positive and curves.training[-1] < readings.CONVERGED * curves.first:
-        return "learning"  # nothing is left to learn on the training data: generalisation comes late
+    if word == "overfitting begins" and readings.apart(curves, training=now) < readings.GAP:
+        return "learning"
     return word

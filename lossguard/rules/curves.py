@@ -188,15 +188,16 @@ class OscillatingLoss:
     """oscillating_loss: the loss fell and then bounces at a height (detectors A, oscillating_loss; SYMPTOMS B3).
 
     Law (alternates): in 3 windows of 64 losses in a row, without their quadratic trend, neighbours are opposite (autocorrelation
-    below -0.6), the deviation is above 10 % of the median, and the windows do not fall. Law (bounces): the mean of 64 losses has been
+    below -0.6), the deviation is above 10 % of the median, and the windows do not fall; a warning if updates change more than 3 % of the
+    weights, else information. Law (bounces): the mean of 64 losses has been
     above its best by 25 % and 4 standard errors for 3 windows, though the learning rate was not raised since, and updates change
     more than 3 % of the weights.
 
     Why: a learning rate too high for this stage of the run; batches too small; momentum too high for the learning rate.
     Do: divide the learning rate by 10, or let it decay (cosine, step); clip the gradient norm at its healthy median; batch size
     times 2 to 4; momentum 0.9 -> 0.8.
-    False alarm: noise of small batches has an autocorrelation of 0 and does not count. Two data sources in turn alternate from the
-    first steps on, and are recognised by that. Warm restarts raise the learning rate. The limits saw no positive example in the
+    False alarm: noise of small batches has an autocorrelation of 0 and does not count. Two data sources in turn alternate for
+    good: that is never more than information while updates have a healthy size. Warm restarts raise the learning rate. The limits saw no positive example in the
     evidence: ``OscillatingLoss(correlation=-0.8)`` is stricter.
     """
 
@@ -228,13 +229,19 @@ class OscillatingLoss:
         if not all(self._opposite(part) for part in newest):
             return None
         means, error = newest.mean(axis=1), float(newest.std(axis=1).mean()) / np.sqrt(self.window)
-        first = history.first_losses()
-        first = first[np.isfinite(first)]
-        if means[-1] < means[0] - 2 * error or (first.size >= 2 * self.windows and self._opposite(first / size)):
+        if means[-1] < means[0] - 2 * error:
             return None
+        u = speed(history)
         evidence = (Evidence("autocorrelation of neighbours", max(self._rho(part) for part in newest), self.correlation),
                     Evidence("deviation over median", float(newest[-1].std() / abs(middle(newest[-1]))), self.deviation))  # fmt: skip
-        return self._finding(history, step, f"up and down at every step about {number(float(means[-1]) * size)}", evidence, "neighbouring losses are opposite")
+        return self._finding(
+            history,
+            step,
+            f"up and down at every step about {number(float(means[-1]) * size)}",
+            evidence,
+            f"neighbouring losses are opposite, a step changes {number(u)} of the weights",
+            Severity.WARNING if u > self.fast else Severity.INFO,
+        )
 
     def _opposite(self, part: Array) -> bool:
         return bool(self._rho(part) < self.correlation and part.std() > self.deviation * abs(middle(part)))
@@ -273,12 +280,13 @@ class OscillatingLoss:
         after = np.flatnonzero(history.steps() >= step)
         return bool(after.size and lr[-1] > lr[after[0]] * (1 + 1e-6))
 
-    def _finding(self, history: History, step: int, message: str, evidence: tuple[Evidence, ...], because: str) -> Finding:
+    def _finding(self, history: History, step: int, message: str, evidence: tuple[Evidence, ...], because: str,
+                 severity: Severity = Severity.WARNING) -> Finding:  # fmt: skip
         causes, remedies = ranked([
             (Cause("learning rate too high", 0.7, because), [lr_remedy(history, 0.1), clip_remedy(history)]),
             (Cause("batches too small", 0.3, "each batch pulls elsewhere"), [Remedy("2 to 4 times the batch size, 32 at least", {"batch_size": 32})]),
         ])  # fmt: skip
-        severity = Severity.INFO if informational(history) else Severity.WARNING
+        severity = Severity.INFO if informational(history) else severity
         return Finding(self.diagnosis, severity, step, "loss", message, evidence, causes, remedies)
 
 
@@ -327,10 +335,10 @@ class NegativeLoss:
     @staticmethod
     def _advice(history: History, value: float) -> Advice:
         labels = Remedy("check that every target is in range: 0 to 1, or a class number; -1 only as ignore_index", {"labels": "repair"})
-        if history.loss_family == "cross_entropy" and "loss" not in history.heads:
+        if history.loss_family == "cross_entropy":
             softmax = Remedy("give the logits to cross_entropy, or log_softmax(logits) to nll_loss", {"output_activation": "log_softmax"})
-            return ranked([(Cause("no log-softmax before the loss", 0.8, "no softmax was found between the network and nll_loss"), [softmax]),
-                           (Cause("targets out of range", 0.3, f"the loss is {number(value)}"), [labels])])  # fmt: skip
+            return ranked([(Cause("no log-softmax before nll_loss", 0.8, "log-probabilities are never above 0, so that this loss cannot be below it"), [softmax]),
+                           (Cause("negative class weights", 0.3, f"the loss is {number(value)}"), [Remedy("use class weights of 0 or more", {"labels": "repair"})])])  # fmt: skip
         if history.loss_family == "kl":
             unit = Remedy("normalise both distributions: log_softmax for the input, softmax for the target", {"output_activation": "log_softmax"})
             return ranked([(Cause("distributions that do not sum to 1", 0.7, f"the divergence is {number(value)}"), [unit])])

@@ -15,7 +15,7 @@ from lossguard import readings
 from lossguard.advice import Advice, converged, informational, lr_remedy, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
-from lossguard.obstacles import CERTAIN, constant_advice, plateau_advice, speed
+from lossguard.obstacles import CERTAIN, constant_advice, plateau_advice, speed, step_size, trained_before
 from lossguard.readings import Curves
 from lossguard.rules.rule import rule
 
@@ -57,8 +57,6 @@ class LossPlateau:
     after: int = 100  # steps at the full learning rate; detectors A
     full: float = 0.9  # of the peak learning rate: the warm-up is over; our own choice
     long: int = 1500  # steps after which even a classifier without a visible fault warns; our own choice, known plateaus last about 1000
-    knowing: float = 0.1  # share of rows that are nearly one-hot in the first batch: the network was trained before; our own choice
-    low: float = 0.3466  # half of ln 2: a classifier that begins below it was trained before; detectors A (0.5 ln K)
     grace: int = 100  # steps; detectors A
     patience: int = 3  # samples; our own choice
 
@@ -77,7 +75,7 @@ class LossPlateau:
         causes, remedies = plateau_advice(history)
         evidence = (Evidence("mean of the newest losses", float(now.mean()), limit), Evidence("mean of the first losses", start))
         message = f"{number(start)} at first, {number(float(now.mean()))} after {history.step - since} steps at the full learning rate"
-        return Finding(self.diagnosis, self._severity(history, start, since, causes), int(since), "loss", message, evidence, causes, remedies)
+        return Finding(self.diagnosis, self._severity(history, since, causes), since + self.after, "loss", message, evidence, causes, remedies)
 
     def _full_speed(self, history: History) -> int:
         """The step since which the learning rate has been near its peak, as far back as it is known."""
@@ -91,19 +89,13 @@ class LossPlateau:
         means, errors = blocks.mean(axis=1), np.hypot(blocks.std(axis=1) / np.sqrt(self.newest), error)
         return bool((means < start - np.maximum(self.fall * abs(start), self.errors * errors)).any())
 
-    def _severity(self, history: History, start: float, since: int, causes: tuple[Cause, ...]) -> Severity:
+    def _severity(self, history: History, since: int, causes: tuple[Cause, ...]) -> Severity:
         if informational(history):
             return Severity.INFO
         if causes[0].confidence >= CERTAIN:
             return Severity.WARNING
-        classifier = history.loss_family in ("cross_entropy", "binary") and not self._knowing(history, start)
+        classifier = history.loss_family in ("cross_entropy", "binary") and not trained_before(history)
         return Severity.WARNING if classifier and history.step - since >= self.long else Severity.INFO
-
-    def _knowing(self, history: History, start: float) -> bool:
-        """The network was trained before this run began."""
-        head = history.heads.index("loss") if "loss" in history.heads else -1
-        certain = history.born("confident_fraction")
-        return bool(start < self.low or (0 <= head < certain.size and certain[head] >= self.knowing))
 
 
 @rule
@@ -132,39 +124,34 @@ class LearningBottleneck:
     high: float = 0.5  # of the first losses: above it little was learned; detectors A
     slow: float = 1e-4  # update ratio below which the learning rate is too low for that; detectors A, target band
     fast: float = 3e-2  # update ratio above which it is too high; detectors A, target band
-    samples: int = 20  # samples for the median update ratio; our own choice
     grace: int = 300  # steps; detectors A
     patience: int = 1  # evaluations; `least` is the patience
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         read = readings.curves(history)
-        lr = history.lr
-        if history.step < self.span or lr < self.lr_share * history.lr_peak or not readings.standing(read, self.share, self.least):
+        if history.step < self.span or history.lr < self.lr_share * history.lr_peak:
             return None
-        count = max(self.least, int(np.ceil(self.share * len(read))))
-        if read.steps[-1] - read.steps[-count] < self.share * self.span:
+        count = readings.standing(history, read, self.share, self.least)
+        if not count or read.steps[-1] - read.steps[-count] < self.share * self.span:
             return None
         height = float(read.training[-1]) / read.first if read.positive and read.first > 0 else float("nan")
-        u = speed(history, self.samples)
-        odd = bool(u < self.slow or u > self.fast)
-        severity = Severity.WARNING if height > self.high and odd and not informational(history) else Severity.INFO
-        evidence = (
-            Evidence("training loss over the first losses", height, self.high),
-            Evidence("median update ratio", u, self.slow if u < self.slow else self.fast),
-        )
-        causes, remedies = self._advice(history, read, u)
+        odd = step_size(history, self.slow, self.fast)
+        grave = height > self.high and odd is not None and not informational(history) and not trained_before(history)
+        evidence = (Evidence("training loss over the first losses", height, self.high), Evidence("median update ratio", speed(history)))
+        causes, remedies = self._advice(history, read, odd)
         message = f"training stands at {number(float(read.training[-1]))} and validation at {number(float(read.loss[-1]))} for {count} evaluations"
+        severity = Severity.WARNING if grave else Severity.INFO
         return Finding(self.diagnosis, severity, int(read.steps[-count]), "both losses", message, evidence, causes, remedies)
 
-    def _advice(self, history: History, read: Curves, u: float) -> Advice:
-        slow = bool(u < self.slow)
-        rate = Cause(f"learning rate too {'low' if slow else 'high'}", 0.6, f"a step changes {number(u)} of the weights at learning rate {number(history.lr)}")
+    @staticmethod
+    def _advice(history: History, read: Curves, odd: Cause | None) -> Advice:
+        fell = f"training has come down from {number(read.first)} to {number(float(read.training[-1]))}"
+        done = Cause("nothing left to learn", 0.4, fell + " with updates of a healthy size" * (odd is None))
+        rate = odd or Cause("learning rate too high to settle", 0.3, f"it is {number(history.lr)}, still near its peak")
+        change = lr_remedy(history, 10.0 if rate.name.endswith("low") else 0.1)
         batch = Remedy("batch size 32, or 2 to 4 times the present one", {"batch_size": 32})
-        done = Cause("nothing left to learn", 0.4, f"training has come down from {number(read.first)} to {number(float(read.training[-1]))}")
-        return ranked(
-            [(rate, [lr_remedy(history, 10.0 if slow else 0.1), batch]), (done, [Remedy("stop, or widen the network", {"steps": int(read.steps[-1])})])]
-        )
+        return ranked([(rate, [change, batch]), (done, [Remedy("stop, or widen the network", {"steps": int(read.steps[-1])})])])
 
 
 @rule

@@ -48,7 +48,8 @@ class Overfitting:
     stand: float = 1 / 3  # of the evaluations without improvement; our own choice, a standstill is weaker evidence than a rise
     stand_least: int = 5  # evaluations without improvement; our own choice
     fell: float = 0.1  # of what was learned: the fall of training meanwhile; our own choice
-    gap: float = 0.25  # of what was learned: training below validation; healthy digits and small language models have 0.04 to 0.19
+    gap: float = readings.GAP  # of what was learned: training below validation; healthy small runs have 0.04 to 0.19 (0.25)
+    never: float = 0.05  # of the first losses: validation that was never lower by more learned nothing at all; our own choice
     accuracy_gap: float = 0.25  # training above validation accuracy; well trained networks on 100 classes reach 0.23; our own choice
     accuracy_line: float = 0.1  # the same, for information; the published detector of detectors 2 has 0.1
     grace: int = 0  # steps; evaluations are counted
@@ -75,7 +76,7 @@ class Overfitting:
     def _stands(self, history: History, read: Curves) -> Finding | None:
         since = readings.last_improvement(read)
         stood = len(read) - 1 - since
-        if stood < max(self.stand_least, self.stand * len(read)) or not read.learned > 0:
+        if stood < max(self.stand_least, self.stand * len(read)):
             return None
         error = readings.NOISE * float(np.hypot(read.error[since], read.error[-1]))
         fell = float(read.training[since] - read.training[-1])
@@ -101,7 +102,11 @@ class Overfitting:
                  severity: Severity = Severity.WARNING) -> Finding:  # fmt: skip
         step = int(read.steps[at])
         stop = Remedy(f"stop at step {step}, or go back to its checkpoint", {"steps": step})
+        never = read.positive and not float(read.loss.min()) < (1 - self.never) * read.first
+        alien = Cause("validation data of another kind, or nothing that generalises", 0.8, "validation was never below the loss that the run began with")
+        compare = Remedy("evaluate 20 training samples as if they were validation data: labels, preprocessing, mode", {"look_at": 20})
         causes, remedies = ranked([
+            *([(alien, [compare])] if never else []),
             (Cause("too few samples for the capacity", 0.7, f"training {number(float(read.training[-1]))}, validation {number(float(read.loss[-1]))}"),
              [stop, Remedy("weight decay 0.05 (AdamW), dropout 0.2, or augmentation", {"weight_decay": 0.05, "dropout": 0.2})]),
             (Cause("labels learned by heart", 0.3, "training falls on where validation cannot follow"),
