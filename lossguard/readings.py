@@ -29,6 +29,7 @@ SWING = 0.10  # of the validation loss: a smaller change from one evaluation to 
 SWING_MATERIAL = 0.05  # of what was learned: the same; our own choice
 SWINGS = (4, 6)  # so many of so many changes alternate; detectors A
 BELOW = 0.05  # of the training loss: validation is below it by more; detectors A
+RESOLVED = 0.05  # of the loss: a curve stands still only if a movement by this would show above the noise; our own choice
 NORMAL = 1.4826  # standard deviation over MAD of a normal distribution
 
 
@@ -104,8 +105,11 @@ def trend(losses: Array) -> str:
     return change(losses[-2 * (losses.size // 4) :])
 
 
-def change(losses: Array) -> str:
-    """``falling``, ``flat`` or ``rising``: the newer half of the losses against the older, by their medians."""
+def change(losses: Array, resolution: float = math.inf) -> str:
+    """``falling``, ``flat`` or ``rising``: the newer half of the losses against the older, by their medians.
+
+    ``?`` if nothing is seen to move, but noise above this share of the loss would hide it.
+    """
     part = losses.size // 2
     new, old = losses[-part:], losses[-2 * part : -part]
     size = float(np.abs(losses).max()) or 1.0
@@ -113,7 +117,7 @@ def change(losses: Array) -> str:
     wide = NORMAL * math.hypot(*(middle(np.abs(part / size - middle(part / size))) for part in (new, old)))
     noise = ERRORS * 1.2533 * wide / part**0.5  # the standard error of a median of normal noise is 1.2533 that of a mean
     if abs(difference) <= max(noise, MOVE * abs(middle(old / size))):
-        return "flat"
+        return "flat" if noise <= resolution * abs(middle(old / size)) else "?"
     return "falling" if difference < 0 else "rising"
 
 
@@ -209,8 +213,9 @@ def standing(history: History, read: Curves, share: float, least: int) -> int:
         return 0
     half = count // 2
     moved = abs(float(read.loss[-half:].mean() - read.loss[-count : half - count].mean()))
-    if not moved <= max(read.share(MOVE, middle(read.loss[-count:])), ERRORS * read.noise * math.sqrt(2 / half)):
+    level, noise = middle(read.loss[-count:]), ERRORS * read.noise * math.sqrt(2 / half)
+    if not moved <= max(read.share(MOVE, level), noise) or noise > read.share(RESOLVED, level):
         return 0
     losses = history.losses()[history.loss_steps() > read.steps[-count]]
     losses = losses[np.isfinite(losses)]
-    return count if losses.size >= LEAST and change(losses) == "flat" else 0
+    return count if losses.size >= LEAST and change(losses, RESOLVED) == "flat" else 0

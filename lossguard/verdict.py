@@ -71,13 +71,9 @@ def read(history: History) -> Verdict:
         return Verdict("too early", best_step=best)
     training, validation = readings.trend(losses), readings.direction(curves)
     also = ("validation below training",) if readings.below_training(curves) else ()
-    return Verdict(
-        _word(curves, training, validation, float(losses[-readings.LEAST // 2 :].mean()), trained_before(history)),
-        training=training,
-        validation=validation,
-        best_step=best,
-        also=also,
-    )
+    now = float(losses[-readings.LEAST // 2 :].mean())
+    word = _word(curves, training, validation, now, trained_before(history))
+    return Verdict(word, training=training, validation=validation, best_step=best, also=also)
 
 
 def _word(curves: readings.Curves, training: str, validation: str, now: float, known: bool) -> str:

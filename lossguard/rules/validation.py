@@ -1,4 +1,4 @@
-"""The validation curve beside the training curve: overfitting, mismatch, swings. History in, finding or None out; numpy only.
+"""The validation curve beside the training curve: overfitting, mismatch, the lower curve. History in, finding or None out; numpy only.
 
 Asked once for each evaluation. The curves are read in ``readings.py``; here are the patience, the severities and the advice.
 """
@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from lossguard import readings
-from lossguard.advice import Advice, informational, lr_remedy, middle, ranked
+from lossguard.advice import Advice, informational, middle, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.readings import Curves
@@ -248,52 +248,3 @@ class ValidationBelowTraining:
         ])  # fmt: skip
         message = f"validation {number(now)} is below training {number(train)} for {self.lasting} evaluations"
         return Finding(self.diagnosis, Severity.INFO, int(read.steps[-self.lasting]), "validation loss", message, evidence, causes, remedies)
-
-
-@rule
-@dataclass(frozen=True)
-class OscillatingValidation:
-    """oscillating_validation: validation swings up and down (detectors A, oscillating_validation; SYMPTOMS A9).
-
-    Law: of the last 6 changes from one evaluation to the next, 4 are opposite to the one before, both larger than 10 % of the loss
-    and than 5 % of what the run has learned.
-
-    Why: a validation set that is small or drawn anew each time; a learning rate too high; batches too small, above all under
-    batch-norm; a loss that a few samples dominate.
-    Do: evaluate on one fixed set of at least 1000 samples; divide the learning rate by 10, or average the weights (EMA 0.99);
-    batches of 32 or more under batch-norm; look at the samples with the largest validation loss.
-    False alarm: validation noisier than training is normal: swings of a converged run are small beside what it has learned and do
-    not count. Cyclic learning rates swing by design: evaluate at the end of a cycle.
-    """
-
-    diagnosis: ClassVar[str] = "oscillating_validation"
-    reads: ClassVar[tuple[str, ...]] = ("loss", "validation")
-    times: int = readings.SWINGS[0]  # of the last 6 changes are large and opposite; detectors A (4)
-    swing: float = readings.SWING  # of the validation loss: a smaller change is no swing; detectors A (0.1)
-    material: float = readings.SWING_MATERIAL  # of what was learned: the same; our own choice (0.05)
-    calm: float = 0.1  # sd over mean of the training losses above which training swings as well; detectors A, oscillating_loss
-    least: int = 8  # evaluations; our own choice (detectors A: 6), the first changes are those of learning
-    grace: int = 0  # steps; evaluations are counted
-    patience: int = 1  # evaluations; the changes are the patience
-
-    def check(self, history: History) -> Finding | None:
-        """The law of the class docstring, on the newest data."""
-        read = readings.curves(history)
-        count = readings.swings(read, self.swing, self.material)
-        if len(read) < self.least or count < self.times:
-            return None
-        newest = read.loss[-readings.SWINGS[1] :]
-        low, high = float(newest.min()), float(newest.max())
-        train = read.training[-readings.SWINGS[1] :]
-        restless = bool(np.std(train) > self.calm * abs(np.mean(train)))
-        noisy = f"training {'swings as well' if restless else 'is calm beside it'} ({number(float(train.min()))} to {number(float(train.max()))})"
-        causes, remedies = ranked([
-            (Cause("validation set too small or drawn anew", 0.3 if restless else 0.6, noisy),
-             [Remedy("evaluate on one fixed set of at least 1000 samples", {"look_at": 1000})]),
-            (Cause("learning rate too high", 0.6 if restless else 0.4, noisy), [lr_remedy(history, 0.1)]),
-            (Cause("batches too small", 0.3, "batch-norm statistics of few samples swing"), [Remedy("batch size 32 or more", {"batch_size": 32})]),
-        ])  # fmt: skip
-        severity = Severity.INFO if informational(history) else Severity.WARNING
-        evidence = (Evidence("opposite large changes of the last 6", float(count), float(self.times)), Evidence("lowest", low), Evidence("highest", high))
-        message = f"validation swings between {number(low)} and {number(high)}"
-        return Finding(self.diagnosis, severity, int(read.steps[-readings.SWINGS[1]]), "validation loss", message, evidence, causes, remedies)
