@@ -244,7 +244,16 @@ def nonfinite_advice(history: History, step: int) -> Advice:
     weights = sick_before(history)
     if weights is not None:
         cause = Cause("bad weights", 0.9, f"{weights} was not finite before this step's update")
-        pairs.append((cause, [Remedy(f"go back to a checkpoint before step {step}, then {lr_remedy(history, 0.1)}", {"rewind_before": step})]))
+        pairs.append(
+            (
+                cause,
+                [
+                    Remedy(
+                        f"go back to a checkpoint before step {step}, then {lr_remedy(history, 0.1)}", {"rewind_before": step, **lr_remedy(history, 0.1).change}
+                    )
+                ],
+            )
+        )
     because, sound = explosion(history, step), sound_outputs(history, step)
     if because:
         pairs.append((Cause("exploding gradient", 0.6 if sound else 0.9, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
@@ -299,7 +308,7 @@ def batch_remedy(history: History, step: int) -> Remedy:
     at_step = history.samples and history.steps(1)[0] == step
     batch = history.facts().get("batch") if at_step else None
     which = int(batch) if batch is not None else step
-    return Remedy(f"repair or drop batch {which}: torch.isfinite(x).all() is false for it", {"batch": which})
+    return Remedy(f"repair or drop batch {which}: torch.isfinite(x).all() is false for it", {"drop_batch": which})
 
 
 def step_size_advice(history: History, because: str, confidence: float = 0.9) -> Advice:

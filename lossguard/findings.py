@@ -126,9 +126,48 @@ class Cause:
         return f"{self.name} ({self.confidence:.1f}): {self.because}"
 
 
+# What a remedy may change: the keys of ``Remedy.change`` and what their values are. Numbers and short words only.
+CHANGES: dict[str, str] = {
+    "lr": "the new learning rate",
+    "lr_factor": "factor on a learning rate that is not known",
+    "max_norm": "value to clip the gradient norm at",
+    "head_scale": "factor on the last layer's initial weights",
+    "init": "initialisation: he, xavier, default",
+    "bias": "initial bias",
+    "activation": "relu, leaky_relu, gelu",
+    "output_activation": "what stands before the loss: none, log_softmax",
+    "add": "a part to add: normalization, residual",
+    "normalize_input": "True",
+    "standardize_targets": "True",
+    "zero_grad": "True: clear before each backward",
+    "optimizer_parameters": "True: give all parameters to the optimizer",
+    "optimizer_step": "True: call it after each backward",
+    "batch_size": "samples",
+    "shuffle": "True",
+    "loss_reduction": "mean",
+    "labels": "repair",
+    "drop_batch": "index of the batch, or its step",
+    "batch_of_step": "step whose batch to look at",
+    "look_at": "how many samples to look at by eye",
+    "eps": "the small number of an optimizer or of a guarded loss",
+    "init_scale": "first scale of a loss scaler",
+    "weight_decay": "value",
+    "dropout": "probability",
+    "epochs": "how many in all",
+    "steps": "how many in all",
+    "rewind_before": "step of the checkpoint to go back to",
+    "master_weights": "True: float32 copies",
+    "seed_workers": "True",
+    "unfreeze": "True: let the gradient reach the weights",
+    "freeze": "True",
+    "temperature": "divisor of logits",
+    "parameter": "name of the parameter or module meant",
+}
+
+
 @dataclass(frozen=True)
 class Remedy:
-    """One thing to change. ``change`` holds the same advice for programs.
+    """One thing to change. ``change`` holds the same advice for programs, in the keys of ``CHANGES``.
 
     >>> Remedy("learning rate 0.03 -> 0.003", {"lr": 0.003}).change["lr"]
     0.003

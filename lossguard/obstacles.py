@@ -11,6 +11,7 @@ from lossguard.advice import Advice, lr_remedy, matrices, middle, ranked, reach,
 from lossguard.findings import Cause, Remedy, number
 from lossguard.host.history import Array, History
 
+_ATTACH = Remedy("look for detach(), no_grad() or dead units before the loss", {"unfreeze": True})
 Pairs = list[tuple[Cause, Sequence[Remedy]]]
 SAMPLES = 20  # newest samples that speak of the present state
 CERTAIN = 0.6  # confidence from which a cause is evidence, and not a guess
@@ -150,7 +151,10 @@ def _gradients(history: History) -> Pairs:
         return []
     if rms.max() == 0:
         return [
-            (Cause("no gradient", 0.9, "the gradient of every matrix is exactly 0"), [Remedy("look for detach(), no_grad() or dead units before the loss")])
+            (
+                Cause("no gradient", 0.9, "the gradient of every matrix is exactly 0"),
+                [_ATTACH],
+            )
         ]
     least = float(rms[rms > 0].min() / rms.max())
     if rms.size < 2 or least >= FADED:
@@ -196,7 +200,12 @@ def constant_advice(history: History, value: float) -> Advice:
                       [Remedy("initialise the weights at random (He for ReLU, Xavier else), not by zeros", {"init": "he"})]))  # fmt: skip
     total = history.last("grad_total", 5)
     if total.size and np.nanmax(np.where(np.isfinite(total), total, 0.0)) == 0.0:
-        pairs.append((Cause("no gradient", 0.8, "the gradient norm is exactly 0"), [Remedy("look for detach(), no_grad() or dead units before the loss")]))
+        pairs.append(
+            (
+                Cause("no gradient", 0.8, "the gradient norm is exactly 0"),
+                [_ATTACH],
+            )
+        )
     updates = history.last("update_norm", 5)
     if updates.size and np.nanmax(np.where(np.isfinite(updates), updates, 0.0)) == 0.0:
         pairs.append((Cause("weights do not move", 0.8, "every update of the last samples is exactly 0"), [lr_remedy(history, 10.0)]))

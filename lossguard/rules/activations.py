@@ -89,7 +89,7 @@ class DeadRelu:
             (Cause("bias or initialisation", 0.8 if born else 0.3, began),
              [Remedy(f"set the bias before {unit.name} to 0 and initialise its weights by He", {"bias": 0.0, "init": "he"})]),
             (Cause("learning rate too high", 0.2 if born else 0.6, f"{many} of {unit.name} were pushed below zero for every sample"),
-             [lr_remedy(history, 0.1), Remedy(f"use LeakyReLU(0.01) for {unit.name}", {"activation": "LeakyReLU", "slope": 0.01})]),
+             [lr_remedy(history, 0.1), Remedy(f"use LeakyReLU(0.01) for {unit.name}", {"activation": "leaky_relu"})]),
         ])  # fmt: skip
         others = listing(units[i].name for i in np.flatnonzero(sick) if i != root)
         message = f"{many} are silent for every sample of the last window" + (f"; also {others}" if others else "")
@@ -137,7 +137,7 @@ class SaturatedActivation:
         pairs = [(Cause("weights or learning rate too large", 0.5, f"{share:.0%} of the units of {unit.name} are at their rails"),
                   [Remedy(f"initialise the layer before {unit.name} by Xavier", {"init": "xavier"}), lr_remedy(history, 0.1)])]  # fmt: skip
         if loud > 10:  # detectors A, unnormalized_input: std outside [1e-2, 1e1]
-            remedy = Remedy(f"divide the input by {number(loud)}", {"input_scale": 1 / loud})
+            remedy = Remedy(f"normalise the input: divide it by {number(loud)}", {"normalize_input": True})
             pairs.append((Cause("input not normalised", 0.8, f"its root mean square is {number(loud)}"), [remedy]))
         causes, remedies = ranked(pairs)
         message = f"{share:.0%} of its units are at their rails on more than 95 % of the positions; {int(sick.sum())} layers are"

@@ -47,7 +47,7 @@ class MissingZeroGrad:
         if norms.size >= 2 and norms[0] > 0:
             evidence.append(Evidence("gradient norm over its first", float(norms[-1] / norms[0])))
         cause = Cause("zero_grad() is not called", 0.9, f"{looks[at[-1]]:.0%} of the gradients still hold those of the last update")
-        causes, remedies = ranked([(cause, [Remedy("call optimizer.zero_grad() once after each optimizer.step()", {"zero_grad_every": 1})])])
+        causes, remedies = ranked([(cause, [Remedy("call optimizer.zero_grad() once after each optimizer.step()", {"zero_grad": True})])])
         message = f"gradients add up: {self.times} updates in a row began with those of the update before"
         return Finding(self.diagnosis, Severity.WARNING, int(history.steps()[at[0]]), "optimizer.zero_grad", message, tuple(evidence), causes, remedies)
 

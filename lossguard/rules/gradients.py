@@ -168,10 +168,10 @@ class VanishingGradient:
         if squash:
             name, kind = squash[0].name, squash[0].kind
             because = f"{len(squash)} {kind} modules, the first is {name}; each multiplies the gradient by at most {0.25 if kind == 'Sigmoid' else 1}"
-            remedy = Remedy(f"use ReLU or GELU for {name} and its like, with He initialisation", {"activation": "ReLU"})
+            remedy = Remedy(f"use ReLU or GELU for {name} and its like, with He initialisation", {"activation": "relu", "init": "he"})
             return Cause("saturating activations", 0.8, because), [remedy]
         deep = int(matrices(history).sum())
-        remedy = Remedy(f"add a normalisation or a residual after each of the {deep} layers", {"add": "normalisation"})
+        remedy = Remedy(f"add a normalisation or a residual after each of the {deep} layers", {"add": "normalization"})
         return Cause("depth without normalisation or residuals", 0.5, f"{deep} matrices in a chain"), [remedy]
 
     def _epsilon(self, history: History, n: int, able: Mask) -> Finding | None:

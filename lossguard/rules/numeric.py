@@ -82,7 +82,7 @@ class NonfiniteInput:
             severity = Severity.WARNING if before.size >= self.clean and bool((before == 1).all()) else Severity.INFO
         remedy = batch_remedy(history, step)
         causes, remedies = ranked([(Cause("bad input", 0.95, "the values come from the data loader, before any layer"), [remedy])])
-        message = f"batch {remedy.change['batch']} holds NaN or infinite values"
+        message = f"batch {remedy.change['drop_batch']} holds NaN or infinite values"
         evidence = (Evidence("finite batches in a row before", float(before.size - (before == 0).sum())),)
         return Finding(self.diagnosis, severity, step, where, message, evidence, causes, remedies)
 

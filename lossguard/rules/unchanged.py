@@ -56,10 +56,10 @@ class UnchangedWeights:
         severity = Severity.ERROR if every else Severity.WARNING if missing else Severity.INFO
         pairs: list[tuple[Cause, list[Remedy]]] = []
         if foreign:
-            other = Remedy("build the optimizer from this model's parameters(), after any copy, wrapping or .to()", {"parameters": "model.parameters()"})
+            other = Remedy("build the optimizer from this model's parameters(), after any copy, wrapping or .to()", {"optimizer_parameters": True})
             pairs.append((Cause("the optimizer holds another model's parameters", 0.9, f"{foreign} of its parameters are not this model's"), [other]))
         if missing:
-            add = Remedy(f"add {listing(missing)} to the optimizer, or set requires_grad_(False)", {"add": list(missing)})
+            add = Remedy(f"add {listing(missing)} to the optimizer, or set requires_grad_(False)", {"optimizer_parameters": True})
             pairs.append((Cause("not given to the optimizer", 0.8, f"{len(missing)} trainable parameters are in no optimizer"), [add]))
         causes, remedies = ranked(pairs)
         strange = Evidence("foreign parameters in the optimizer", float(foreign), 0.0)
@@ -78,7 +78,7 @@ class UnchangedWeights:
         ends = [typical(part)[0] for part in (total[:5], total[-5:])] if total.size else [np.nan, np.nan]
         if ends[1] > self.accumulating * ends[0] and n < self.patient:
             return None
-        remedy = Remedy("call optimizer.step() once after each loss.backward()", {"step_every": 1})
+        remedy = Remedy("call optimizer.step() once after each loss.backward()", {"optimizer_step": True})
         causes, remedies = ranked([(Cause("optimizer.step() is never called", 0.9, f"no optimizer stepped in {n} samples"), [remedy])])
         evidence = (Evidence("samples without an optimizer step", float(n), float(self.span)),)
         message = f"no weight changed in {n} samples: no optimizer steps"
@@ -153,14 +153,14 @@ class UnchangedWeights:
         name, first = history.params[int(sites[0])].name, history.params[int(sites[0])]
         gradient = typically(history, "grad_rms", n)[sites[0]] if history.last("grad_rms", n).size else np.nan
         if without_gradient(history)[sites[0]]:
-            remedy = Remedy(f"look for detach(), no_grad() or an unused branch after {name}", {"parameter": name})
+            remedy = Remedy(f"look for detach(), no_grad() or an unused branch after {name}", {"unfreeze": True, "parameter": name})
             return Cause("detached from the loss", 0.8, f"the gradient of {name} is None"), remedy
         if gradient == 0:
-            remedy = Remedy(f"look for dead units or a multiplication by 0 after {name}", {"parameter": name})
+            remedy = Remedy(f"look for dead units or a multiplication by 0 after {name}", {"unfreeze": True, "parameter": name})
             return Cause("zero gradient", 0.7, f"the gradient of {name} is exactly 0"), remedy
         if first.dtype != "float32" or history.lr < 1e-8:
             share = f"lr {number(history.lr)} times a gradient of {number(float(gradient))} is below the spacing of {first.dtype}"
-            remedy = Remedy(f"keep float32 master weights for {name}, or {lr_remedy(history, 10.0)}", {"lr": history.lr * 10})
+            remedy = Remedy(f"keep float32 master weights for {name}, or {lr_remedy(history, 10.0)}", {"master_weights": True, "parameter": name})
             return Cause("rounding", 0.8, share), remedy
-        remedy = Remedy(f"check the optimizer's group of {name}: its lr, and who restores its weights", {"parameter": name})
+        remedy = Remedy(f"check the optimizer's group of {name}: its lr, and who restores its weights", {"unfreeze": True, "parameter": name})
         return Cause("frozen by mistake", 0.5, f"{name} has a gradient of {number(float(gradient))} and no update"), remedy
