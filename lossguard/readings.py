@@ -136,10 +136,11 @@ def direction(read: Curves) -> str:
 
 
 def apart(read: Curves, newest: int = 3, training: float | None = None) -> float:
-    """How far training (at the last evaluation, if not given) lies below validation, over what was learned; 0 if nothing was learned yet."""
+    """How far training (beside each evaluation, if not given) lies below the newest ones, over what was learned; 0 if nothing was learned yet."""
     if not read.learned > (LEARNED * abs(read.first) if read.positive else 0.0):
         return 0.0
-    return (middle(read.loss[-newest:]) - float(read.training[-1] if training is None else training)) / read.learned
+    now = read.training[-newest:] if training is None else training
+    return float((read.loss[-newest:] - now).min()) / read.learned
 
 
 def turned(read: Curves, patience: int, rise: float = RISE, material: float = MATERIAL, noise: float = NOISE) -> int | None:

@@ -142,7 +142,7 @@ class LearningBottleneck:
         causes, remedies = self._advice(history, read, odd)
         message = f"training stands at {number(float(read.training[-1]))} and validation at {number(float(read.loss[-1]))} for {count} evaluations"
         severity = Severity.WARNING if grave else Severity.INFO
-        return Finding(self.diagnosis, severity, int(read.steps[-count]), "both losses", message, evidence, causes, remedies)
+        return Finding(self.diagnosis, severity, max(int(read.steps[-count]), self.span), "both losses", message, evidence, causes, remedies)
 
     @staticmethod
     def _advice(history: History, read: Curves, odd: Cause | None) -> Advice:
