@@ -127,7 +127,7 @@ def fields(cls: type) -> list[tuple[str, object, str]]:
     """The thresholds of a rule: (name, default, the comment that gives unit and source)."""
     if not dataclasses.is_dataclass(cls):
         return []
-    source = inspect.getsource(cls)
+    source = textwrap.dedent(inspect.getsource(cls))
     found = []
     for field in dataclasses.fields(cls):
         match = re.search(rf"^    {field.name}:[^\n#]*?(?:#\s*(.*))?$", source, re.MULTILINE)

@@ -14,17 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lossguard.host.columns import Array, Columns, Mask
+from lossguard.host.evaluations import Evaluations
 
 __all__ = ["PER_PARAMETER", "ZERO_BORN_RMS", "Array", "History", "Mask", "Param", "Sample", "Unit"]
 
 # Signals with one site per parameter: their arrays are always as wide as ``History.params``.
 PER_PARAMETER = ("grad_norm", "grad_rms", "weight_norm", "update_norm", "update_ratio")
 
-# The columns of ``History.validations``: the step before an evaluation, its loss, accuracies (NaN: not told), and the mean of the
-# training losses right before it with the standard error of that mean.
-VALIDATION_COLUMNS = ("step", "loss", "accuracy", "train_accuracy", "training", "training_error")
 FIRST = 50  # losses of the run's beginning that are never forgotten
-MEAN_LEAST, MEAN_MOST = 20, 512  # losses in a training mean beside an evaluation: the newest half of those since the last evaluation
 
 # A tensor born with a root mean square below this is zero-born (zero-gamma, LoRA B, zero heads and biases): detectors measure it as a role.
 ZERO_BORN_RMS = 1e-3
@@ -108,9 +105,8 @@ class History:
         self._facts: list[dict[str, Any]] = []
         self._count = 0
         self._first_losses: list[float] = []
-        self._validations: list[tuple[float, ...]] = []
+        self._evaluations = Evaluations(losses)
         self._judged_losses = 0
-        self._fresh_validations = 0
         self.lr_peak = 0.0
 
     # ---- what arrives
@@ -148,10 +144,7 @@ class History:
     def add_validation(self, step: int, value: float, accuracy: float = np.nan, train_accuracy: float = np.nan) -> None:
         """One evaluation's loss, after this step, and accuracies where they are told; as many are kept as losses."""
         self.memo.clear()
-        last = self._validations[-1][0] if self._validations else -1
-        self._validations.append((step, value, accuracy, train_accuracy, *self._training_mean(last)))
-        self._fresh_validations += 1
-        del self._validations[: max(0, len(self._validations) - len(self._losses))]
+        self._evaluations.add(step, (value, accuracy, train_accuracy), self.losses(), self._loss_rows(None)[:, 0])
 
     # ---- what rules read
 
@@ -210,13 +203,13 @@ class History:
         return np.array(self._first_losses[:n], dtype=np.float64)
 
     def validations(self) -> Array:
-        """The evaluations so far, oldest first: (n, 6), the columns of VALIDATION_COLUMNS."""
-        return np.array(self._validations, dtype=np.float64).reshape(-1, len(VALIDATION_COLUMNS))
+        """The evaluations so far, oldest first: (n, 6), the columns of ``host.evaluations.COLUMNS``."""
+        return self._evaluations.table()
 
     @property
     def fresh_validations(self) -> int:
         """How many of the newest evaluations no rule has judged yet."""
-        return self._fresh_validations
+        return self._evaluations.fresh
 
     def term(self, name: str, n: int | None = None) -> Array:
         """A named loss term, as :meth:`losses`."""
@@ -240,7 +233,7 @@ class History:
     @property
     def nbytes(self) -> int:
         """Host bytes held."""
-        return self._losses.nbytes + sum(a.nbytes for a in self._terms.values()) + self._signals.nbytes + self._noted.nbytes
+        return self._losses.nbytes + sum(a.nbytes for a in self._terms.values()) + self._signals.nbytes + self._noted.nbytes + self._evaluations.nbytes
 
     def observed(self) -> dict[str, int]:
         """How many sites of each signal were ever seen with a finite number."""
@@ -249,7 +242,7 @@ class History:
 
     def mark_judged(self) -> None:
         """Called by the judge after a round."""
-        self._judged_losses, self._fresh_validations = self._loss_count, 0
+        self._judged_losses, self._evaluations.fresh = self._loss_count, 0
 
     # ---- what rules ask often
 
@@ -293,10 +286,9 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to give the alarms of an uninterrupted one; plain types and numpy arrays."""
-        keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "_validations", "_fresh_validations",
-                "_first_losses", "lr_peak")  # fmt: skip
+        keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "_first_losses", "lr_peak")
         state: dict[str, Any] = {key: getattr(self, key) for key in keys}
-        state.update(signals=self._signals.state_dict(), noted=self._noted.state_dict())
+        state.update({part: getattr(self, f"_{part}").state_dict() for part in _PARTS})
         units = [(u.name, u.kind, u.width) for u in self.units]
         return {**state, "units": units, "heads": self.heads, "params": [p.name for p in self.params], "loss_family": self.loss_family}
 
@@ -307,7 +299,7 @@ class History:
             theirs = list(state["params"])[:3]
             raise ValueError(f"the state is of a model with parameters {theirs}..., this one has {names[:3]}...; load it into the guard of the same model")
         for key, value in state.items():
-            if key in ("signals", "noted"):
+            if key in _PARTS:
                 getattr(self, f"_{key}").load_state_dict(value)
             elif key == "units":
                 self.units = [Unit(*u) for u in value]
@@ -322,17 +314,6 @@ class History:
         end = self._count % self._capacity
         end += self._capacity if end < n or (end == 0 and n) else 0
         return slice(end - n, end)
-
-    def _training_mean(self, since: float) -> tuple[float, float]:
-        """The mean of the newest half of the finite losses after a step, and its standard error."""
-        losses = self.losses()
-        finite = np.isfinite(losses)
-        new = int((finite & (self.loss_steps() > since)).sum())
-        part = losses[finite][-min(max(new // 2, MEAN_LEAST), MEAN_MOST) :]
-        if not part.size:
-            return np.nan, np.nan
-        size = max(float(np.abs(part).max()), np.finfo(np.float64).tiny)  # squares of huge losses overflow
-        return float((part / size).mean() * size), float((part / size).std() * size / np.sqrt(part.size))
 
     def _loss_index(self, n: int | None) -> npt.NDArray[np.int64]:
         held = min(self._loss_count, len(self._losses))
@@ -360,4 +341,5 @@ class History:
         return found
 
 
+_PARTS = ("signals", "noted", "evaluations")  # what keeps a state of its own
 _ONLY = np.zeros(1, dtype=np.intp)  # the site of a signal that has one

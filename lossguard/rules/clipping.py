@@ -23,7 +23,8 @@ class MissingZeroGrad:
     backward pass began, three looks in a row.
 
     Why: optimizer.zero_grad() is not called, or called on another optimizer, or after backward and before step.
-    Do: call optimizer.zero_grad() once after each optimizer.step().
+    Do: call optimizer.zero_grad() once after each optimizer.step(), or before each backward pass; where gradients are accumulated, once
+    after the last of the micro-batches.
     False alarm: gradient accumulation is told apart, since only the first backward after an update is looked at. A deliberate memory of
     gradients across steps: mute it.
     """

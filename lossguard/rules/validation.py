@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from lossguard import readings
-from lossguard.advice import Advice, informational, middle, ranked
+from lossguard.advice import Advice, informational, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.readings import Curves
@@ -49,6 +49,7 @@ class Overfitting:
     stand_least: int = 5  # evaluations without improvement; our own choice
     fell: float = 0.1  # of what was learned: the fall of training meanwhile; our own choice
     gap: float = readings.GAP  # of what was learned: training below validation; healthy small runs have 0.04 to 0.19 (0.25)
+    hidden: float = 0.5  # of the fall of training: 2 standard deviations of an evaluation must be less; our own choice
     never: float = 0.05  # of the first losses: validation that was never lower by more learned nothing at all; our own choice
     accuracy_gap: float = 0.25  # training above validation accuracy; well trained networks on 100 classes reach 0.23; our own choice
     accuracy_line: float = 0.1  # the same, for information; the published detector of detectors 2 has 0.1
@@ -80,10 +81,12 @@ class Overfitting:
             return None
         error = readings.NOISE * float(np.hypot(read.error[since], read.error[-1]))
         fell = float(read.training[since] - read.training[-1])
-        gap = middle(read.loss[-self.lasting :]) - float(read.training[-1])
-        if not (fell > max(self.fell * read.learned, error) and gap > self.gap * read.learned):
+        if not readings.ERRORS * read.noise < self.hidden * fell:
+            return None  # validation swings so much that it could have come down as well
+        gap = readings.apart(read, self.lasting)
+        if not (fell > max(self.fell * read.learned, error) and gap > self.gap):
             return None
-        evidence = (Evidence("gap between the curves over what was learned", gap / read.learned, self.gap),
+        evidence = (Evidence("gap between the curves over what was learned", gap, self.gap),
                     Evidence("fall of training since over what was learned", fell / read.learned, self.fell))  # fmt: skip
         message = f"validation stands at {number(float(read.loss[-1]))} since step {int(read.steps[since])} while training fell on"
         return self._finding(history, read, since, message, evidence)
