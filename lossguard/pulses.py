@@ -46,8 +46,10 @@ def evaluation(loss: Tensor | float, accuracy: Tensor | float | None, train_accu
         given.append(math.nan if value is None else check_loss({name: value})[name])
     device = next((v.device for v in given if isinstance(v, Tensor) and v.device.type != "cpu"), torch.device("cpu"))
     with torch.no_grad():
-        cells = [v.detach().reshape(1) if isinstance(v, Tensor) else torch.full((1,), float(v)) for v in given]
-        return torch.cat([c.to(device, torch.float32, non_blocking=True) for c in cells])
+        cells = torch.empty(len(given), dtype=torch.float32, device=device)
+        for cell, value in zip(cells, given, strict=True):
+            cell.copy_(value.detach().reshape(()), non_blocking=True) if isinstance(value, Tensor) else cell.fill_(float(value))
+    return cells
 
 
 class Pulses:

@@ -105,7 +105,7 @@ def trend(losses: Array) -> str:
     return change(losses[-2 * (losses.size // 4) :])
 
 
-def change(losses: Array, resolution: float = math.inf) -> str:
+def change(losses: Array, resolution: float | None = None) -> str:
     """``falling``, ``flat`` or ``rising``: the newer half of the losses against the older, by their medians.
 
     ``?`` if nothing is seen to move, but noise above this share of the loss would hide it.
@@ -117,7 +117,7 @@ def change(losses: Array, resolution: float = math.inf) -> str:
     wide = NORMAL * math.hypot(*(middle(np.abs(part / size - middle(part / size))) for part in (new, old)))
     noise = ERRORS * 1.2533 * wide / part**0.5  # the standard error of a median of normal noise is 1.2533 that of a mean
     if abs(difference) <= max(noise, MOVE * abs(middle(old / size))):
-        return "flat" if noise <= resolution * abs(middle(old / size)) else "?"
+        return "flat" if resolution is None or noise <= resolution * abs(middle(old / size)) else "?"
     return "falling" if difference < 0 else "rising"
 
 

@@ -162,9 +162,12 @@ def test_validation_losses_that_are_not_finite_warn_and_never_break():
         history, judge = play(decay, lambda t, many=many: math.nan if t >= 400 - 20 * many else decay(t), names=rules)
         assert read(history) == "not a number"
         assert names(judge) == expected
-    for number in (math.inf, -math.inf, 0.0, 1e38, -1e38, 1e-38):
-        history, judge = play(decay, lambda t, number=number: number)
-        assert isinstance(read(history), str)
+    for number in (math.nan, math.inf, -math.inf, 0.0, 1e38, -1e38, 1e-38):
+        for fed in (lambda t, number=number: number, decay):
+            for told in (lambda t, number=number: number, decay, None):
+                history, judge = play(fed, told, steps=120)
+                assert isinstance(read(history), str)
+                assert all(str(f) for f in judge.findings)
 
 
 def test_validation_rules_are_asked_once_an_evaluation():
@@ -222,6 +225,27 @@ def test_noise_is_told_from_shape():
 
 
 # ---- the training loss alone
+
+LN10 = math.log(10)
+FAULTS = {
+    "B1 never falls": (both(loss(lambda t, v: 2.3 + 0.05 * math.sin(t)), times("update_norm", ALL, 2e-3)), "loss_plateau", "learning rate too low"),
+    "B2 slow and steady": (both(loss(lambda t, v: 2.3 * (1 - 2e-4 * t)), times("update_norm", ALL, 2e-4)), "update_ratio_low", "learning rate too low"),
+    "B3 bounces": (both(loss(lambda t, v: 1 + 0.4 * (-1) ** t, since=20), times("update_norm", ALL, 25.0)), "oscillating_loss", "learning rate too high"),
+    "B4 rises": (loss(lambda t, v: v * 1.03 ** (t - 80), since=80), "diverging_loss", "learning rate too high"),
+    "B5 once": (loss(lambda t, v: 60.0, since=133, until=134), "loss_spike", "odd batch"),
+    "B6 negative": (loss(lambda t, v: -0.5), "negative_loss", "no log-softmax before nll_loss"),
+    "B7 underflow": (loss(lambda t, v: 87.3365), "constant_loss", "softmax underflow"),
+    "B8 chance": (loss(lambda t, v: LN10), "constant_loss", "same output for every sample"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_shape_of_the_training_loss_has_its_diagnosis_and_cause(fault):
+    """Every row of the catalogue about the training loss is heard under its name, with its first cause."""
+    edit, name, cause = FAULTS[fault]
+    heard = run([RULES[name]()], edit, steps=300)
+    assert [f.diagnosis for _, f in heard] == [name]
+    assert heard[0][1].causes[0].name == cause
 
 
 def test_a_plateau_is_an_alarm_by_evidence_only():
@@ -405,3 +429,12 @@ def test_a_negative_loss_is_judged_by_its_graph(digits, criterion, target, heard
     model = mlp()
     guard = train(model, torch.optim.SGD(model.parameters(), 1e-3), drawn(x, y, 32), criterion, 60)
     assert [n for n in alarms(guard) if n == "negative_loss"] == heard
+
+
+def test_an_evaluation_stays_on_its_device():
+    """Loss and accuracies of an evaluation are put together where they are, without a read: on meta every read raises."""
+    from lossguard.pulses import evaluation
+
+    told = evaluation(torch.ones((), device="meta"), 0.5, torch.ones(1, device="meta", dtype=torch.float16))
+    assert (told.device.type, told.shape, told.dtype) == ("meta", (3,), torch.float32)
+    assert evaluation(1, torch.tensor(0.25), None).tolist()[:2] == [1.0, 0.25]

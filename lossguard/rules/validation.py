@@ -54,7 +54,7 @@ class Overfitting:
     accuracy_gap: float = 0.25  # training above validation accuracy; well trained networks on 100 classes reach 0.23; our own choice
     accuracy_line: float = 0.1  # the same, for information; the published detector of detectors 2 has 0.1
     grace: int = 0  # steps; evaluations are counted
-    patience: int = 1  # evaluations; `lasting` is the patience
+    patience: int = 2  # evaluations; `lasting` is the patience, and one more for small validation sets that swing back; our own choice
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
