@@ -76,6 +76,12 @@ def inflated(history: History) -> float:
     return max(grown, default=math.nan)
 
 
+def full_speed_since(history: History, share: float) -> int:
+    """The step since which the learning rate has been near its peak at least once, as far back as it is known: the warm-up is over."""
+    high = np.flatnonzero(history.fact("lr") >= share * history.lr_peak)
+    return int(history.steps()[high[0]]) if high.size and high[0] > 0 else 0
+
+
 def trained_before(history: History) -> bool:
     """The network knew the task when this run began: a loss below that of two equal classes, or rows that were certain at once."""
     head = history.heads.index("loss") if "loss" in history.heads else -1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rules import ALL, at, both, loss, run, times, validation
+from test_rules import ALL, ILL, at, both, loss, run, times, validation
 from torch import nn
 
 from lossguard import Guard, History, Severity
@@ -284,6 +284,13 @@ def test_a_plateau_is_counted_from_the_end_of_the_warm_up():
     heard = run(rule, both(flat, rising), steps=500)
     assert [f.severity for _, f in heard] == [Severity.INFO]
     assert 370 <= heard[0][1].step <= heard[0][0]
+
+
+def test_a_bottleneck_is_no_word_for_a_warm_up():
+    """Two curves that stand while the learning rate still rises are not judged."""
+    edit, rule = ILL["learning_bottleneck"][0], [RULES["learning_bottleneck"]()]
+    assert run(rule, edit, steps=500)
+    assert run(rule, both(edit, lambda t, v, f: f.__setitem__("lr", 1e-3 * (t + 1) / 600)), steps=500) == []
 
 
 def test_standstill_is_a_consequence_of_its_cause():

@@ -203,7 +203,7 @@ ILL: dict[str, tuple[Edit, int, int, str, Severity]] = {
     "loss_plateau": (both(loss(lambda t, v: 2.3 + 0.05 * np.sin(t)), times("update_norm", ALL, 2e-3)), 0, 150, "loss", Severity.WARNING),
     "oscillating_loss": (both(loss(lambda t, v: 1 + 0.4 * (-1) ** t, since=20), times("update_norm", ALL, 25.0)), 20, 240, "loss", Severity.WARNING),
     "negative_loss": (loss(lambda t, v: -0.02, since=70), 70, 0, "loss", Severity.WARNING),
-    "overfitting": (validation(lambda t, v: v + 0.004 * max(0, t - 120)), 120, 120, "validation", Severity.WARNING),
+    "overfitting": (validation(lambda t, v: v + 0.004 * max(0, t - 120)), 120, 140, "validation", Severity.WARNING),
     "validation_mismatch": (
         both(loss(lambda t, v: 2.3 + 0.05 * np.sin(t)), validation(lambda t, v: 2.3 * np.exp(-t / 200))), 0, 150, "validation", Severity.WARNING),
     "learning_bottleneck": (

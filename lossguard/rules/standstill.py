@@ -15,7 +15,7 @@ from lossguard import readings
 from lossguard.advice import Advice, converged, informational, lr_remedy, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
-from lossguard.obstacles import CERTAIN, constant_advice, plateau_advice, speed, step_size, trained_before
+from lossguard.obstacles import CERTAIN, constant_advice, full_speed_since, plateau_advice, speed, step_size, trained_before
 from lossguard.readings import Curves
 from lossguard.rules.rule import rule
 
@@ -64,7 +64,7 @@ class LossPlateau:
         """The law of the class docstring, on the newest data."""
         first, losses = history.first_losses(self.first), history.losses()
         first, losses = first[np.isfinite(first)], losses[np.isfinite(losses)]
-        since = self._full_speed(history)
+        since = full_speed_since(history, self.full)
         if first.size < self.first // 2 or history.step < since + self.after or losses.size < self.newest or converged(history):
             return None
         start, now = float(first.mean()), losses[-max(self.newest, losses.size // 4) :]
@@ -76,12 +76,6 @@ class LossPlateau:
         evidence = (Evidence("mean of the newest losses", float(now.mean()), limit), Evidence("mean of the first losses", start))
         message = f"{number(start)} at first, {number(float(now.mean()))} after {history.step - since} steps at the full learning rate"
         return Finding(self.diagnosis, self._severity(history, since, causes), since + self.after, "loss", message, evidence, causes, remedies)
-
-    def _full_speed(self, history: History) -> int:
-        """The step since which the learning rate has been near its peak, as far back as it is known."""
-        lr = history.fact("lr")
-        high = np.flatnonzero(lr >= self.full * history.lr_peak)
-        return int(history.steps()[high[0]]) if high.size and high[0] > 0 else 0
 
     def _ever_fell(self, losses: Array, start: float, error: float) -> bool:
         """Some block of the losses held was below the beginning: it fell and came back, which is another diagnosis."""
@@ -112,7 +106,7 @@ class LearningBottleneck:
     Do: divide the learning rate by 10 (multiply it by 10 where the updates are below 1e-4 of the weights); then change the batch
     size by 2 to 4; then widen the network; if the loss is at its known floor, stop.
     False alarm: labels with noise and regression on weak inputs settle high in good health: with updates of a healthy size that is
-    never more than information. Schedules that are about to decay are not stuck either.
+    never more than information. A warm-up that still goes on is not judged.
     """
 
     diagnosis: ClassVar[str] = "learning_bottleneck"
@@ -121,6 +115,7 @@ class LearningBottleneck:
     least: int = 6  # evaluations that stand; detectors A has 5 in all
     span: int = 300  # steps of the run; detectors A
     lr_share: float = 0.5  # of the peak learning rate; detectors A
+    full: float = 0.9  # of the peak learning rate, reached before the standstill: the warm-up is over; our own choice
     high: float = 0.5  # of the first losses: above it little was learned; detectors A
     slow: float = 1e-4  # update ratio below which the learning rate is too low for that; detectors A, target band
     fast: float = 3e-2  # update ratio above which it is too high; detectors A, target band
@@ -133,7 +128,7 @@ class LearningBottleneck:
         if history.step < self.span or history.lr < self.lr_share * history.lr_peak:
             return None
         count = readings.standing(history, read, self.share, self.least)
-        if not count or read.steps[-1] - read.steps[-count] < self.share * self.span:
+        if not count or read.steps[-1] - read.steps[-count] < self.share * self.span or read.steps[-count] < full_speed_since(history, self.full):
             return None
         height = float(read.training[-1]) / read.first if read.positive and read.first > 0 else float("nan")
         odd = step_size(history, self.slow, self.fast)

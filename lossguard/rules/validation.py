@@ -23,7 +23,7 @@ from lossguard.rules.rule import rule
 class Overfitting:
     """overfitting: training goes on falling and validation does not (detectors A, overfitting; SYMPTOMS A2, A3, A10).
 
-    Law (turned): the last 3 evaluations are above the best by 10 %, by 3 standard deviations of a single evaluation and by 5 % of
+    Law (turned): the last 3 evaluations are above the best by 10 %, by 3 standard deviations of a single evaluation and by 3 % of
     what the run has learned, while training is no higher than at the best. The step is that of the best evaluation: the checkpoint
     to keep. Law (stands): validation has not improved for a third of the run, training fell on by a tenth of what was learned, and
     the gap between them is a quarter of it. Law (accuracies, if told): the gap is above 0.25 for 3 evaluations; above 0.1, a line of
@@ -43,7 +43,7 @@ class Overfitting:
     least: int = 6  # evaluations; detectors A
     lasting: int = 3  # evaluations above the best, or with the accuracy gap; detectors A
     rise: float = readings.RISE  # of the best validation loss; detectors A (0.1; at 0.05 one healthy run of 22 was flagged)
-    material: float = readings.MATERIAL  # of what was learned: a smaller rise is the drift of a converged run; our own choice (0.05)
+    material: float = readings.MATERIAL  # of what was learned: a smaller rise is the drift of a converged run; our own runs (0.03)
     noise: float = readings.NOISE  # standard deviations of one evaluation; our own choice (3; detectors A: 2 standard errors)
     stand: float = 1 / 3  # of the evaluations without improvement; our own choice, a standstill is weaker evidence than a rise
     stand_least: int = 5  # evaluations without improvement; our own choice
