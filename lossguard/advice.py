@@ -22,17 +22,6 @@ SOUND_RMS = 1e4  # root mean square of a module's output up to which it did not 
 LOSS_WINDOW = 20  # losses before the fault in which growth is looked for
 FAMILIES_WITHOUT_ORDER = frozenset({"adversarial", "reinforcement"})
 
-# Values at which a loss sticks, and what they are: detectors A, constant_loss.
-SPECIAL_LOSSES = (
-    (87.3365, "-ln(smallest float32)", "softmax underflow"),
-    (103.2789, "-ln(smallest float32 denormal)", "softmax underflow"),
-    (9.7041, "-ln(smallest normal float16)", "softmax underflow"),
-    (16.6355, "-ln(smallest float16 denormal)", "softmax underflow"),
-    (16.1181, "-ln(1e-7)", "probability clamped"),
-    (18.4207, "-ln(1e-8)", "probability clamped"),
-    (27.6310, "-ln(1e-12)", "probability clamped"),
-)
-
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -155,11 +144,11 @@ def informational(history: History) -> bool:
 @once
 def fallen(history: History) -> float:
     """The typical newest loss over the typical first loss; NaN where the loss is not positive throughout or too short."""
-    losses = history.losses()
-    losses = losses[np.isfinite(losses)]
-    if losses.size < 10 or losses.min() < 0 or middle(losses[:5]) <= 0:
+    losses, first = history.losses(), history.first_losses(5)
+    losses, first = losses[np.isfinite(losses)], first[np.isfinite(first)]
+    if losses.size < 10 or losses.min() < 0 or not middle(first) > 0:
         return float("nan")
-    return float(middle(losses[-10:]) / middle(losses[:5]))
+    return float(middle(losses[-10:]) / middle(first))
 
 
 def converged(history: History, share: float = 0.01) -> bool:
@@ -251,7 +240,16 @@ def nonfinite_advice(history: History, step: int) -> Advice:
     weights = sick_before(history)
     if weights is not None:
         cause = Cause("bad weights", 0.9, f"{weights} was not finite before this step's update")
-        pairs.append((cause, [Remedy(f"go back to a checkpoint before step {step}, then {lr_remedy(history, 0.1)}", {"rewind_before": step})]))
+        pairs.append(
+            (
+                cause,
+                [
+                    Remedy(
+                        f"go back to a checkpoint before step {step}, then {lr_remedy(history, 0.1)}", {"rewind_before": step, **lr_remedy(history, 0.1).change}
+                    )
+                ],
+            )
+        )
     because, sound = explosion(history, step), sound_outputs(history, step)
     if because:
         pairs.append((Cause("exploding gradient", 0.6 if sound else 0.9, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
@@ -306,35 +304,12 @@ def batch_remedy(history: History, step: int) -> Remedy:
     at_step = history.samples and history.steps(1)[0] == step
     batch = history.facts().get("batch") if at_step else None
     which = int(batch) if batch is not None else step
-    return Remedy(f"repair or drop batch {which}: torch.isfinite(x).all() is false for it", {"batch": which})
+    return Remedy(f"repair or drop batch {which}: torch.isfinite(x).all() is false for it", {"drop_batch": which})
 
 
 def step_size_advice(history: History, because: str, confidence: float = 0.9) -> Advice:
     """A learning rate that is too high, and what to do."""
     return ranked([(Cause("learning rate too high", confidence, because), [lr_remedy(history, 0.1), clip_remedy(history)])])
-
-
-def constant_advice(history: History, value: float) -> Advice:
-    """Why a loss sticks at this value (SYMPTOMS B7, B8)."""
-    pairs: list[tuple[Cause, Sequence[Remedy]]] = []
-    for special, formula, name in SPECIAL_LOSSES:
-        if abs(value - special) < 2e-3 * special:
-            tries = [lr_remedy(history, 0.1), Remedy("scale the logits down: divide the last layer's initial weights by 10", {"head_scale": 0.1})]
-            pairs.append((Cause(name, 0.9, f"{number(value)} is {formula}"), tries))
-    classes = round(math.exp(value)) if 0.6 < value < 12 else 0
-    if classes >= 2 and abs(value - math.log(classes)) < 1e-3 * min(1.0, 10 / classes):
-        what = "both" if classes == 2 else "all"
-        pairs.append((Cause("same output for every sample", 0.7, f"{number(value)} is ln {classes}: {what} classes are equally likely"),
-                      [Remedy("initialise the weights at random (He for ReLU, Xavier else), not by zeros", {"init": "he"})]))  # fmt: skip
-    total = history.last("grad_total", 5)
-    if total.size and np.nanmax(np.where(np.isfinite(total), total, 0.0)) == 0.0:
-        pairs.append((Cause("no gradient", 0.8, "the gradient norm is exactly 0"), [Remedy("look for detach(), no_grad() or dead units before the loss")]))
-    updates = history.last("update_norm", 5)
-    if updates.size and np.nanmax(np.where(np.isfinite(updates), updates, 0.0)) == 0.0:
-        pairs.append((Cause("weights do not move", 0.8, "every update of the last samples is exactly 0"), [lr_remedy(history, 10.0)]))
-    if not pairs:
-        pairs.append((Cause("gradients do not reach the output", 0.4, "the loss is the same for different batches"), [lr_remedy(history, 0.1)]))
-    return ranked(pairs)
 
 
 def _wide(mask: Mask, values: Array) -> Mask:

@@ -20,20 +20,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--steps", type=int, default=150, help="steps of each run (default: %(default)s)")
     page = commands.add_parser("explain", help="what a diagnosis means, its limits and their sources")
     page.add_argument("name", nargs="?", help="a diagnosis; without one, the list")
+    page.add_argument("--markdown", action="store_true", help="all pages as one Markdown document")
     show = commands.add_parser("findings", help="the findings in a run's record")
     show.add_argument("folder", type=Path, help="the folder given as Guard(record=...)")
     options = parser.parse_args(arguments)
     try:
         if options.command == "demo":
             return _demo(options.folder, options.steps)
-        print(_explain(options.name) if options.command == "explain" else _findings(options.folder))
+        print(_explain(options.name, options.markdown) if options.command == "explain" else _findings(options.folder))
     except ValueError as error:
         print(f"lossguard: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _explain(name: str | None) -> str:
+def _explain(name: str | None, markdown: bool) -> str:
+    if markdown:
+        return explain.markdown().rstrip()
     return explain.listing() if name is None else explain.wrapped(explain.page(name))
 
 

@@ -1,20 +1,71 @@
-"""What a diagnosis means: made from the registry of rules, so that it can never lag behind the code. Text flows out."""
+"""What a diagnosis means: made from the classes that find it, so that it can never lag behind the code. Text flows out.
+
+A page is built from a class's docstring (its first sentence, the law, and the sections Why, Do, False alarm), from the
+comments of its fields, which are its limits, and from the registry of signals, which says what is measured.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import inspect
 import re
 import textwrap
+from collections.abc import Mapping
+from typing import Any
 
+from lossguard.device.signals import SIGNALS
 from lossguard.findings import DIAGNOSES, check_names
 from lossguard.rules import RULES
 
+SECTIONS = ("Why", "Do", "False alarm")
+# Other registries of classes that find diagnoses, each a mapping from names: (module, attribute). Absent ones are passed over.
+REGISTRIES = (("lossguard.preflight", "CHECKS"),)
+# What rules read beside the registered signals.
+DERIVED = {
+    "loss": "the training loss, at every step", "validation": "validation losses and accuracies, once an evaluation",
+    "activation_rms": "root mean square of a module's output", "input_rms": "root mean square of an input tensor",
+    "dead_fraction": "share of units that are silent for a whole window of batches", "clip_coefficient": "clip value over gradient norm, at most 1",
+    "consecutive_skips": "updates left out in a row by the guard's gate", "confident_wrong": "share of rows with p > 0.99 for another class than the label",
+    "label_nll": "mean negative log-likelihood of the labels", "update_ratio": "update norm over weight norm",
+}  # fmt: skip
+
+
+def registries() -> list[Mapping[str, Any]]:
+    """Every registry of classes that find diagnoses: the rules, and the checks before the first step where they exist."""
+    found: list[Mapping[str, Any]] = [RULES]
+    for module, attribute in REGISTRIES:
+        try:
+            found.append(getattr(importlib.import_module(module), attribute))
+        except (ModuleNotFoundError, AttributeError):
+            continue
+    return found
+
+
+def finders(name: str) -> list[type]:
+    """The classes that find a diagnosis."""
+    found = [registry[name] for registry in registries() if name in registry]
+    return [entry if inspect.isclass(entry) else type(entry) for entry in found]
+
+
+def families() -> dict[str, list[str]]:
+    """Diagnoses by what they look at: the first sentence of the module that finds them -> names, in order of definition."""
+    grouped: dict[str, list[str]] = {}
+    for name in DIAGNOSES:
+        classes = finders(name)
+        grouped.setdefault(_family(classes[0]) if classes else "Other", []).append(name)
+    return grouped
+
 
 def listing() -> str:
-    """All diagnoses, one line each."""
+    """All diagnoses with their severities, one line each, by family."""
     width = max(map(len, DIAGNOSES))
-    return "\n".join(f"{name:<{width}}  {severity.label:<8} {summary}" for name, (severity, summary) in sorted(DIAGNOSES.items()))
+    parts = []
+    for family, names in families().items():
+        rows = [f"  {name:<{width}}  {DIAGNOSES[name][0].label:<8} {DIAGNOSES[name][1]}" for name in names]
+        parts.append("\n".join([family, *rows]))
+    return "\n\n".join(parts)
 
 
 def page(name: str) -> str:
@@ -25,26 +76,106 @@ def page(name: str) -> str:
     """
     check_names({name}, "explain")
     severity, summary = DIAGNOSES[name]
-    cls = RULES.get(name)
     parts = [f"{name} ({severity.label}): {summary}"]
-    if cls is not None:
-        parts.append(inspect.cleandoc(cls.__doc__ or ""))
-        parts.append("It reads " + ", ".join(cls.reads) + ".")
-        parts.append("Limits\n" + "\n".join(f"  {field} = {value}" + (f"    {why}" if why else "") for field, value, why in fields(cls)))
-        first = next((f for f, value, _ in fields(cls) if isinstance(value, float)), None)
-        tune = f"    Guard(..., rules=[{cls.__name__}({first}=...)])\n" if first else ""
-        parts.append(f"Silence or tune\n    Guard(..., mute={{{name!r}}})\n{tune}    from {cls.__module__} import {cls.__name__}")
+    for title, paragraphs in chapters(name):
+        parts.append("\n".join([title, *(f"  {line}" for line in paragraphs)]))
     return "\n\n".join(parts)
+
+
+def chapters(name: str) -> list[tuple[str, list[str]]]:
+    """The parts of a page: (title, lines)."""
+    found: list[tuple[str, list[str]]] = []
+    classes = finders(name)
+    for cls in classes:
+        before = " (before the first step)" if len(classes) > 1 and cls is not classes[0] else ""
+        text = sections(cls)
+        found.append((f"What it means{before}", [text[""], *([text["Law"]] if text["Law"] else [])]))
+        found.append((f"How it is measured{before}", [f"{signal}: {meaning}" for signal, meaning in measured(cls).items()]))
+        found.append((f"Limits{before}", [f"{field} = {_value(value)}" + (f"    {why}" if why else "") for field, value, why in fields(cls)]))
+        titles = {"Why": "Why it happens", "Do": "What to do", "False alarm": "When it is a false alarm"}
+        found += [(f"{title}{before}", [text[key]]) for key, title in titles.items() if text[key]]
+    tune = [f"Guard(..., mute={{{name!r}}})"]
+    for cls in classes[:1]:
+        first = next((f for f, value, _ in fields(cls) if isinstance(value, float)), None)
+        tune += [f"Guard(..., rules=[{cls.__name__}({first}=...)])"] if first and cls is RULES.get(name) else []
+        tune += [f"from {cls.__module__} import {cls.__name__}"]
+    return [*((title, lines) for title, lines in found if lines), ("Silence or tune", tune)]
+
+
+def sections(cls: type) -> dict[str, str]:
+    """A docstring in its parts: ``""`` the first sentence, ``Law`` the prose after it, and the SECTIONS; each on one line, empty if absent."""
+    found: dict[str, list[str]] = {"": [], "Law": [], **{name: [] for name in SECTIONS}}
+    at = ""
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+        head, colon, rest = line.partition(":")
+        if colon and head in SECTIONS:
+            at, line = head, rest
+        elif at == "" and not line.strip():
+            at = "Law"
+        found[at].append(line.strip())
+    text = {name: " ".join(part for part in lines if part) for name, lines in found.items()}
+    return {**text, "Law": text["Law"].removeprefix("Law: ")}
+
+
+def measured(cls: type) -> dict[str, str]:
+    """What a class reads: signal -> its unit or meaning."""
+    names: tuple[str, ...] = getattr(cls, "reads", ())
+    return {name: SIGNALS[name].unit if name in SIGNALS else DERIVED.get(name, "") for name in names}
 
 
 def fields(cls: type) -> list[tuple[str, object, str]]:
     """The thresholds of a rule: (name, default, the comment that gives unit and source)."""
-    source = inspect.getsource(cls)
+    if not dataclasses.is_dataclass(cls):
+        return []
+    source = textwrap.dedent(inspect.getsource(cls))
     found = []
     for field in dataclasses.fields(cls):
         match = re.search(rf"^    {field.name}:[^\n#]*?(?:#\s*(.*))?$", source, re.MULTILINE)
         found.append((field.name, field.default, (match.group(1) or "").strip() if match else ""))
     return found
+
+
+def markdown() -> str:
+    """All pages as one Markdown document, by family."""
+    lines = ["# Diagnoses", "", "Written by `python -m lossguard explain --markdown`; change the docstrings and not this file.", ""]
+    for family, names in families().items():
+        links = [f"| [`{name}`](#{name}) | {DIAGNOSES[name][0].label} | {DIAGNOSES[name][1]} |" for name in names]
+        lines += [f"**{family}**", "", "| diagnosis | severity | meaning |", "|---|---|---|", *links, ""]
+    for names in families().values():
+        for name in names:
+            lines += [f"## {name}", "", f"*{DIAGNOSES[name][0].label}*: {DIAGNOSES[name][1]}.", ""]
+            for title, text in chapters(name):
+                lines += _markdown(title, text)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown(title: str, text: list[str]) -> list[str]:
+    if title.startswith("Limits"):
+        rows = [line.partition("    ") for line in text]
+        return [
+            f"**{title}**",
+            "",
+            "| limit | unit and source |",
+            "|---|---|",
+            *(f"| `{limit}` | {why.replace('|', chr(92) + '|')} |" for limit, _, why in rows),
+            "",
+        ]
+    if title.startswith("Silence"):
+        return [f"**{title}**", "", "```python", *reversed(text), "```", ""]
+    if title.startswith("How it is measured"):
+        return [f"**{title}**", "", *(f"- {line}" for line in text), ""]
+    return [f"**{title}**", "", *(part for line in text for part in (textwrap.fill(line, 120, break_on_hyphens=False), ""))]
+
+
+@functools.cache
+def _family(cls: type) -> str:
+    """The first sentence of the module's docstring, without what flows in and out."""
+    module = inspect.getmodule(cls)
+    return re.split(r"[.:]\s", (module.__doc__ or "Other").strip() + " ")[0].replace("\n", " ") if module else "Other"
+
+
+def _value(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def wrapped(text: str, width: int = 100) -> str:
@@ -53,5 +184,6 @@ def wrapped(text: str, width: int = 100) -> str:
     for line in text.splitlines():
         indent = re.match(r"\s*", line)
         lead = indent.group(0) if indent else ""
-        lines += textwrap.wrap(line, width, subsequent_indent=lead + "    " * bool(lead)) or [""]
+        hang = "    " if " = " in line[:40] and lead else ""
+        lines += textwrap.wrap(line, width, subsequent_indent=lead + hang) or [""]
     return "\n".join(lines)

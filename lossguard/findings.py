@@ -65,6 +65,14 @@ DIAGNOSES: dict[str, tuple[Severity, str]] = {
     "loss_spike": (Severity.WARNING, "the loss jumped far above its recent past"),
     "diverging_loss": (Severity.WARNING, "the loss rises and stays above where it was"),
     "constant_loss": (Severity.WARNING, "the loss does not change from batch to batch"),
+    "loss_plateau": (Severity.WARNING, "the loss has not fallen since the start"),
+    "oscillating_loss": (Severity.WARNING, "the loss fell and then bounces at a height"),
+    "negative_loss": (Severity.WARNING, "the loss is negative though it cannot be"),
+    "overfitting": (Severity.WARNING, "training goes on falling and validation does not"),
+    "validation_mismatch": (Severity.WARNING, "validation does not behave as data of the same kind would"),
+    "learning_bottleneck": (Severity.WARNING, "neither curve moves any more at the full learning rate"),
+    "validation_below_training": (Severity.INFO, "validation is the lower of the two curves"),
+    "oscillating_validation": (Severity.WARNING, "validation swings up and down"),
     "skipped_steps": (Severity.WARNING, "optimizer steps are silently not applied"),
 }
 
@@ -118,9 +126,48 @@ class Cause:
         return f"{self.name} ({self.confidence:.1f}): {self.because}"
 
 
+# What a remedy may change: the keys of ``Remedy.change`` and what their values are. Numbers and short words only.
+CHANGES: dict[str, str] = {
+    "lr": "the new learning rate",
+    "lr_factor": "factor on a learning rate that is not known",
+    "max_norm": "value to clip the gradient norm at",
+    "head_scale": "factor on the last layer's initial weights",
+    "init": "initialisation: he, xavier, default",
+    "bias": "initial bias",
+    "activation": "relu, leaky_relu, gelu",
+    "output_activation": "what stands before the loss: none, log_softmax",
+    "add": "a part to add: normalization, residual",
+    "normalize_input": "True",
+    "standardize_targets": "True",
+    "zero_grad": "True: clear before each backward",
+    "optimizer_parameters": "True: give all parameters to the optimizer",
+    "optimizer_step": "True: call it after each backward",
+    "batch_size": "samples",
+    "shuffle": "True",
+    "loss_reduction": "mean",
+    "labels": "repair",
+    "drop_batch": "index of the batch, or its step",
+    "batch_of_step": "step whose batch to look at",
+    "look_at": "how many samples to look at by eye",
+    "eps": "the small number of an optimizer or of a guarded loss",
+    "init_scale": "first scale of a loss scaler",
+    "weight_decay": "value",
+    "dropout": "probability",
+    "epochs": "how many in all",
+    "steps": "how many in all",
+    "rewind_before": "step of the checkpoint to go back to",
+    "master_weights": "True: float32 copies",
+    "seed_workers": "True",
+    "unfreeze": "True: let the gradient reach the weights",
+    "freeze": "True",
+    "temperature": "divisor of logits",
+    "parameter": "name of the parameter or module meant",
+}
+
+
 @dataclass(frozen=True)
 class Remedy:
-    """One thing to change. ``change`` holds the same advice for programs.
+    """One thing to change. ``change`` holds the same advice for programs, in the keys of ``CHANGES``.
 
     >>> Remedy("learning rate 0.03 -> 0.003", {"lr": 0.003}).change["lr"]
     0.003

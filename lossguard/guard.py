@@ -28,7 +28,7 @@ from lossguard.host.handover import Handover
 from lossguard.host.history import History
 from lossguard.host.intake import Intake
 from lossguard.introduce import Introduction
-from lossguard.pulses import Pulses, check_loss
+from lossguard.pulses import Pulses, check_loss, evaluation
 from lossguard.rules import Rule
 from lossguard.rules.judge import Judge
 from lossguard.schedule import DENSE, Schedule
@@ -167,14 +167,15 @@ class Guard:
         self._recorder.targets = targets if isinstance(targets, Tensor) else None
         self._pulses.show((inputs, targets))
 
-    def validation(self, loss: Tensor | float) -> None:
-        """An evaluation is over: its loss, a scalar tensor still on its device, or a float. Read by ``verdict``."""
+    def validation(self, loss: Tensor | float, *, accuracy: Tensor | float | None = None, train_accuracy: Tensor | float | None = None) -> None:
+        """An evaluation is over: its loss, a scalar tensor still on its device, or a float. Read by ``verdict`` and by the validation rules.
+
+        accuracy, train_accuracy: shares in [0, 1] on the validation and the training data, if you have them: the gap between
+        them tells overfitting, and an accuracy that still rises excuses a validation loss that does.
+        """
         self._check_open()
-        value = check_loss(loss)[""] if not isinstance(loss, Mapping) else None
-        if value is None:
-            raise ValueError("the validation loss must be one scalar, got a dict; give the sum that you select checkpoints by")
+        numbers = evaluation(loss, accuracy, train_accuracy)
         self._pulses.send()
-        numbers = value.detach().to(torch.float32).reshape(1).clone() if isinstance(value, Tensor) else torch.tensor([float(value)])
         self._handover.send(self.steps - 1, numbers, ("validation", self.steps - 1))
         if self._handover.due(self.steps - 1):
             self._receive(self.steps - 1)

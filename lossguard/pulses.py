@@ -38,6 +38,21 @@ def check_loss(loss: Tensor | float | Mapping[str, Tensor | float]) -> dict[str,
     return terms
 
 
+def evaluation(loss: Tensor | float, accuracy: Tensor | float | None, train_accuracy: Tensor | float | None) -> Tensor:
+    """An evaluation's three numbers in one tensor, on the device where they are; NaN for what is not told. ``ValueError`` for what is no scalar."""
+    if isinstance(loss, Mapping):
+        raise ValueError("the validation loss must be one scalar, got a dict; give the sum that you select checkpoints by")
+    given: list[Tensor | float] = []
+    for name, value in (("validation loss", loss), ("accuracy", accuracy), ("train_accuracy", train_accuracy)):
+        given.append(math.nan if value is None else check_loss({name: value})[name])
+    device = next((v.device for v in given if isinstance(v, Tensor) and v.device.type != "cpu"), torch.device("cpu"))
+    with torch.no_grad():
+        cells = torch.empty(len(given), dtype=torch.float32, device=device)
+        for cell, value in zip(cells, given, strict=True):
+            cell.copy_(value.detach().reshape(()), non_blocking=True) if isinstance(value, Tensor) else cell.fill_(float(value))
+    return cells
+
+
 class Pulses:
     """Blocks of steps on their way. Columns: finiteness of up to two leaves of the batch, then the loss's terms."""
 

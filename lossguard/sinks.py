@@ -6,6 +6,7 @@ Each line is complete when it is written, so a record is readable after a kill; 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,9 +51,11 @@ class Record:
         line = {"kind": "losses", "first": first, "total": [_short(v) for v in totals]}
         self._write("rows", {**line, "terms": {k: [_short(v) for v in vs] for k, vs in terms.items()}} if terms else line)
 
-    def validation(self, step: int, value: float) -> None:
-        """One evaluation's loss, after this step."""
-        self._write("rows", {"kind": "validation", "step": step, "loss": _short(value)})
+    def validation(self, step: int, value: float, accuracy: float = math.nan, train_accuracy: float = math.nan) -> None:
+        """One evaluation's loss, after this step, and accuracies where they are told."""
+        told = {"accuracy": accuracy, "train_accuracy": train_accuracy}
+        line = {"kind": "validation", "step": step, "loss": _short(value)}
+        self._write("rows", {**line, **{name: _short(v) for name, v in told.items() if not math.isnan(v)}})
 
     def sample(self, sample: Sample, history: History) -> None:
         """One sampled step: ``values`` maps a signal to its sites and numbers; names of sites stand in lines of their own."""

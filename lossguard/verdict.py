@@ -1,19 +1,17 @@
-"""The reading of the two loss curves now, in a word. A history flows in, a state flows out; numpy only, no alarm.
+"""The reading of the two loss curves now, in a word. A history flows in, a verdict flows out; numpy only, no alarm.
 
-Training is read from the medians of the newest and the second newest quarter of the losses, validation from its best.
+The readings are those of the rules (``readings.py``), without the rules' patience: a word may change its mind, an alarm may not.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from lossguard.host.history import Array, History
-
-LEAST = 40  # losses before the curve is read: a loss that wobbles is judged only after enough steps
-MOVE = 0.01  # of the loss: a smaller difference of medians is no movement
-ERRORS = 2.0  # standard errors of the difference of two medians: a smaller difference is noise
-RISE = 0.10  # of the best validation loss: above it the curve has turned (gap rules with less alarm on healthy runs)
-EVALUATIONS = 3  # before the validation curve is read
+from lossguard import readings
+from lossguard.host.history import History
+from lossguard.obstacles import trained_before
 
 # (training, validation) -> what it means. "?" stands for a curve that is not known yet.
 STATES = {
@@ -24,9 +22,36 @@ STATES = {
 }  # fmt: skip
 
 
-def read(history: History) -> str:
-    """One of ``too early``, ``not a number``, ``learning``, ``flat``, ``overfitting begins``, ``overfitting``,
-    ``bottleneck``, ``validation mismatch``, ``diverging``.
+class Verdict(str):
+    """A word that also says where it comes from.
+
+    It is a plain string for comparing and printing. training, validation: ``falling``, ``flat``, ``rising`` or ``?``.
+    best_step: the step of the best evaluation, which is the turning point where the word is ``overfitting`` and the
+    checkpoint to keep in any case; None without evaluations. also: what is true besides, such as ``validation below training``.
+
+    >>> word = Verdict("learning", training="falling")
+    >>> word == "learning", word.training, word.best_step
+    (True, 'falling', None)
+    """
+
+    training: str
+    validation: str
+    best_step: int | None
+    also: tuple[str, ...]
+
+    def __new__(cls, word: str, *, training: str = "?", validation: str = "?", best_step: int | None = None, also: tuple[str, ...] = ()) -> Verdict:
+        """The word with what it knows."""
+        self = super().__new__(cls, word)
+        self.training, self.validation, self.best_step, self.also = training, validation, best_step, also
+        return self
+
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, Any]]:  # copies and pickles keep what it knows
+        return (str(self),), dict(self.__dict__)
+
+
+def read(history: History) -> Verdict:
+    """One of ``too early``, ``not a number``, ``learning``, ``flat``, ``overfitting begins``, ``overfitting``, ``bottleneck``,
+    ``done``, ``oscillating validation``, ``validation mismatch``, ``diverging``; ``validation below training`` stands in ``also``.
 
     >>> history = History()
     >>> read(history)
@@ -36,34 +61,30 @@ def read(history: History) -> str:
     >>> read(history)
     'learning'
     """
-    losses = history.losses()
-    if losses.size and not np.isfinite(losses[-1]):
-        return "not a number"
+    losses, told = history.losses(), history.validations()[:, 1]
+    curves = readings.curves(history)
+    best = int(curves.steps[np.argmin(curves.loss)]) if len(curves) else None
+    if (losses.size and not np.isfinite(losses[-1])) or (told.size and not np.isfinite(told[-1])):
+        return Verdict("not a number", best_step=best)
     losses = losses[np.isfinite(losses)]
-    if losses.size < LEAST:
-        return "too early"
-    return STATES[training(losses), validation(history.validations()[:, 1])]
+    if losses.size < readings.LEAST:
+        return Verdict("too early", best_step=best)
+    training, validation = readings.trend(losses), readings.direction(curves)
+    also = ("validation below training",) if readings.below_training(curves) else ()
+    now = float(losses[-readings.LEAST // 2 :].mean())
+    word = _word(curves, training, validation, now, trained_before(history))
+    return Verdict(word, training=training, validation=validation, best_step=best, also=also)
 
 
-def training(losses: Array) -> str:
-    """``falling``, ``flat`` or ``rising``."""
-    quarter = losses.size // 4
-    new, old = losses[-quarter:], losses[-2 * quarter : -quarter]
-    difference = float(np.median(new) - np.median(old))
-    spread = 1.4826 * np.hypot(*(np.median(np.abs(part - np.median(part))) for part in (new, old)))
-    noise = ERRORS * 1.2533 * float(spread) / quarter**0.5  # the standard error of a median of normal noise is 1.2533 that of a mean
-    if abs(difference) <= max(noise, MOVE * abs(float(np.median(old)))):
-        return "flat"
-    return "falling" if difference < 0 else "rising"
-
-
-def validation(values: Array) -> str:
-    """``falling``, ``flat``, ``rising``, or ``?`` with too few evaluations."""
-    values = values[np.isfinite(values)]
-    if values.size < EVALUATIONS:
-        return "?"
-    best = float(values.min())
-    if values[-1] > best + RISE * abs(best):
-        return "rising"
-    half = values.size // 2
-    return "falling" if values[half:].min() < values[:half].min() - MOVE * abs(float(values[:half].min())) else "flat"
+def _word(curves: readings.Curves, training: str, validation: str, now: float, known: bool) -> str:
+    if training != "rising" and readings.swings(curves) >= readings.SWINGS[0]:
+        return "oscillating validation"
+    word = STATES[training, validation]
+    if word == "validation mismatch":
+        return word if readings.falls_alone(curves) else "learning"
+    trained = curves.positive and (known or curves.training[-1] < readings.DONE * curves.first)
+    if word == "bottleneck" and trained:
+        return "done"
+    if word == "overfitting begins" and readings.apart(curves, training=now) < readings.GAP:
+        return "learning"
+    return word

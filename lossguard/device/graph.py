@@ -27,6 +27,9 @@ SOFTMAXES = ("LogSoftmaxBackward0", "SoftmaxBackward0")
 VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "TransposeBackward", "PermuteBackward", "SliceBackward", "SelectBackward",
          "SqueezeBackward", "UnsqueezeBackward", "CloneBackward", "ToCopyBackward", "AsStridedBackward", "TBackward", "IndexBackward", "ExpandBackward",
          "ViewBackward0", "ContiguousBackward", "DivBackward", "MulBackward")  # fmt: skip
+# Nodes that keep the sign of the losses that pass through them; a product does not (policy gradients).
+KEEP_SIGN = ("MeanBackward", "SumBackward", "AddBackward", "DivBackward", "ViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward",
+             "CloneBackward", "ToCopyBackward", "StackBackward", "CatBackward", "SelectBackward", "UnbindBackward")  # fmt: skip
 NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0", "NativeLayerNormBackward0", "NativeGroupNormBackward0")
 BATCH_NORMS = NORMS[:3]
 LINEAR = ("AddmmBackward0", "ConvolutionBackward0", "LinearBackward0")
@@ -39,6 +42,7 @@ class GraphFacts:
     """What the graph says. Producers are named by the keys of the mapping given to :func:`read`."""
 
     loss_family: str = "unknown"
+    plain: bool = False  # the loss is a mean or a sum of losses of these families and nothing else, so that it cannot be negative
     head: Any = None  # the producer of the logits, None if it was not found
     head_dim: int = -1  # the class dimension there
     relu_parameters: list[int] = field(default_factory=list)  # ids of the 1-d parameters right before a ReLU that no hook saw
@@ -54,6 +58,7 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
     for root in roots:
         if facts.head is None:
             _read_head(root, producers, facts)
+    facts.plain = bool(roots) and len(roots) == len(losses) and all(_plain(root) for root in roots)
     seen, queue = set(roots), deque(roots)
     while queue and len(seen) < MAX_NODES:
         node = queue.popleft()
@@ -72,6 +77,21 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
                 seen.add(child)
                 queue.append(child)
     return facts
+
+
+def _plain(root: Any, most: int = 256) -> bool:
+    """Only nodes that keep the sign stand between the root and losses of known families."""
+    seen, queue = {root}, deque([root])
+    while queue and len(seen) < most:
+        node = queue.popleft()
+        if node.name() in FAMILIES:
+            continue
+        below = [child for child, _ in node.next_functions if child is not None]
+        if not node.name().rstrip("0123456789").startswith(KEEP_SIGN) or not below:
+            return False
+        queue.extend(child for child in below if child not in seen)
+        seen.update(below)
+    return not queue
 
 
 def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts) -> None:

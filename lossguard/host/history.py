@@ -14,14 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lossguard.host.columns import Array, Columns, Mask
+from lossguard.host.derived import derive
+from lossguard.host.evaluations import Evaluations
 
 __all__ = ["PER_PARAMETER", "ZERO_BORN_RMS", "Array", "History", "Mask", "Param", "Sample", "Unit"]
 
 # Signals with one site per parameter: their arrays are always as wide as ``History.params``.
 PER_PARAMETER = ("grad_norm", "grad_rms", "weight_norm", "update_norm", "update_ratio")
 
-# Signals that are not kept, since only what follows from them means something: ``sample_variance``, ``label_nll``, ``confident_wrong``.
-PARTS = ("sample_spread", "sample_size", "labelled_fraction", "nll_part", "wrong_part")
+FIRST = 50  # losses of the run's beginning that are never forgotten
 
 # A tensor born with a root mean square below this is zero-born (zero-gamma, LoRA B, zero heads and biases): detectors measure it as a role.
 ZERO_BORN_RMS = 1e-3
@@ -104,7 +105,8 @@ class History:
         self._noted: dict[str, Array] = {}  # the numeric facts, written twice as well
         self._facts: list[dict[str, Any]] = []
         self._count = 0
-        self._validations: list[tuple[float, float]] = []
+        self._first_losses: list[float] = []
+        self._evaluations = Evaluations(losses)
         self._judged_losses = 0
         self.lr_peak = 0.0
 
@@ -119,15 +121,16 @@ class History:
         for name, ring in self._terms.items():
             ring[self._loss_count % len(ring)] = (terms or {}).get(name, np.nan)
         self._loss_count += 1
+        if len(self._first_losses) < FIRST:
+            self._first_losses.append(total)
 
     def add_sample(self, sample: Sample) -> None:
-        """One sampled step; derived signals (``update_ratio``, ``grad_total``, ``grad_rms``, those of PARTS) are filled in here."""
+        """One sampled step; derived signals (``update_ratio``, ``grad_total``, ``grad_rms``, ...) are filled in here; see ``derived``."""
         row = self._count % self._capacity
         self.memo.clear()
         self._steps[row] = self._steps[row + self._capacity] = sample.step
         widths = dict.fromkeys(PER_PARAMETER, len(self.params))
-        kept = {name: numbers for name, numbers in sample.values.items() if name not in PARTS}
-        self._signals.put(row, {**kept, **self._derived(sample.values)}, dict.fromkeys(PER_PARAMETER, len(self.params)))
+        self._signals.put(row, derive(sample.values, self._roots), dict.fromkeys(PER_PARAMETER, len(self.params)))
         self._note(row, sample.facts)
         self._facts.append(sample.facts)
         del self._facts[: max(0, len(self._facts) - self._capacity)]
@@ -136,11 +139,10 @@ class History:
         if lr is not None and np.isfinite(lr):
             self.lr_peak = max(self.lr_peak, float(lr))
 
-    def add_validation(self, step: int, value: float) -> None:
-        """One evaluation's loss, after this step; as many are kept as losses."""
+    def add_validation(self, step: int, value: float, accuracy: float = np.nan, train_accuracy: float = np.nan) -> None:
+        """One evaluation's loss, after this step, and accuracies where they are told; as many are kept as losses."""
         self.memo.clear()
-        self._validations.append((step, value))
-        del self._validations[: max(0, len(self._validations) - len(self._losses))]
+        self._evaluations.add(step, (value, accuracy, train_accuracy), self.losses(), self._loss_rows(None)[:, 0])
 
     # ---- what rules read
 
@@ -198,9 +200,18 @@ class History:
         """Whether the batches of :meth:`losses` were finite: 1 yes, 0 no, NaN not looked at."""
         return self._loss_rows(n)[:, 2]
 
+    def first_losses(self, n: int = FIRST) -> Array:
+        """The first n losses of the run, however long ago, at most FIRST."""
+        return np.array(self._first_losses[:n], dtype=np.float64)
+
     def validations(self) -> Array:
-        """The evaluations so far, oldest first: (n, 2), the step before each and its loss."""
-        return np.array(self._validations, dtype=np.float64).reshape(-1, 2)
+        """The evaluations so far, oldest first: (n, 6), the columns of ``host.evaluations.COLUMNS``."""
+        return self._evaluations.table()
+
+    @property
+    def fresh_validations(self) -> int:
+        """How many of the newest evaluations no rule has judged yet."""
+        return self._evaluations.fresh
 
     def term(self, name: str, n: int | None = None) -> Array:
         """A named loss term, as :meth:`losses`."""
@@ -224,7 +235,7 @@ class History:
     @property
     def nbytes(self) -> int:
         """Host bytes held."""
-        return self._losses.nbytes + sum(a.nbytes for a in self._terms.values()) + sum(a.nbytes for a in self._noted.values()) + self._signals.nbytes
+        return self._losses.nbytes + sum(a.nbytes for a in self._terms.values()) + sum(a.nbytes for a in self._noted.values()) + self._signals.nbytes + self._evaluations.nbytes
 
     def observed(self) -> dict[str, int]:
         """How many sites of each signal were ever seen with a finite number."""
@@ -233,7 +244,7 @@ class History:
 
     def mark_judged(self) -> None:
         """Called by the judge after a round."""
-        self._judged_losses = self._loss_count
+        self._judged_losses, self._evaluations.fresh = self._loss_count, 0
 
     # ---- what rules ask often
 
@@ -278,9 +289,9 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to give the alarms of an uninterrupted one; plain types and numpy arrays."""
-        keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "_validations", "_noted", "lr_peak")
+        keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "_first_losses", "_noted", "lr_peak")
         state: dict[str, Any] = {key: getattr(self, key) for key in keys}
-        state.update(signals=self._signals.state_dict())
+        state.update({part: getattr(self, f"_{part}").state_dict() for part in _STATEFUL})
         units = [(u.name, u.kind, u.width) for u in self.units]
         return {**state, "units": units, "heads": self.heads, "params": [p.name for p in self.params], "loss_family": self.loss_family}
 
@@ -291,8 +302,8 @@ class History:
             theirs = list(state["params"])[:3]
             raise ValueError(f"the state is of a model with parameters {theirs}..., this one has {names[:3]}...; load it into the guard of the same model")
         for key, value in state.items():
-            if key == "signals":
-                self._signals.load_state_dict(value)
+            if key in _STATEFUL:
+                getattr(self, f"_{key}").load_state_dict(value)
             elif key == "units":
                 self.units = [Unit(*u) for u in value]
             elif key != "params":
@@ -324,38 +335,5 @@ class History:
             value = facts.get(name, np.nan)
             ring[row] = ring[row + self._capacity] = value if isinstance(value, (int, float)) else np.nan
 
-    def _derived(self, values: Mapping[str, tuple[npt.NDArray[np.intp], Array]]) -> dict[str, tuple[npt.NDArray[np.intp], Array]]:
-        """The signals that follow from others of the same sample."""
-        found: dict[str, tuple[npt.NDArray[np.intp], Array]] = {}
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            if "update_norm" in values and "weight_norm" in values:
-                sites, moved, size = _both(values["update_norm"], values["weight_norm"])
-                found["update_ratio"] = sites, _share(moved, size)
-            if "sample_spread" in values and "sample_size" in values:
-                sites, spread, size = _both(values["sample_spread"], values["sample_size"])
-                found["sample_variance"] = sites, np.square(_share(spread, size))
-            if "labelled_fraction" in values:
-                for name, part in (("label_nll", "nll_part"), ("confident_wrong", "wrong_part")):
-                    sites, numbers, counted = _both(values[part], values["labelled_fraction"])
-                    found[name] = sites, _share(numbers, counted)
-            if "grad_norm" in values:
-                sites, norms = values["grad_norm"][0], np.asarray(values["grad_norm"][1], dtype=np.float64)
-                found["grad_total"] = _ONLY, np.sqrt(np.array([np.dot(norms, norms)]))
-                found["grad_rms"] = sites, norms / self._roots[sites]
-        return found
 
-
-def _share(part: Array, whole: Array) -> Array:
-    """part / whole, 0 where both are 0: nothing moved, nothing differs."""
-    return np.where((part == 0.0) & (whole == 0.0), 0.0, part / whole)
-
-
-def _both(a: tuple[npt.NDArray[np.intp], Array], b: tuple[npt.NDArray[np.intp], Array]) -> tuple[npt.NDArray[np.intp], Array, Array]:
-    """The sites that two signals share, and the numbers of each there."""
-    if a[0] is b[0]:
-        return a[0], a[1], b[1]
-    sites, at, bt = np.intersect1d(a[0], b[0], assume_unique=True, return_indices=True)
-    return sites, a[1][at], b[1][bt]
-
-
-_ONLY = np.zeros(1, dtype=np.intp)  # the site of a signal that has one
+_STATEFUL = ("signals", "evaluations")  # what keeps a state of its own

@@ -16,7 +16,7 @@ from lossguard.host.history import History, Sample
 class _Writer(Protocol):
     def losses(self, first: int, totals: list[float], terms: dict[str, list[float]]) -> None: ...
     def sample(self, sample: Sample, history: History) -> None: ...
-    def validation(self, step: int, value: float) -> None: ...
+    def validation(self, step: int, value: float, accuracy: float, train_accuracy: float) -> None: ...
 
 
 @dataclass
@@ -27,7 +27,7 @@ class News:
     totals: list[float] = field(default_factory=list)
     terms: dict[str, list[float]] = field(default_factory=dict)
     sample: Sample | None = None
-    validation: tuple[int, float] | None = None  # the step before an evaluation, and its loss
+    validation: tuple[int, float, float, float] | None = None  # the step before an evaluation, its loss, accuracies (NaN: not told)
     sick: bool = False  # a loss or a batch is not finite
 
     def write(self, record: _Writer, history: History) -> None:
@@ -60,8 +60,10 @@ class Intake:
                 continue
             if meaning[0] == "validation":
                 if numbers is not None:
-                    news.validation = meaning[1], float(numbers[0])
+                    news.validation = meaning[1], float(numbers[0]), float(numbers[1]), float(numbers[2])
                     self._history.add_validation(*news.validation)
+                    yield news  # each evaluation is judged by itself
+                    news = News()
                 continue
             _, step, layout, facts, last = meaning
             if numbers is not None:
@@ -73,7 +75,7 @@ class Intake:
                     self._history.add_sample(news.sample)
                     yield news
                 news = News()
-        if news.totals or news.validation is not None:
+        if news.totals:
             yield news
 
     def _take_losses(self, numbers: Numbers, meaning: Any, news: News) -> None:

@@ -26,7 +26,16 @@ def unit_at(history: History, site: int) -> Unit:
 class DeadRelu:
     """dead_relu: more than half of a layer's units are silent for every sample of a whole window (detectors A, dead_relu; SYMPTOMS D5).
 
-    Element-wise sparsity (healthy up to 0.97) never counts; shares of silent units reach 0.17, and 0.36 in a narrow bottleneck.
+    Law: a unit is silent if it gave 0 for every sample and position of a window of at least 30 samples; a layer is ill if more than
+    0.5 of its units are (0.75 below 32 units, all below 8), an error above 0.9. Element-wise sparsity (healthy up to 0.97) never
+    counts; shares of silent units reach 0.17 in health, and 0.36 in a narrow bottleneck.
+
+    Why: a learning rate too high pushed the units below zero for every input; a bias far below 0 or weights of a wrong scale at the
+    start; inputs that are not centred.
+    Do: units dead from the first batch: bias 0 and He initialisation; units that died: divide the learning rate by 10; in both cases
+    LeakyReLU(0.01) or GELU keeps a gradient; a normalisation before the activation.
+    False alarm: bottlenecks, rare classes and mixtures of experts have units that rest for long: the share, and the window of samples,
+    keep silent there; ``DeadRelu(share=0.8)`` for networks that are sparse by design. A loss of 0 has no gradient anywhere and is left out.
     """
 
     diagnosis: ClassVar[str] = "dead_relu"
@@ -80,7 +89,7 @@ class DeadRelu:
             (Cause("bias or initialisation", 0.8 if born else 0.3, began),
              [Remedy(f"set the bias before {unit.name} to 0 and initialise its weights by He", {"bias": 0.0, "init": "he"})]),
             (Cause("learning rate too high", 0.2 if born else 0.6, f"{many} of {unit.name} were pushed below zero for every sample"),
-             [lr_remedy(history, 0.1), Remedy(f"use LeakyReLU(0.01) for {unit.name}", {"activation": "LeakyReLU", "slope": 0.01})]),
+             [lr_remedy(history, 0.1), Remedy(f"use LeakyReLU(0.01) for {unit.name}", {"activation": "leaky_relu"})]),
         ])  # fmt: skip
         others = listing(units[i].name for i in np.flatnonzero(sick) if i != root)
         message = f"{many} are silent for every sample of the last window" + (f"; also {others}" if others else "")
@@ -94,7 +103,13 @@ class DeadRelu:
 class SaturatedActivation:
     """saturated_activation: more than half of a hidden layer's sigmoid or tanh units sit at their rails (detectors A, saturated_activation; SYMPTOMS D6).
 
-    The output that feeds the loss and gates are excluded: there rails are what is learned.
+    Law: a unit is at its rails if its normalised derivative is below 0.02 on more than 95 % of the positions; a hidden layer is ill if
+    more than half of its units are, in every sample of 20 steps. The output that feeds the loss and gates are excluded.
+
+    Why: initial weights too large for the width; inputs of a large scale; a learning rate that blew the weights up.
+    Do: Xavier initialisation before the layer; inputs with mean 0 and deviation 1; learning rate divided by 10; ReLU or GELU instead.
+    False alarm: gates and outputs learn to sit at their rails: modules named or typed as gates, attention or recurrent cells, and the
+    last activation are not judged. A hidden layer that is meant to be binary: mute it, or ``SaturatedActivation(share=0.95)``.
     """
 
     diagnosis: ClassVar[str] = "saturated_activation"
@@ -122,7 +137,7 @@ class SaturatedActivation:
         pairs = [(Cause("weights or learning rate too large", 0.5, f"{share:.0%} of the units of {unit.name} are at their rails"),
                   [Remedy(f"initialise the layer before {unit.name} by Xavier", {"init": "xavier"}), lr_remedy(history, 0.1)])]  # fmt: skip
         if loud > 10:  # detectors A, unnormalized_input: std outside [1e-2, 1e1]
-            remedy = Remedy(f"divide the input by {number(loud)}", {"input_scale": 1 / loud})
+            remedy = Remedy(f"normalise the input: divide it by {number(loud)}", {"normalize_input": True})
             pairs.append((Cause("input not normalised", 0.8, f"its root mean square is {number(loud)}"), [remedy]))
         causes, remedies = ranked(pairs)
         message = f"{share:.0%} of its units are at their rails on more than 95 % of the positions; {int(sick.sum())} layers are"
@@ -148,6 +163,12 @@ class CollapsedActivation:
 
     Law: between-sample variance over second moment < 1e-6 (error), or < 1e-5 after step 100 (warning), for 20 steps. Healthy >= 7e-4.
     Layers that are followed by one that tells samples apart (positional streams, residual branches) do not count.
+
+    Why: dead, saturated or constant weights in or before the layer; a learning rate that drove the network there; identical inputs.
+    Do: look at one batch; initialise at random (He for ReLU, Xavier else), never by zeros or a constant; divide the learning rate by
+    10; a normalisation between the layers.
+    False alarm: a head born at zero gives one output at first: 20 steps of grace. A regression towards targets far from 0 has a small
+    variance beside its mean: two layers must agree there. A run whose loss has halved is not judged.
     """
 
     diagnosis: ClassVar[str] = "collapsed_activation"

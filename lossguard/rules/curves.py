@@ -1,4 +1,4 @@
-"""The training loss over time: spikes, divergence, standstill. Losses in, finding or None out; numpy only.
+"""The training loss over time: spikes, divergence, a wrong sign. Losses in, finding or None out; numpy only.
 
 Every fresh loss is judged against its own past. Runs whose losses have no order (several optimizers, adversarial or
 reinforcement losses) get information only. Losses are compared by ratios only while they have one sign.
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import clip_remedy, constant_advice, converged, informational, lr_remedy, middle, ranked
+from lossguard.advice import Advice, clip_remedy, informational, lr_remedy, middle, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.rules.rule import rule
@@ -33,6 +33,12 @@ class LossSpike:
 
     Law: robust z > 8 over the 128 losses before (healthy <= 6.7) and L > 1.5 median; where signs mix, z > 12. Positive losses must
     also stand out by z > 5 on a logarithmic scale without its trend: small batches near convergence have heavy tails.
+
+    Why: an odd or corrupt batch; a learning rate near the edge of stability; second moments of Adam that lag behind (beta2 0.999).
+    Do: look at the batch of that step; clip the gradient norm at its healthy median; learning rate divided by 10, or a longer warm-up;
+    beta2 0.95; in long runs go back about 100 steps and skip 200 batches.
+    False alarm: heavy tails and spikes below 5 % of the first losses do not count; batches of very different length do: average the
+    loss per token, or ``LossSpike(sigmas=12)``.
     """
 
     diagnosis: ClassVar[str] = "loss_spike"
@@ -119,6 +125,13 @@ class DivergingLoss:
 
     Law: for 20 steps the mean of 20 losses is above the best such mean so far by max(4 sd, 10 % of it), and above the mean of
     the first 20. Halts if that goes on for 300 steps.
+
+    Why: a learning rate too high; a flipped sign of the loss or of the gradient; dirty labels; batches too small; an unsuitable
+    initialisation or structure.
+    Do: divide the learning rate by 10 and warm up over 100 steps or more; clip the gradient norm; check the sign of the loss; look at 20
+    samples with their labels; batches of 32 or more.
+    False alarm: losses without order (several optimizers, adversarial, reinforcement) are information only. A curriculum that grows
+    harder, or a term whose weight grows (KL annealing), rises by design: ``DivergingLoss(rise=1.0)`` or mute it.
     """
 
     diagnosis: ClassVar[str] = "diverging_loss"
@@ -169,41 +182,58 @@ class DivergingLoss:
 
 @rule
 @dataclass(frozen=True)
-class ConstantLoss:
-    """constant_loss: the loss is the same for 20 different batches; says what a special value means (detectors A, constant_loss; SYMPTOMS B7, B8).
+class NegativeLoss:
+    """negative_loss: a loss that cannot be negative is (detectors A, negative_loss; SYMPTOMS B6).
 
-    Silent at exactly 0, on a converged run, and while the learning rate is 0. A loss that came down and settled smoothly
-    (full-batch descent) is information only.
+    Law: the loss is below -1e-6 of its size, and it is known to be a cross entropy, a binary cross entropy, a squared, absolute or
+    Huber error, a CTC loss or a KL divergence and nothing else: declared as ``loss_family``, or read from the graph of the loss.
+
+    Why: targets out of range (-1 used as padding, 0 to 255 instead of 0 to 1); ``nll_loss`` on probabilities or logits instead of
+    log-probabilities; unnormalised distributions in a divergence; a minus sign too many; negative sample weights.
+    Do: check that targets lie in [0, 1] (binary) or are class numbers; feed ``log_softmax`` to ``nll_loss``, or logits to
+    ``cross_entropy``; normalise both sides of a divergence to sum 1; weights of 0 or more.
+    False alarm: Gaussian likelihoods, ELBO, policy gradients, adversarial, cosine and contrastive losses may be negative: their
+    family is not among these, and a sum of terms in which something is subtracted is not judged. Rounding stays within the limit.
     """
 
-    diagnosis: ClassVar[str] = "constant_loss"
+    diagnosis: ClassVar[str] = "negative_loss"
     reads: ClassVar[tuple[str, ...]] = ("loss",)
-    range: float = 1e-6  # of |mean|; detectors A
-    window: int = 20  # losses; detectors A
-    near: float = 0.01  # of the value: the losses before the standstill lie within it if the run settled; our own choice
-    fell: float = 0.9  # value over the first loss below which a settled run has learned something; our own choice
-    grace: int = 0  # steps; the window is the grace
-    patience: int = 1  # answers; the window is the patience
+    rounding: float = 1e-6  # of max(1, |median of the losses|); detectors A
+    families: tuple[str, ...] = ("cross_entropy", "binary", "mse", "l1", "huber", "ctc", "kl")  # losses that are never negative; detectors A
+    grace: int = 0  # steps; exact test
+    patience: int = 1  # answers; exact test
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
-        losses = history.losses(self.window)
-        if losses.size < self.window or not np.isfinite(losses).all():
+        if history.loss_family not in self.families or not history.notes.get("loss_is_plain", False):
             return None
-        value, spread = float(losses.mean()), float(losses.max() - losses.min())
-        if value == 0.0 or not spread <= self.range * abs(value) or history.lr == 0.0 or converged(history):
+        losses = history.losses()
+        fresh = losses[-history.fresh_losses :] if history.fresh_losses else losses[:0]
+        if not fresh.size or not np.nanmin(fresh, initial=0.0) < -self.rounding:
             return None
-        everything = history.losses()
-        apart = np.flatnonzero(~(np.abs(everything - value) <= self.range * abs(value)))
-        since = int(apart[-1]) + 1 if apart.size else 0
-        since = min(since, everything.size - self.window)
-        causes, remedies = constant_advice(history, value)
-        severity = Severity.INFO if informational(history) or self._settled(everything, since, value) else Severity.WARNING
-        lasts = Evidence("losses in a row", float(everything.size - since), float(self.window))
-        evidence = (Evidence("range over mean", spread / abs(value), self.range), lasts)
-        return Finding(self.diagnosis, severity, int(history.loss_steps()[since]), "loss", f"it is {number(value)} for every batch", evidence, causes, remedies)
+        finite = np.abs(losses[np.isfinite(losses)])
+        limit = -self.rounding * max(1.0, middle(finite))
+        below = np.flatnonzero((fresh < limit) & np.isfinite(fresh))
+        if not below.size:
+            return None
+        value, step = float(fresh[below[0]]), int(history.loss_steps(fresh.size)[below[0]])
+        causes, remedies = self._advice(history, value)
+        severity = Severity.INFO if informational(history) else Severity.WARNING
+        message = f"it is {number(value)}, and a loss of the family {history.loss_family} cannot be below 0"
+        return Finding(self.diagnosis, severity, step, "loss", message, (Evidence("loss", value, limit),), causes, remedies)
 
-    def _settled(self, losses: Array, since: int, value: float) -> bool:
-        """The loss came down and approached the value smoothly."""
-        before, first = losses[max(0, since - self.window) : since], losses[np.isfinite(losses)][0]
-        return bool(before.size >= 3 and value < first - (1 - self.fell) * abs(first) and (np.abs(before - value) <= self.near * abs(value))[-3:].all())
+    @staticmethod
+    def _advice(history: History, value: float) -> Advice:
+        labels = Remedy("check that every target is in range: 0 to 1, or a class number; -1 only as ignore_index", {"labels": "repair"})
+        if history.loss_family == "cross_entropy":
+            softmax = Remedy("give the logits to cross_entropy, or log_softmax(logits) to nll_loss", {"output_activation": "log_softmax"})
+            missing = Cause("no log-softmax before nll_loss", 0.8, "log-probabilities are never above 0, so that this loss cannot be below it")
+            weights = Remedy("use class weights of 0 or more", {"labels": "repair"})
+            return ranked([(missing, [softmax]), (Cause("negative class weights", 0.3, f"the loss is {number(value)}"), [weights])])
+        if history.loss_family == "kl":
+            unit = Remedy("normalise both distributions: log_softmax for the input, softmax for the target", {"output_activation": "log_softmax"})
+            return ranked([(Cause("distributions that do not sum to 1", 0.7, f"the divergence is {number(value)}"), [unit])])
+        weights = Remedy("use sample and class weights of 0 or more", {"labels": "repair"})
+        return ranked(
+            [(Cause("targets out of range", 0.7, f"the loss is {number(value)}"), [labels]), (Cause("negative weights", 0.3, "they turn its sign"), [weights])]
+        )

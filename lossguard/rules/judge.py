@@ -15,9 +15,11 @@ from lossguard.rules.rule import Rule
 
 _DIVERGENCE = ("nonfinite_loss", "nonfinite_activation", "nonfinite_gradient", "nonfinite_weight", "exploding_gradient",
                "diverging_loss", "loss_spike", "saturated_softmax", "saturated_activation", "collapsed_activation", "dead_relu",
-               "vanishing_gradient", "constant_loss", "clipping_dominates", "unchanged_weights", "update_ratio_low")  # fmt: skip
-_COLLAPSE = ("constant_loss", "unchanged_weights", "update_ratio_low")
-_NO_SIGNAL = ("vanishing_gradient", "collapsed_activation", "constant_loss", "unchanged_weights", "update_ratio_low")
+               "vanishing_gradient", "constant_loss", "clipping_dominates", "unchanged_weights", "update_ratio_low", "loss_plateau",
+               "oscillating_loss", "oscillating_validation", "learning_bottleneck", "validation_mismatch")  # fmt: skip
+_STANDSTILL = ("constant_loss", "loss_plateau", "learning_bottleneck")
+_COLLAPSE = (*_STANDSTILL, "unchanged_weights", "update_ratio_low")
+_NO_SIGNAL = ("vanishing_gradient", "collapsed_activation", *_COLLAPSE)
 
 # root -> what may follow from it. A later symptom found while its root's episode is fresh is attached to the root.
 # Order matters: of findings born in one round, the earlier row is the root.
@@ -31,13 +33,21 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "nonfinite_gradient": (*_DIVERGENCE, "update_ratio_high"),
     "nonfinite_weight": (*_DIVERGENCE, "update_ratio_high"),
     "nonfinite_loss": (*_DIVERGENCE, "update_ratio_high"),
-    "saturated_softmax": ("vanishing_gradient", "constant_loss", "loss_spike", "diverging_loss", "update_ratio_low"),
+    "saturated_softmax": ("vanishing_gradient", "loss_spike", "diverging_loss", "oscillating_loss", "update_ratio_low", *_STANDSTILL),
     "dead_relu": _NO_SIGNAL,
     "saturated_activation": _NO_SIGNAL,
     "vanishing_gradient": _NO_SIGNAL,
     "collapsed_activation": _COLLAPSE,
-    "update_ratio_low": ("constant_loss", "unchanged_weights"),
-    "diverging_loss": ("loss_spike",),
+    "update_ratio_low": (*_STANDSTILL, "unchanged_weights"),
+    "skipped_steps": (*_STANDSTILL, "unchanged_weights"),
+    "clipping_dominates": ("learning_bottleneck", "loss_plateau"),
+    "diverging_loss": ("loss_spike", "oscillating_loss", "oscillating_validation", "loss_plateau", "learning_bottleneck"),
+    "constant_loss": ("loss_plateau", "learning_bottleneck"),
+    "oscillating_loss": ("oscillating_validation", "learning_bottleneck", "loss_spike"),
+    "loss_plateau": ("learning_bottleneck",),
+    "validation_mismatch": ("validation_below_training", "oscillating_validation"),
+    "overfitting": ("validation_mismatch", "oscillating_validation"),
+    "negative_loss": ("loss_spike", "diverging_loss", "loss_plateau", "overfitting", "validation_mismatch"),
 }
 SEEN_LATE = ("dead_relu", "vanishing_gradient")  # measured over a window that began before what follows from it was seen
 RANK = {name: i for i, name in enumerate(FOLLOWS)}
@@ -94,6 +104,8 @@ class Judge:
     def _due(self, rule: Rule, history: History, new_sample: bool) -> bool:
         if rule.diagnosis in self._broken or rule.diagnosis in self.mute or history.step < rule.grace:
             return False
+        if "validation" in rule.reads:  # once for each evaluation
+            return history.fresh_validations > 0
         return new_sample or rule.reads == ("loss",)
 
     def _ask(self, rule: Rule, history: History) -> Finding | None:

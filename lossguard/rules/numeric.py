@@ -51,8 +51,15 @@ def lasting(history: History, run: int, samples: int, after: int, sparse: int = 
 class NonfiniteInput:
     """nonfinite_input: a batch holds NaN or Inf (detectors A, exact test; SYMPTOMS C3).
 
-    Halts where the loss of that step is not finite either. A model that digests such input (missing-value codes, float
-    masks) keeps a finite loss: then it warns only if batches were finite so far, and is a line of information otherwise.
+    Law: any non-finite value in the first float tensors of the batch. Halts where the loss of that step is not finite either. A model
+    that digests such input (missing-value codes, float masks) keeps a finite loss: then it warns only if batches were finite so far, and
+    is a line of information otherwise.
+
+    Why: missing values in the data; a division by a standard deviation of 0 or a log of 0 in preprocessing; a corrupt file; an
+    augmentation that overflows fp16.
+    Do: repair or drop the batch named; check every sample once with torch.isfinite(x).all(); fill missing values; divide by
+    max(std, 1e-8).
+    False alarm: NaN as a code for missing values that the model handles: the loss stays finite and it is information.
     """
 
     diagnosis: ClassVar[str] = "nonfinite_input"
@@ -75,7 +82,7 @@ class NonfiniteInput:
             severity = Severity.WARNING if before.size >= self.clean and bool((before == 1).all()) else Severity.INFO
         remedy = batch_remedy(history, step)
         causes, remedies = ranked([(Cause("bad input", 0.95, "the values come from the data loader, before any layer"), [remedy])])
-        message = f"batch {remedy.change['batch']} holds NaN or infinite values"
+        message = f"batch {remedy.change['drop_batch']} holds NaN or infinite values"
         evidence = (Evidence("finite batches in a row before", float(before.size - (before == 0).sum())),)
         return Finding(self.diagnosis, severity, step, where, message, evidence, causes, remedies)
 
@@ -96,7 +103,14 @@ class NonfiniteActivation:
     """nonfinite_activation: a module's output is NaN or Inf though input and weights were finite; names the first in execution order
     (detectors A, exact test; SYMPTOMS C5, C6).
 
-    Inf with a finite loss is legal (masks before a softmax): information. Under a loss scaler one sample may overflow: a warning.
+    Law: any non-finite value in a module's output or in the logits. Inf with a finite loss is legal (masks before a softmax):
+    information. Under a loss scaler one sample may overflow: a warning, and a halt from the second in a row.
+
+    Why: weights that exploded; exp of a large number; a division by 0, a log or a root of 0 or of a negative; fp16 beyond 65504; a
+    softmax over a row that is masked altogether.
+    Do: look at the module named; learning rate divided by 10, clip the gradient norm; log(p + 1e-8), divisors of at least 1e-8; bf16
+    or float32 for that module.
+    False alarm: -inf used as a mask is legal while the loss is finite, and is information only.
     """
 
     diagnosis: ClassVar[str] = "nonfinite_activation"
@@ -146,7 +160,14 @@ class NonfiniteActivation:
 class NonfiniteGradient:
     """nonfinite_gradient: gradients are NaN or Inf; names the first in backward order (detectors A, exact test; SYMPTOMS C1, C6).
 
-    A loss scaler meets infinities by design while it searches its scale: then only a long run of them, after the start, is a fault.
+    Law: any non-finite gradient, before clipping. A loss scaler meets infinities by design while it searches its scale: then only 8 in a
+    row after the first 20 steps are a fault.
+
+    Why: an exploding gradient; a derivative that does not exist (root of 0, norm of a zero vector, 0/0 hidden by torch.where); a
+    non-finite activation or input.
+    Do: learning rate divided by 10 and clip the gradient norm; sqrt(x + 1e-8); mask the argument and not the result of torch.where; arm
+    skip={"nonfinite_gradient"} to leave single updates out.
+    False alarm: none without a loss scaler, the test is exact; with one, give it as Guard(scaler=...), so that its search is known.
     """
 
     diagnosis: ClassVar[str] = "nonfinite_gradient"
@@ -177,7 +198,15 @@ class NonfiniteGradient:
 @rule
 @dataclass(frozen=True)
 class NonfiniteWeight:
-    """nonfinite_weight: parameters, or the updates applied to them, are NaN or Inf (detectors A, exact test; SYMPTOMS C5)."""
+    """nonfinite_weight: parameters, or the updates applied to them, are NaN or Inf (detectors A, exact test; SYMPTOMS C5).
+
+    Law: any non-finite value in a trained parameter or in its last update. The run is lost from there on.
+
+    Why: an update with a non-finite gradient; an optimizer whose moments overflowed; a checkpoint that was already broken.
+    Do: go back to a checkpoint before the step named; learning rate divided by 10; arm skip={"nonfinite_gradient"}; check a checkpoint
+    with torch.isfinite before it is saved.
+    False alarm: none known, the test is exact and looks at trained parameters only.
+    """
 
     diagnosis: ClassVar[str] = "nonfinite_weight"
     reads: ClassVar[tuple[str, ...]] = ("weight_norm", "update_norm")
@@ -204,8 +233,14 @@ class NonfiniteWeight:
 class NonfiniteLoss:
     """nonfinite_loss: the loss is NaN or Inf; says the exact step and which of four causes (detectors A, exact test; SYMPTOMS C1 to C4).
 
-    Halts if it lasts, or if gradients (without a loss scaler) or weights are not finite. A single one with sound weights warns:
-    a batch whose labels are all ignored, or an overflow that the loss scaler skipped.
+    Law: any non-finite loss. Halts if it lasts for two steps, or if gradients (without a loss scaler) or weights are not finite. A single
+    one with sound weights warns: a batch whose labels are all ignored, or an overflow that the loss scaler skipped.
+
+    Why: an exploding gradient (the loss grew before); the loss function (log of 0, division by 0, labels out of range); a bad batch; bad
+    weights. The measurements of the run tell which, and they rank the causes.
+    Do: exploding: learning rate divided by 10, clip the gradient norm; loss function: log(p + 1e-8), divisors of at least 1e-8, labels in
+    range; bad batch: repair or drop it; bad weights: an earlier checkpoint.
+    False alarm: a batch in which every label is ignored gives 0/0 once: a warning, not a halt.
     """
 
     diagnosis: ClassVar[str] = "nonfinite_loss"

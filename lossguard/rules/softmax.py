@@ -18,8 +18,17 @@ from lossguard.rules.rule import rule
 class SaturatedSoftmax:
     """saturated_softmax: confident and wrong, or logits out of scale (detectors A, saturated_softmax; SYMPTOMS D7, B7).
 
-    Confidence alone is no fault (healthy: p_max > 0.999 on up to 75 % of the samples). Logit sizes (healthy <= 28) count at the loss
-    while it has not been halved, and elsewhere (attention) once they grew 10 times; a peak that stays the same bit for bit is a mask.
+    Law: for 20 steps more than 20 % of the rows have p > 0.99 for another class than their label, or the labels' mean negative
+    log-likelihood is at the float32 floor, or a logit is beyond 1e3, or |mean log Z| beyond 50. Confidence alone is no fault (healthy:
+    p_max > 0.999 on up to 75 % of the samples). Logit sizes (healthy <= 28) count at the loss while it has not been halved, and elsewhere
+    (attention) once they grew 10 times; a peak that stays the same bit for bit is a mask.
+
+    Why: a learning rate too high; last layer's initial weights too large; batch-norm that is frozen or in evaluation mode; odd samples or
+    wrong labels.
+    Do: learning rate divided by 10; last layer's initial weights times 0.1; keep batch-norm in training mode; look at the 20 samples with
+    the largest loss.
+    False alarm: share of wrong labels: a run that knows its data is confidently wrong on as many; ``SaturatedSoftmax(wrong=0.4)`` for
+    noisy labels. Cosine heads with a scale of 64 stay below the limits.
     """
 
     diagnosis: ClassVar[str] = "saturated_softmax"

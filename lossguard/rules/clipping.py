@@ -1,0 +1,176 @@
+"""Between the gradient and the update: gradients that add up, are clipped, or are not applied. History in, finding or None out; numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from lossguard.advice import clip_remedy, informational, lr_remedy, middle, ranked, reach, stretch
+from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
+from lossguard.host.history import History, Mask
+from lossguard.rules.numeric import lasting
+from lossguard.rules.rule import rule
+
+
+@rule
+@dataclass(frozen=True)
+class MissingZeroGrad:
+    """missing_zero_grad: most gradients are carried over an update without being cleared (detectors A, missing_zero_grad; SYMPTOMS D11).
+
+    Law: an exact test, read from the gradient tensors' versions: at least half of them still held those of the last update when the next
+    backward pass began, three looks in a row.
+
+    Why: optimizer.zero_grad() is not called, or called on another optimizer, or after backward and before step.
+    Do: call optimizer.zero_grad() once after each optimizer.step(), or before each backward pass; where gradients are accumulated, once
+    after the last of the micro-batches.
+    False alarm: gradient accumulation is told apart, since only the first backward after an update is looked at. A deliberate memory of
+    gradients across steps: mute it.
+    """
+
+    diagnosis: ClassVar[str] = "missing_zero_grad"
+    reads: ClassVar[tuple[str, ...]] = ("grad_norm",)
+    share: float = 0.5  # share of gradients not cleared; detectors A
+    times: int = 3  # consecutive looks; detectors A
+    grace: int = 0  # steps; exact test
+    patience: int = 1  # samples; the consecutive looks are the patience
+
+    def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
+        looks = history.fact("not_cleared")
+        at = np.flatnonzero(~np.isnan(looks))[-self.times :]
+        if at.size < self.times or at[-1] < looks.size - self.times or not bool((looks[at] >= self.share).all()):
+            return None
+        total = history.last("grad_total")
+        norms = total[np.isfinite(total[:, 0]), 0] if total.size else np.empty(0)
+        evidence = [Evidence("share of gradients not cleared", float(looks[at[-1]]), self.share)]
+        if norms.size >= 2 and norms[0] > 0:
+            evidence.append(Evidence("gradient norm over its first", float(norms[-1] / norms[0])))
+        cause = Cause("zero_grad() is not called", 0.9, f"{looks[at[-1]]:.0%} of the gradients still hold those of the last update")
+        causes, remedies = ranked([(cause, [Remedy("call optimizer.zero_grad() once after each optimizer.step()", {"zero_grad": True})])])
+        message = f"gradients add up: {self.times} updates in a row began with those of the update before"
+        return Finding(self.diagnosis, Severity.WARNING, int(history.steps()[at[0]]), "optimizer.zero_grad", message, tuple(evidence), causes, remedies)
+
+
+@rule
+@dataclass(frozen=True)
+class ClippingDominates:
+    """clipping_dominates: nearly every step is clipped, and by much (detectors A, clipping_dominates; SYMPTOMS D9).
+
+    Law: > 90 % of steps clipped and median G/c >= 2 over 200 steps. A median G/c >= 10 needs 30 steps only. Healthy transformers
+    clip 45 to 61 % at G/c 1.03; a share above half alone is no finding.
+
+    Why: a clip value far below the usual gradient norm; a learning rate that is too high and that clipping hides; a loss that is summed
+    instead of averaged.
+    Do: clip at the median gradient norm that the remedy names (or at its 90th percentile); learning rate divided by 10; average the loss.
+    False alarm: private training and some reinforcement recipes clip every step by design: mute it there.
+    """
+
+    diagnosis: ClassVar[str] = "clipping_dominates"
+    reads: ClassVar[tuple[str, ...]] = ("clip_coefficient",)
+    share: float = 0.9  # share of clipped samples; detectors A
+    excess: float = 2.0  # median G/c; detectors A
+    strong: float = 10.0  # median G/c that is heard early; detectors A (there at a share of 0.5 over 200 steps)
+    span: int = 200  # steps; detectors A
+    early: int = 30  # steps for a strong excess; our own choice for short runs
+    least: int = 15  # samples in either span; our own choice
+    grace: int = 20  # steps of warm-up that do not count; detectors A, machinery 3
+    patience: int = 1  # samples; the window is the patience
+
+    def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
+        if reach(history, "clip_coefficient", self.least)[0] >= 1 - 1e-6:
+            return None  # nothing was clipped of late
+        found = self._over(history, self.early, self.strong)
+        return found if found is not None else self._over(history, self.span, self.excess)
+
+    def _over(self, history: History, span: int, excess: float) -> Finding | None:
+        n = stretch(history, span, self.least)
+        if not n or history.steps(n)[0] < self.grace:
+            return None
+        kept = history.last("clip_coefficient", n)
+        for site in range(kept.shape[1]):
+            c = kept[:, site][np.isfinite(kept[:, site]) & (kept[:, site] > 0)]
+            if c.size < self.least:
+                continue
+            share, median = float((c < 1 - 1e-6).mean()), float(middle(1 / c))
+            if share > self.share and median >= excess:
+                return self._finding(history, n, site, share, median, excess)
+        return None
+
+    def _finding(self, history: History, n: int, site: int, share: float, median: float, excess: float) -> Finding:
+        causes, remedies = ranked([
+            (Cause("clip value too low", 0.6, f"the median gradient norm is {number(median)} times the clip value"), [clip_remedy(history)]),
+            (Cause("learning rate too high", 0.4, f"clipping divides it by {number(median)}"), [lr_remedy(history, 0.1)]),
+        ])  # fmt: skip
+        severity = Severity.INFO if informational(history) else Severity.WARNING
+        evidence = (Evidence("share of steps clipped", share, self.share), Evidence("median gradient norm over clip value", median, excess))
+        message = f"{share:.0%} of the steps are clipped, by a median factor of {number(median)}"
+        return Finding(self.diagnosis, severity, int(history.steps(n)[0]), f"gradient clipping of optimizer {site}", message, evidence, causes, remedies)
+
+
+@rule
+@dataclass(frozen=True)
+class SkippedSteps:
+    """skipped_steps: updates are not applied again and again, by a loss scaler or by our own gate (detectors A, nonfinite_gradient; SYMPTOMS F1).
+
+    Law: 8 samples in a row without an update under a loss scaler after the first 20 steps, or more than 10 % of the last 50; or 3 updates
+    in a row left out by the guard's own gate, a halt at 20. A few skips at the start of fp16, and one at each growth of the scale, are
+    normal.
+
+    Why: gradients that overflow fp16 at every scale; a loss or an activation that is not finite; an initial scale far too large.
+    Do: learning rate divided by 10; bf16 instead of fp16; GradScaler(init_scale=1024, growth_interval=2000); find the module named by
+    nonfinite_activation or overflow.
+    False alarm: the search for the scale at the start and single skips do not count.
+    """
+
+    diagnosis: ClassVar[str] = "skipped_steps"
+    reads: ClassVar[tuple[str, ...]] = ("update_norm", "consecutive_skips")
+    skips: int = 8  # samples in a row under a loss scaler; detectors A
+    search: int = 20  # steps in which a loss scaler looks for its scale; detectors A
+    share: float = 0.1  # share of samples after the search; detectors A (10 % of 200)
+    window: int = 50  # samples for the share; our own choice, 200 steps at the default intervals
+    gate: int = 3  # updates in a row skipped by our own gate; our own choice
+    halt_after: int = 20  # updates in a row skipped by our own gate after which the run halts; our own choice
+    grace: int = 0  # steps; the search is excluded above
+    patience: int = 1  # samples; the run of skips is the patience
+
+    def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
+        gates = history.last("consecutive_skips", 1)
+        if not gates.size and not history.facts().get("scaler"):
+            return None  # nothing here can skip
+        gated = float(np.max(gates, initial=0.0, where=np.isfinite(gates)))
+        if gated >= self.gate:
+            severity = Severity.HALT if gated >= self.halt_after else Severity.WARNING
+            return self._finding(history, "the guard's gate", int(history.steps(1)[0] - gated + 1), gated, float(self.gate), severity)
+        skipped = self._skipped(history)
+        if not skipped.size or not skipped[-1]:
+            return None
+        applied = np.flatnonzero(~skipped)
+        run = skipped.size - (int(applied[-1]) + 1 if applied.size else 0)
+        if lasting(history, run, self.skips, self.search):
+            return self._finding(history, "the loss scaler", int(history.steps(run)[0]), float(run), float(self.skips), Severity.WARNING)
+        late = skipped[history.steps() >= self.search][-self.window :]
+        if late.size < self.window or late.mean() <= self.share:
+            return None
+        since = int(history.steps(self.window)[np.argmax(late)])
+        return self._finding(history, "the loss scaler", since, float(late.sum()), self.share * self.window, Severity.WARNING)
+
+    @staticmethod
+    def _skipped(history: History) -> Mask:
+        """Samples whose update was not applied under a loss scaler: stepped without a change, or not stepped and not finite."""
+        updates, seen = history.last("update_norm"), history.seen("update_norm")
+        scaler, stepped, lr = history.fact("scaler", default=0.0), history.fact("stepped"), history.fact("lr")
+        gradients = history.seen("grad_norm") & ~np.isfinite(history.last("grad_norm"))
+        overflow = gradients.any(axis=1) if gradients.size else np.zeros(history.samples, dtype=np.bool_)
+        still = (seen.any(axis=1) & ~(seen & (updates != 0.0)).any(axis=1)) if seen.size else np.zeros(history.samples, dtype=np.bool_)
+        return np.asarray((scaler == 1.0) & ((still & (stepped == 1.0) & ~(lr <= 0)) | (overflow & ~(stepped == 1.0))))
+
+    def _finding(self, history: History, who: str, step: int, many: float, limit: float, severity: Severity) -> Finding:
+        cause = Cause("non-finite gradients", 0.7, f"{who} skips what is not finite; {number(many)} updates were not applied")
+        by_hand = Remedy("set the loss scale by hand: 1024, growth_interval 2000", {"init_scale": 1024.0})
+        causes, remedies = ranked([(cause, [lr_remedy(history, 0.1), by_hand])])
+        message = f"{number(many)} updates were skipped by {who}: the run looks alive and learns nothing"
+        return Finding(self.diagnosis, severity, max(step, 0), "optimizer.step", message, (Evidence("skipped updates", many, limit),), causes, remedies)

@@ -1,0 +1,169 @@
+"""Losses that bounce: in training and from one evaluation to the next. Losses and the size of the updates in, finding or None out; numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lossguard import readings
+from lossguard.advice import clip_remedy, informational, lr_remedy, middle, ranked
+from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
+from lossguard.host.history import Array, History
+from lossguard.obstacles import speed
+from lossguard.rules.rule import rule
+
+
+@rule
+@dataclass(frozen=True)
+class OscillatingLoss:
+    """oscillating_loss: the loss fell and then bounces at a height (detectors A, oscillating_loss; SYMPTOMS B3).
+
+    Law (alternates): in 3 windows of 64 losses in a row, without their quadratic trend, neighbours are opposite (autocorrelation
+    below -0.6), the deviation is above 10 % of the median, and the windows do not fall; a warning if updates change more than 3 % of the
+    weights, else information. Law (bounces): the mean of 64 losses has been
+    above its best by 25 % and 4 standard errors for 3 windows, though the learning rate was not raised since, and updates change
+    more than 3 % of the weights.
+
+    Why: a learning rate too high for this stage of the run; batches too small; momentum too high for the learning rate.
+    Do: divide the learning rate by 10, or let it decay (cosine, step); clip the gradient norm at its healthy median; batch size
+    times 2 to 4; momentum 0.9 -> 0.8.
+    False alarm: noise of small batches has an autocorrelation of 0 and does not count. Two data sources in turn alternate for
+    good: that is never more than information while updates have a healthy size. Warm restarts raise the learning rate.
+    The limits saw no positive example in the evidence: ``OscillatingLoss(correlation=-0.8)`` is stricter.
+    """
+
+    diagnosis: ClassVar[str] = "oscillating_loss"
+    reads: ClassVar[tuple[str, ...]] = ("loss", "update_norm", "weight_norm")
+    window: int = 64  # losses; detectors A
+    windows: int = 3  # in a row; detectors A
+    correlation: float = -0.6  # lag-1 autocorrelation; detectors A (healthy from -0.44)
+    deviation: float = 0.1  # standard deviation over |median|; detectors A
+    height: float = 0.25  # of the best mean: above it the loss bounces; our own choice
+    errors: float = 4.0  # standard errors of a mean; as in diverging_loss
+    fast: float = 3e-2  # median update ratio; detectors A, target band
+    grace: int = 192  # steps; three windows
+    patience: int = 1  # samples; the windows are the patience
+
+    def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
+        losses, steps = history.losses(), history.loss_steps()
+        finite = np.isfinite(losses)
+        losses, steps = losses[finite], steps[finite]
+        span = self.window * self.windows
+        if losses.size < span:
+            return None
+        size = float(np.abs(losses).max()) or 1.0
+        newest = (losses[-span:] / size).reshape(self.windows, self.window)
+        return self._alternates(history, newest, size, int(steps[-span])) or self._bounces(history, losses / size, size, steps)
+
+    def _alternates(self, history: History, newest: Array, size: float, step: int) -> Finding | None:
+        if not all(self._opposite(part) for part in newest):
+            return None
+        means, error = newest.mean(axis=1), float(newest.std(axis=1).mean()) / np.sqrt(self.window)
+        if means[-1] < means[0] - 2 * error:
+            return None
+        u = speed(history)
+        evidence = (Evidence("autocorrelation of neighbours", max(self._rho(part) for part in newest), self.correlation),
+                    Evidence("deviation over median", float(newest[-1].std() / abs(middle(newest[-1]))), self.deviation))  # fmt: skip
+        severity = Severity.WARNING if u > self.fast else Severity.INFO
+        message = f"up and down at every step about {number(float(means[-1]) * size)}"
+        because = f"neighbouring losses are opposite, a step changes {number(u)} of the weights"
+        return self._finding(history, step, message, evidence, because, severity)
+
+    def _opposite(self, part: Array) -> bool:
+        return bool(self._rho(part) < self.correlation and part.std() > self.deviation * abs(middle(part)))
+
+    @staticmethod
+    def _rho(part: Array) -> float:
+        """The lag-1 autocorrelation about a quadratic trend; 0 for a constant."""
+        x = np.linspace(-1.0, 1.0, part.size)
+        rest = part - np.polynomial.polynomial.polyval(x, np.polynomial.polynomial.polyfit(x, part, 2))
+        power = float(np.dot(rest, rest))
+        return float(np.dot(rest[1:], rest[:-1])) / power if power > 1e-24 * part.size else 0.0
+
+    def _bounces(self, history: History, losses: Array, size: float, steps: npt.NDArray[np.int64]) -> Finding | None:
+        u = speed(history)
+        span = self.window * self.windows
+        if not u > self.fast or losses.size < span + self.window or losses.min() <= 0:
+            return None
+        sums = np.cumsum(np.concatenate([[0.0], losses]))
+        means = (sums[self.window :] - sums[: -self.window]) / self.window
+        best = int(np.argmin(means[: -span + 1]))
+        held = losses[best : best + self.window]
+        limit = float(means[best]) + max(self.height * float(means[best]), self.errors * float(held.std()) / np.sqrt(self.window))
+        newest = losses[-span:].reshape(self.windows, self.window)
+        error = self.errors * newest.std(axis=1) / np.sqrt(self.window)
+        if not (newest.mean(axis=1) - error > limit).all() or self._raised(history, int(steps[best])):
+            return None
+        low, now = float(means[best]) * size, float(newest[-1].mean()) * size
+        evidence = (Evidence("mean of the newest losses", now, limit * size), Evidence("best mean so far", low), Evidence("median update ratio", u, self.fast))
+        return self._finding(history, int(steps[-span]), f"fell to {number(low)}, then bounces about {number(now)}", evidence,
+                             f"a step changes {number(u)} of the weights")  # fmt: skip
+
+    @staticmethod
+    def _raised(history: History, step: int) -> bool:
+        """The learning rate is higher now than it was at that step."""
+        lr = history.fact("lr")
+        after = np.flatnonzero(history.steps() >= step)
+        return bool(after.size and lr[-1] > lr[after[0]] * (1 + 1e-6))
+
+    def _finding(self, history: History, step: int, message: str, evidence: tuple[Evidence, ...], because: str,
+                 severity: Severity = Severity.WARNING) -> Finding:  # fmt: skip
+        causes, remedies = ranked([
+            (Cause("learning rate too high", 0.7, because), [lr_remedy(history, 0.1), clip_remedy(history)]),
+            (Cause("batches too small", 0.3, "each batch pulls elsewhere"), [Remedy("2 to 4 times the batch size, 32 at least", {"batch_size": 32})]),
+        ])  # fmt: skip
+        severity = Severity.INFO if informational(history) else severity
+        return Finding(self.diagnosis, severity, step, "loss", message, evidence, causes, remedies)
+
+
+@rule
+@dataclass(frozen=True)
+class OscillatingValidation:
+    """oscillating_validation: validation swings up and down (detectors A, oscillating_validation; SYMPTOMS A9).
+
+    Law: of the last 6 changes from one evaluation to the next, 4 are opposite to the one before, both larger than 10 % of the loss
+    and than 5 % of what the run has learned.
+
+    Why: a validation set that is small or drawn anew each time; a learning rate too high; batches too small, above all under
+    batch-norm; a loss that a few samples dominate.
+    Do: evaluate on one fixed set of at least 1000 samples; divide the learning rate by 10, or average the weights (EMA 0.99);
+    batches of 32 or more under batch-norm; look at the samples with the largest validation loss.
+    False alarm: validation noisier than training is normal: swings of a converged run are small beside what it has learned and do
+    not count. Cyclic learning rates swing by design: evaluate at the end of a cycle.
+    """
+
+    diagnosis: ClassVar[str] = "oscillating_validation"
+    reads: ClassVar[tuple[str, ...]] = ("loss", "validation")
+    times: int = readings.SWINGS[0]  # of the last 6 changes are large and opposite; detectors A (4)
+    swing: float = readings.SWING  # of the validation loss: a smaller change is no swing; detectors A (0.1)
+    material: float = readings.SWING_MATERIAL  # of what was learned: the same; our own choice (0.05)
+    calm: float = 0.1  # sd over mean of the training losses above which training swings as well; detectors A, oscillating_loss
+    least: int = 8  # evaluations; our own choice (detectors A: 6), the first changes are those of learning
+    grace: int = 0  # steps; evaluations are counted
+    patience: int = 1  # evaluations; the changes are the patience
+
+    def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
+        read = readings.curves(history)
+        count = readings.swings(read, self.swing, self.material)
+        if len(read) < self.least or count < self.times:
+            return None
+        newest = read.loss[-readings.SWINGS[1] :]
+        low, high = float(newest.min()), float(newest.max())
+        train = read.training[-readings.SWINGS[1] :]
+        restless = bool(np.std(train) > self.calm * abs(np.mean(train)))
+        noisy = f"training {'swings as well' if restless else 'is calm beside it'} ({number(float(train.min()))} to {number(float(train.max()))})"
+        causes, remedies = ranked([
+            (Cause("validation set too small or drawn anew", 0.3 if restless else 0.6, noisy),
+             [Remedy("evaluate on one fixed set of at least 1000 samples", {"look_at": 1000})]),
+            (Cause("learning rate too high", 0.6 if restless else 0.4, noisy), [lr_remedy(history, 0.1)]),
+            (Cause("batches too small", 0.3, "batch-norm statistics of few samples swing"), [Remedy("batch size 32 or more", {"batch_size": 32})]),
+        ])  # fmt: skip
+        severity = Severity.INFO if informational(history) else Severity.WARNING
+        evidence = (Evidence("opposite large changes of the last 6", float(count), float(self.times)), Evidence("lowest", low), Evidence("highest", high))
+        message = f"validation swings between {number(low)} and {number(high)}"
+        return Finding(self.diagnosis, severity, int(read.steps[-readings.SWINGS[1]]), "validation loss", message, evidence, causes, remedies)

@@ -1,0 +1,199 @@
+"""A loss that stands still: from the start, at a height, or bit for bit. Losses and evidence of the other signals in, finding or None out; numpy only.
+
+A noise floor, a plateau before generalisation and a converged run stand still in good health: without evidence of a fault in
+another signal these rules inform, they do not warn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from lossguard import readings
+from lossguard.advice import Advice, converged, informational, lr_remedy, ranked
+from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
+from lossguard.host.history import Array, History
+from lossguard.obstacles import CERTAIN, constant_advice, full_speed_since, plateau_advice, speed, step_size, trained_before
+from lossguard.readings import Curves
+from lossguard.rules.rule import rule
+
+
+@rule
+@dataclass(frozen=True)
+class LossPlateau:
+    """loss_plateau: the loss has not fallen since the start of the run (detectors A, loss_plateau; SYMPTOMS B1).
+
+    Law: 100 steps after the learning rate has reached its peak, the mean of the newest losses (50 or more) is below that of the
+    first 20 neither by 2 % nor by 4 standard errors, and no 50 losses in a row ever were. A warning where another signal leaves its
+    healthy envelope (updates, gradients, units, logits), which is then the first cause; or where a classifier that began without
+    any knowledge stands for 1500 steps. Else it is information, for some tasks learn nothing for long and then everything.
+
+    Why: a learning rate too low or too high; dead, saturated or identical units from a bad initialisation; gradients that do not
+    reach the first layers; labels that do not belong to the inputs; a wrong activation before the loss.
+    Do: what the first cause says; without one, overfit a single batch: if that fails, look at the loss, the output activation and
+    the optimizer's parameters; if it works, look at 20 samples with their labels, then try 0.1 and 10 times the learning rate.
+    False alarm: parity, XOR and modular arithmetic stand at chance for hundreds of steps, a pretrained network has nothing to
+    learn at first, a warm-up is slow: all of these have signals of a healthy size and get a line of information at most for 1500
+    steps. Adversarial and reinforcement losses never warn. ``LossPlateau(long=10000)`` waits longer.
+    """
+
+    diagnosis: ClassVar[str] = "loss_plateau"
+    reads: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "update_norm",
+        "weight_norm",
+        "grad_norm",
+        "dead_fraction",
+        "saturated_fraction",
+        "sample_variance",
+        "logit_peak",
+    )
+    fall: float = 0.02  # of the mean of the first losses; detectors A
+    errors: float = 4.0  # standard errors of the difference of the means; detectors A
+    first: int = 20  # losses of the beginning; detectors A
+    newest: int = 50  # losses of the present, at least; detectors A
+    after: int = 100  # steps at the full learning rate; detectors A
+    full: float = 0.9  # of the peak learning rate: the warm-up is over; our own choice
+    long: int = 1500  # steps after which even a classifier without a visible fault warns; our own choice, known plateaus last about 1000
+    grace: int = 100  # steps; detectors A
+    patience: int = 3  # samples; our own choice
+
+    def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
+        first, losses = history.first_losses(self.first), history.losses()
+        first, losses = first[np.isfinite(first)], losses[np.isfinite(losses)]
+        since = full_speed_since(history, self.full)
+        if first.size < self.first // 2 or history.step < since + self.after or losses.size < self.newest or converged(history):
+            return None
+        start, now = float(first.mean()), losses[-max(self.newest, losses.size // 4) :]
+        error = float(np.hypot(first.std() / np.sqrt(first.size), now.std() / np.sqrt(now.size)))
+        limit = start - min(self.fall * abs(start), self.errors * error)
+        if not float(now.mean()) >= limit or self._ever_fell(losses, start, error):
+            return None
+        causes, remedies = plateau_advice(history)
+        evidence = (Evidence("mean of the newest losses", float(now.mean()), limit), Evidence("mean of the first losses", start))
+        message = f"{number(start)} at first, {number(float(now.mean()))} after {history.step - since} steps at the full learning rate"
+        return Finding(self.diagnosis, self._severity(history, since, causes), since + self.after, "loss", message, evidence, causes, remedies)
+
+    def _ever_fell(self, losses: Array, start: float, error: float) -> bool:
+        """Some block of the losses held was below the beginning: it fell and came back, which is another diagnosis."""
+        blocks = losses[losses.size % self.newest :].reshape(-1, self.newest)
+        means, errors = blocks.mean(axis=1), np.hypot(blocks.std(axis=1) / np.sqrt(self.newest), error)
+        return bool((means < start - np.maximum(self.fall * abs(start), self.errors * errors)).any())
+
+    def _severity(self, history: History, since: int, causes: tuple[Cause, ...]) -> Severity:
+        if informational(history):
+            return Severity.INFO
+        if causes[0].confidence >= CERTAIN:
+            return Severity.WARNING
+        classifier = history.loss_family in ("cross_entropy", "binary") and not trained_before(history)
+        return Severity.WARNING if classifier and history.step - since >= self.long else Severity.INFO
+
+
+@rule
+@dataclass(frozen=True)
+class LearningBottleneck:
+    """learning_bottleneck: neither curve moves any more though the learning rate has not been lowered (detectors A; SYMPTOMS A5, A6).
+
+    Law: over the last 30 % of the evaluations (at least 6) and of at least 300 steps both curves stand still within noise, and the
+    learning rate is at least half of its peak. A noise floor looks the same: it is information, and a warning only where the loss
+    is still above half of its first value and the size of the updates lies outside of the healthy band.
+
+    Why: a learning rate too high to settle, or too low to move; batches too small; a network too small for the data; or the run is
+    done: what is left is noise in the data.
+    Do: divide the learning rate by 10 (multiply it by 10 where the updates are below 1e-4 of the weights); then change the batch
+    size by 2 to 4; then widen the network; if the loss is at its known floor, stop.
+    False alarm: labels with noise and regression on weak inputs settle high in good health: with updates of a healthy size that is
+    never more than information. A warm-up that still goes on is not judged.
+    """
+
+    diagnosis: ClassVar[str] = "learning_bottleneck"
+    reads: ClassVar[tuple[str, ...]] = ("loss", "validation", "update_norm", "weight_norm")
+    share: float = 0.3  # of the evaluations over which nothing moves; detectors A
+    least: int = 6  # evaluations that stand; detectors A has 5 in all
+    span: int = 300  # steps of the run; detectors A
+    lr_share: float = 0.5  # of the peak learning rate; detectors A
+    full: float = 0.9  # of the peak learning rate, reached before the standstill: the warm-up is over; our own choice
+    high: float = 0.5  # of the first losses: above it little was learned; detectors A
+    slow: float = 1e-4  # update ratio below which the learning rate is too low for that; detectors A, target band
+    fast: float = 3e-2  # update ratio above which it is too high; detectors A, target band
+    grace: int = 300  # steps; detectors A
+    patience: int = 1  # evaluations; `least` is the patience
+
+    def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
+        read = readings.curves(history)
+        if history.step < self.span or history.lr < self.lr_share * history.lr_peak:
+            return None
+        count = readings.standing(history, read, self.share, self.least)
+        if not count or read.steps[-1] - read.steps[-count] < self.share * self.span or read.steps[-count] < full_speed_since(history, self.full):
+            return None
+        height = float(read.training[-1]) / read.first if read.positive and read.first > 0 else float("nan")
+        odd = step_size(history, self.slow, self.fast)
+        grave = height > self.high and odd is not None and not informational(history) and not trained_before(history)
+        evidence = (Evidence("training loss over the first losses", height, self.high), Evidence("median update ratio", speed(history)))
+        causes, remedies = self._advice(history, read, odd)
+        message = f"training stands at {number(float(read.training[-1]))} and validation at {number(float(read.loss[-1]))} for {count} evaluations"
+        severity = Severity.WARNING if grave else Severity.INFO
+        return Finding(self.diagnosis, severity, max(int(read.steps[-count]), self.span), "both losses", message, evidence, causes, remedies)
+
+    @staticmethod
+    def _advice(history: History, read: Curves, odd: Cause | None) -> Advice:
+        fell = f"training has come down from {number(read.first)} to {number(float(read.training[-1]))}"
+        done = Cause("nothing left to learn", 0.4, fell + " with updates of a healthy size" * (odd is None))
+        rate = odd or Cause("learning rate too high to settle", 0.3, f"it is {number(history.lr)}, still near its peak")
+        change = lr_remedy(history, 10.0 if rate.name.endswith("low") else 0.1)
+        batch = Remedy("batch size 32, or 2 to 4 times the present one", {"batch_size": 32})
+        return ranked([(rate, [change, batch]), (done, [Remedy("stop, or widen the network", {"steps": int(read.steps[-1])})])])
+
+
+@rule
+@dataclass(frozen=True)
+class ConstantLoss:
+    """constant_loss: the loss is the same for 20 different batches; says what a special value means (detectors A, constant_loss; SYMPTOMS B7, B8).
+
+    Law: the range of 20 losses is at most 1e-6 of their mean. Silent at exactly 0, on a converged run, and while the learning rate is 0.
+    A loss that came down and settled smoothly (full-batch descent) is information only. Values that speak are named: 87.3365 and others
+    are the floor of a softmax that underflows, ln C is that of C equally likely classes.
+
+    Why: the network gives the same output for every sample; logits so large that the softmax underflows; gradients that do not reach
+    the weights; the same number logged again and again.
+    Do: at 87.3365: learning rate divided by 10, last layer's initial weights times 0.1; at ln C: random initialisation instead of zeros,
+    and look for dead units; else look for detach() and no_grad() before the loss.
+    False alarm: one batch used for every step settles smoothly, which is information; a margin loss that is satisfied is exactly 0 and
+    silent.
+    """
+
+    diagnosis: ClassVar[str] = "constant_loss"
+    reads: ClassVar[tuple[str, ...]] = ("loss",)
+    range: float = 1e-6  # of |mean|; detectors A
+    window: int = 20  # losses; detectors A
+    near: float = 0.01  # of the value: the losses before the standstill lie within it if the run settled; our own choice
+    fell: float = 0.9  # value over the first loss below which a settled run has learned something; our own choice
+    grace: int = 0  # steps; the window is the grace
+    patience: int = 1  # answers; the window is the patience
+
+    def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
+        losses = history.losses(self.window)
+        if losses.size < self.window or not np.isfinite(losses).all():
+            return None
+        value, spread = float(losses.mean()), float(losses.max() - losses.min())
+        if value == 0.0 or not spread <= self.range * abs(value) or history.lr == 0.0 or converged(history):
+            return None
+        everything = history.losses()
+        apart = np.flatnonzero(~(np.abs(everything - value) <= self.range * abs(value)))
+        since = int(apart[-1]) + 1 if apart.size else 0
+        since = min(since, everything.size - self.window)
+        causes, remedies = constant_advice(history, value)
+        severity = Severity.INFO if informational(history) or self._settled(everything, since, value) else Severity.WARNING
+        lasts = Evidence("losses in a row", float(everything.size - since), float(self.window))
+        evidence = (Evidence("range over mean", spread / abs(value), self.range), lasts)
+        return Finding(self.diagnosis, severity, int(history.loss_steps()[since]), "loss", f"it is {number(value)} for every batch", evidence, causes, remedies)
+
+    def _settled(self, losses: Array, since: int, value: float) -> bool:
+        """The loss came down and approached the value smoothly."""
+        before, first = losses[max(0, since - self.window) : since], losses[np.isfinite(losses)][0]
+        return bool(before.size >= 3 and value < first - (1 - self.fell) * abs(first) and (np.abs(before - value) <= self.near * abs(value))[-3:].all())
