@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lossguard.device.outputs import float_tensors
 from lossguard.device.tape import Pulse
+from lossguard.fingerprint import Fingerprints
 from lossguard.host.handover import Handover, host_view
 
 MAX_LEAVES = 2  # float tensors of a batch looked at in every step
@@ -47,12 +48,15 @@ class Pulses:
         self._first = 0
         self._batch: Any = None
         self._looked: list[int] = []  # how many leaves were looked at in each step of the block
+        self._printed: list[bool] = []  # whether the first column of each step tells its batch from others
+        self._prints = Fingerprints()
         self._no_grad = torch.no_grad()
         self._host: Any = None  # the block as numpy where it lies in host memory
 
-    def show(self, batch: Any) -> None:
-        """The coming step's batch; its float tensors are summed when the step ends."""
+    def show(self, batch: Any, *, handed: bool = False) -> None:
+        """The coming step's batch; its float tensors are summed when the step ends. handed: by a loader, so that it should be new."""
         self._batch = batch
+        self._prints.show(batch[0], handed=handed)
 
     def write(self, step: int, terms: Mapping[str, Tensor | float]) -> bool:
         """One step's numbers. True if they lie in host memory already and one is not finite."""
@@ -64,6 +68,7 @@ class Pulses:
             sick = self._host is not None and not all(map(math.isfinite, self._host[row, MAX_LEAVES:].tolist()))
             if self._batch is not None and (sick or self._host is None):  # where the loss is at hand, a finite one clears its batch
                 self._looked[-1:] = [self._look(pulse)]
+            self._printed[-1:] = [self._prints.write(pulse.cells[row][0], None if self._host is None else self._host[row], self._looked[-1])]
         self._batch = None
         pulse.advance()
         return sick
@@ -79,9 +84,9 @@ class Pulses:
         """Hand the block over, complete or not, and start the next."""
         if self._pulse is not None and self._pulse.filled:
             filled = self._pulse.filled
-            self._handover.send(self._first + filled - 1, self._pulse.block[:filled], ("pulse", self._first, self._looked, self._names))
+            self._handover.send(self._first + filled - 1, self._pulse.block[:filled], ("pulse", self._first, self._looked, self._names, self._printed))
             self._pulse.clear()
-            self._looked = []
+            self._looked, self._printed = [], []
 
     @property
     def full(self) -> bool:
@@ -105,6 +110,7 @@ class Pulses:
         if not self._pulse.filled:
             self._first = step
         self._looked.append(0)
+        self._printed.append(False)
         return self._pulse
 
     def _look_at(self, column: int, leaf: Tensor, pulse: Pulse) -> int:

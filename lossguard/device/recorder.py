@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lossguard.device import graph, roles, signals
 from lossguard.device.bank import Bank
+from lossguard.device.extras import Extras
 from lossguard.device.forward import Forward
 from lossguard.device.functional import GradientRows
 from lossguard.device.logits import logits_numbers
@@ -58,6 +59,7 @@ class Recorder:
         self._passes: dict[int, int] = {}  # of several optimizers: backward passes since the last update of each
         self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient after the last update
         self._functional = GradientRows()
+        self.extras = Extras(model, optimizers)
 
     # ---- phases
 
@@ -74,6 +76,7 @@ class Recorder:
         self._kept_before.clear()
         self._updated.clear()
         self.forward.begin()
+        self.extras.begin()
         for row in self._rows.values():
             row.discard()
 
@@ -104,6 +107,7 @@ class Recorder:
                 if bank.optimizer in self._updated:
                     continue  # already stepped: what arrives now is not its own
                 self._record_bank(k, bank)
+            self.extras.backward_done(self.row, scaled=self.scaler is not None)
 
     def before_update(self, index: int) -> None:
         """Optimizer ``index`` is about to step: see what clipping did since the backward pass."""
@@ -114,6 +118,7 @@ class Recorder:
         if not self.on:
             return
         with torch.no_grad():
+            self.extras.before_update(index)
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
                     bank.record_probes(self.row(bank.device))
@@ -133,6 +138,7 @@ class Recorder:
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
                     bank.record_after(self.row(bank.device))
+            self.extras.after_update(index, self.facts, self.row)
         self._updated.add(index)
         self.facts["stepped"] = 1.0
         self._read_rates()
@@ -189,6 +195,7 @@ class Recorder:
         self._signature = roles.signature(self.optimizers)
         self._kept_before.clear()
         self._functional.forget()
+        self.extras.plan(self.roster.trained)
         if self.graph is not None:
             self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
 
@@ -248,6 +255,7 @@ class Recorder:
         site = self.forward.add(name, kind, tensor)
         if site is None:
             return
+        self.extras.module_called(site.index, site.name, kind, args, tensor, self.row(tensor.device))
         if self.graph is None and tensor.grad_fn is not None:
             self._producers[tensor.grad_fn] = site.name
         elif self.graph is not None and self.graph.head == site.name and not self._criterion_seen:

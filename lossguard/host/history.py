@@ -92,7 +92,7 @@ class History:
         self.loss_family = loss_family  # "cross_entropy", "binary", "mse", ..., "unknown"
         self.optimizers = optimizers
         self.notes: dict[str, Any] = {}  # host-known facts that hold for the whole run, such as "missing_from_optimizer"
-        self._losses = np.full((losses, 3), np.nan)  # step, total, input finite (1), not (0), not looked at (NaN)
+        self._losses = np.full((losses, 4), np.nan)  # step, total, input finite (1), not (0), not looked at (NaN); fingerprint of the batch
         self._terms: dict[str, Array] = {}
         self._loss_count = 0
         self._capacity = samples
@@ -107,10 +107,10 @@ class History:
 
     # ---- what arrives
 
-    def add_loss(self, step: int, total: float, terms: Mapping[str, float] | None = None, input_finite: float = np.nan) -> None:
-        """One step's loss, its named terms if it has any, and whether the batch was finite (1, 0, NaN: not looked at)."""
+    def add_loss(self, step: int, total: float, terms: Mapping[str, float] | None = None, input_finite: float = np.nan, fingerprint: float = np.nan) -> None:
+        """One step's loss, its named terms if it has any, whether the batch was finite (1, 0, NaN: not looked at), and its fingerprint."""
         self.memo.clear()
-        self._losses[self._loss_count % len(self._losses)] = step, total, input_finite
+        self._losses[self._loss_count % len(self._losses)] = step, total, input_finite, fingerprint
         for name in terms or {}:
             self._terms.setdefault(name, np.full(len(self._losses), np.nan))
         for name, ring in self._terms.items():
@@ -192,6 +192,10 @@ class History:
     def inputs(self, n: int | None = None) -> Array:
         """Whether the batches of :meth:`losses` were finite: 1 yes, 0 no, NaN not looked at."""
         return self._loss_rows(n)[:, 2]
+
+    def fingerprints(self, n: int | None = None) -> Array:
+        """A number for the batch of each of :meth:`losses`, equal where batches are equal; NaN where none was shown."""
+        return self._loss_rows(n)[:, 3]
 
     def validations(self) -> Array:
         """The evaluations so far, oldest first: (n, 2), the step before each and its loss."""
