@@ -39,7 +39,7 @@ class AttentionLogits:
 
     def begin(self) -> None:
         """A new step."""
-        self._settled = self._settled or bool(self.sites) and self._measured
+        self._settled = self._settled or (bool(self.sites) and self._measured)
         self._turn += self._measured
         self._measured = False
 

@@ -1,6 +1,20 @@
 """Rules over the history: numpy only. Importing this package fills the registry."""
 
-from lossguard.rules import activations, curves, gradients, numeric, softmax, updates
+from lossguard.rules import activations, attention, curves, gradients, initialization, loader, numeric, precision, softmax, updates
 from lossguard.rules.rule import RULES, Rule, rule
 
-__all__ = ["RULES", "Rule", "activations", "curves", "gradients", "numeric", "rule", "softmax", "updates"]
+__all__ = [
+    "RULES",
+    "Rule",
+    "activations",
+    "attention",
+    "curves",
+    "gradients",
+    "initialization",
+    "loader",
+    "numeric",
+    "precision",
+    "rule",
+    "softmax",
+    "updates",
+]

@@ -15,7 +15,8 @@ from lossguard.rules.rule import Rule
 
 _DIVERGENCE = ("nonfinite_loss", "nonfinite_activation", "nonfinite_gradient", "nonfinite_weight", "exploding_gradient",
                "diverging_loss", "loss_spike", "saturated_softmax", "saturated_activation", "collapsed_activation", "dead_relu",
-               "vanishing_gradient", "constant_loss", "clipping_dominates", "unchanged_weights", "update_ratio_low")  # fmt: skip
+               "vanishing_gradient", "constant_loss", "clipping_dominates", "unchanged_weights", "update_ratio_low",
+               "attention_logit_growth", "overflow_risk", "skipped_steps")  # fmt: skip
 _COLLAPSE = ("constant_loss", "unchanged_weights", "update_ratio_low")
 _NO_SIGNAL = ("vanishing_gradient", "collapsed_activation", "constant_loss", "unchanged_weights", "update_ratio_low")
 
@@ -24,6 +25,7 @@ _NO_SIGNAL = ("vanishing_gradient", "collapsed_activation", "constant_loss", "un
 FOLLOWS: dict[str, tuple[str, ...]] = {
     "nonfinite_input": (*_DIVERGENCE, "update_ratio_high"),
     "missing_zero_grad": (*_DIVERGENCE, "update_ratio_high"),
+    "poor_initialization": (*_DIVERGENCE, "update_ratio_high"),
     "unchanged_weights": _NO_SIGNAL,
     "update_ratio_high": _DIVERGENCE,
     "exploding_gradient": (*_DIVERGENCE, "update_ratio_high"),
@@ -31,6 +33,8 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "nonfinite_gradient": (*_DIVERGENCE, "update_ratio_high"),
     "nonfinite_weight": (*_DIVERGENCE, "update_ratio_high"),
     "nonfinite_loss": (*_DIVERGENCE, "update_ratio_high"),
+    "overflow_risk": ("skipped_steps",),
+    "attention_logit_growth": ("saturated_softmax", "loss_spike", "diverging_loss", "vanishing_gradient", "exploding_gradient"),
     "saturated_softmax": ("vanishing_gradient", "constant_loss", "loss_spike", "diverging_loss", "update_ratio_low"),
     "dead_relu": _NO_SIGNAL,
     "saturated_activation": _NO_SIGNAL,

@@ -24,6 +24,7 @@ from lossguard.advice import (
 )
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask
+from lossguard.rules.precision import HALVES, rounded_away, rounding_advice
 from lossguard.rules.rule import rule
 
 
@@ -142,6 +143,7 @@ class UpdateRatioLow:
     ratio: float = 1e-6  # median of u; detectors A
     span: int = 20  # steps; detectors A
     least: int = 3  # samples in the span; a median over matrices is steady
+    moved: float = 0.01  # share of elements of weights in halves that change in a step, though their gradients are not zero; detectors A
     grace: int = 20  # steps; detectors A, machinery 3
     patience: int = 1  # samples; the span is the patience
 
@@ -154,6 +156,9 @@ class UpdateRatioLow:
         lr = history.fact("lr", n)
         if np.isfinite(lr).all() and lr[-1] > lr[0] * (1 + 1e-6):
             return None
+        rounded = rounded_away(self.diagnosis, history, self.span, self.least, self.moved)
+        if rounded is not None:
+            return rounded
         each = typical(u)[able]
         each = each[np.isfinite(each)]
         median = middle(each) if each.size else float("nan")
@@ -306,9 +311,9 @@ class UnchangedWeights:
         if gradient == 0:
             remedy = Remedy(f"look for dead units or a multiplication by 0 after {name}", {"parameter": name})
             return Cause("zero gradient", 0.7, f"the gradient of {name} is exactly 0"), remedy
-        if first.dtype != "float32" or history.lr < 1e-8:
+        if first.dtype in HALVES or history.lr < 1e-8:
             share = f"lr {number(history.lr)} times a gradient of {number(float(gradient))} is below the spacing of {first.dtype}"
-            remedy = Remedy(f"keep float32 master weights for {name}, or {lr_remedy(history, 10.0)}", {"lr": history.lr * 10})
-            return Cause("rounding", 0.8, share), remedy
+            cause, tries = rounding_advice(history, share)
+            return cause, tries[0]
         remedy = Remedy(f"check the optimizer's group of {name}: its lr, and who restores its weights", {"parameter": name})
         return Cause("frozen by mistake", 0.5, f"{name} has a gradient of {number(float(gradient))} and no update"), remedy
