@@ -34,6 +34,7 @@ class Introduction:
             for t in roster.trained
         ]
         history.notes.update(missing_from_optimizer=tuple(roster.missing), foreign_in_optimizer=roster.foreign, trainable=len(roster.trained))
+        history.notes["plain_loss"] = graph is not None and graph.plain
         if graph and not self._declared and graph.loss_family != "unknown":
             history.loss_family = graph.loss_family
 

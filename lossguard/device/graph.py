@@ -30,6 +30,8 @@ VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "Transpos
 NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0", "NativeLayerNormBackward0", "NativeGroupNormBackward0")
 BATCH_NORMS = NORMS[:3]
 LINEAR = ("AddmmBackward0", "ConvolutionBackward0", "LinearBackward0")
+SAFE = ("cross_entropy", "mse", "huber", "binary")
+SCALINGS = ("DivBackward", "MulBackward", "MeanBackward", "SumBackward")  # of a loss that was reduced or scaled
 RELUS = ("ReluBackward0", "ThresholdBackward0", "HardtanhBackward0")
 OPAQUE = {"CompiledFunctionBackward": "compiled", "CheckpointFunctionBackward": "reentrant checkpoint"}
 
@@ -43,6 +45,8 @@ class GraphFacts:
     head_dim: int = -1  # the class dimension there
     relu_parameters: list[int] = field(default_factory=list)  # ids of the 1-d parameters right before a ReLU that no hook saw
     cancelled: set[int] = field(default_factory=set)  # ids of biases that only feed a batch-norm
+    plain: bool = False  # the loss itself, or all of its terms, is a built-in loss that is finite for all finite outputs
+    attentions: int = 0  # fused attentions
     opaque: set[str] = field(default_factory=set)  # regions that cannot be read, such as "compiled"
 
 
@@ -54,6 +58,7 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
     for root in roots:
         if facts.head is None:
             _read_head(root, producers, facts)
+    facts.plain = bool(roots) and all(_plain(root) for root in roots) and (facts.head is not None or not any(_is_nll(root) for root in roots))
     seen, queue = set(roots), deque(roots)
     while queue and len(seen) < MAX_NODES:
         node = queue.popleft()
@@ -63,6 +68,7 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
                 facts.opaque.add(what)
         if facts.loss_family == "unknown" and name in FAMILIES:
             facts.loss_family = FAMILIES[name]
+        facts.attentions += name.startswith("ScaledDotProduct")
         if name in RELUS and node not in hooked:
             _read_relu(node, facts)
         if name in BATCH_NORMS:
@@ -72,6 +78,25 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
                 seen.add(child)
                 queue.append(child)
     return facts
+
+
+def _plain(root: Any) -> bool:
+    """Whether this is a built-in loss, perhaps reduced or scaled."""
+    return FAMILIES.get(_unscaled(root).name()) in SAFE
+
+
+def _is_nll(root: Any) -> bool:
+    return bool(_unscaled(root).name().startswith("NllLoss"))
+
+
+def _unscaled(node: Any) -> Any:
+    """Behind a loss's reduction and scaling."""
+    for _ in range(4):
+        below = [child for child, _ in node.next_functions if child is not None]
+        if not node.name().startswith(SCALINGS) or len(below) != 1:
+            break
+        node = below[0]
+    return node
 
 
 def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts) -> None:

@@ -21,7 +21,7 @@ class AttentionLogitGrowth:
     Law: in each of the last samples of 20 steps S > 50, and S has at least doubled since the start: a warning, above 100
     an error. S is max |q.k| / sqrt(d): of softmax modules over all of a sample of rows, of fused attentions over at most
     64 queries and keys of the first sequence, so a sample, which can only be too small. Once the loss has been halved only
-    S > 1e4 counts, beyond which every run of the literature diverged. Healthy runs stay below 9.
+    S > 1000 counts, where the literature finds losses to worsen (beyond 1e4 every run diverged). Healthy runs stay below 9.
 
     Why: a learning rate too high for query and key weights; a missing or too short warm-up; no normalisation of query and
     key at large scale; weight decay 0 on them.
@@ -36,8 +36,9 @@ class AttentionLogitGrowth:
     reads: ClassVar[tuple[str, ...]] = ("attention_logit", "logit_peak")
     level: float = 50.0  # |q.k| / sqrt(d), warns; detectors A, healthy <= 9
     grave: float = 100.0  # |q.k| / sqrt(d), error; detectors A
-    certain: float = 1e4  # |q.k| / sqrt(d) that counts though the loss was halved; detectors A
+    certain: float = 1e3  # |q.k| / sqrt(d) that counts though the loss was halved; detectors (the loss worsens near 1e3, beyond 1e4 all diverged)
     growth: float = 2.0  # times the first value; our own choice, pretrained attentions may begin large
+    doublings: float = 8.0  # times the first value, for information although the loss was halved; detectors A (S doubling 3 times)
     learned: float = 0.5  # loss over the first loss below which sharp heads are what was learned; our own choice
     span: int = 20  # steps; detectors A (10 in a row)
     least: int = 3  # samples in the span
@@ -52,14 +53,19 @@ class AttentionLogitGrowth:
         signals = [s for s in self.reads if n and reach(history, s, n)[1] > self.level]
         if not signals:
             return None
-        limit = self.certain if fallen(history) < self.learned else self.level
-        for signal in signals:
-            values = self._sick(history, signal, max(n, self.turns * self.round) if signal == "attention_logit" else n, limit)
-            if np.isfinite(values).any():
-                return self._finding(history, signal, n, values)
+        learned = fallen(history) < self.learned
+        for limit, growth, severity in (
+            ((self.certain, self.growth, Severity.ERROR), (self.grave, self.doublings, Severity.INFO))
+            if learned
+            else ((self.grave, self.growth, Severity.ERROR), (self.level, self.growth, Severity.WARNING))
+        ):
+            for signal in signals:
+                values = self._sick(history, signal, max(n, self.turns * self.round) if signal == "attention_logit" else n, limit, growth)
+                if np.isfinite(values).any():
+                    return self._finding(history, signal, n, values, limit, severity)
         return None
 
-    def _sick(self, history: History, signal: str, n: int, limit: float) -> Array:
+    def _sick(self, history: History, signal: str, n: int, limit: float, growth: float) -> Array:
         """The typical value of each site that is out of scale, NaN elsewhere."""
         values = history.last(signal, n)
         values = np.where(np.isfinite(values), values, np.nan)
@@ -67,12 +73,12 @@ class AttentionLogitGrowth:
         enough = (~np.isnan(values)).sum(axis=0) >= (self.turns if signal == "attention_logit" else self.least)
         born = history.born(signal)[: values.shape[1]]
         with np.errstate(invalid="ignore"):
-            sick = enough & (low > limit) & (low < high) & (low > self.growth * born)
+            sick = enough & (low > limit) & (low < high) & (low > growth * born)
         if signal == "logit_peak":
             sick &= np.array([i < len(history.heads) and history.heads[i] != "loss" for i in range(sick.size)], dtype=np.bool_)
         return np.where(sick, typical(values), np.nan)
 
-    def _finding(self, history: History, signal: str, n: int, values: Array) -> Finding:
+    def _finding(self, history: History, signal: str, n: int, values: Array, limit: float, severity: Severity) -> Finding:
         worst = int(np.nanargmax(values))
         peak, born = float(values[worst]), float(history.born(signal)[worst])
         names = [self._name(history, signal, int(i)) for i in np.flatnonzero(np.isfinite(values))]
@@ -84,11 +90,10 @@ class AttentionLogitGrowth:
             (Cause("query and key are not normalised", 0.4, "their product has no bound of its own"), [normalise]),
         ])  # fmt: skip
         evidence = (
-            Evidence("largest attention logit (of a sample)", peak, self.level),
+            Evidence("largest attention logit (of a sample)", peak, limit),
             Evidence("times its first value", peak / born if born else peak, self.growth),
         )
         message = f"its logits reach {number(peak)}, they began at {number(born)}: the attention becomes one-hot ({listing(names)})"
-        severity = Severity.ERROR if peak > self.grave else Severity.WARNING
         return Finding(self.diagnosis, severity, int(history.steps(n)[0]), name, message, evidence, causes, remedies)
 
     @staticmethod

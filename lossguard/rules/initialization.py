@@ -98,8 +98,9 @@ class PoorInitialization:
         message = f"the scale {word} by {number(mean)} from layer to layer, {number(total)} times over {gains.size + 1} layers"
         return self._finding(history, first, message, evidence, f"weights too {end}", f"gain {number(mean)} in {gains.size} steps of depth")
 
-    def _gains(self, history: History) -> tuple[Array, str]:
-        """The gains between layers that follow one another, without a normalisation between; the last layer does not count."""
+    @staticmethod
+    def _gains(history: History) -> tuple[Array, str]:
+        """The gains along the longest chain of layers without a normalisation between; the last layer does not count."""
         rms = history.born("activation_rms")
         layers: list[tuple[int, str, float]] = []
         chain = 0
@@ -108,8 +109,9 @@ class PoorInitialization:
             if unit.kind.startswith(_MATRICES) or unit.kind.removeprefix("Lazy").startswith(_MATRICES):
                 layers.append((chain, unit.name, value))
         layers = [x for x in layers[:-1] if np.isfinite(x[2]) and x[2] > 0]
-        gains = [b[2] / a[2] for a, b in pairwise(layers) if a[0] == b[0]]
-        return np.array(gains), layers[0][1] if layers else ""
+        chains = [[x for x in layers if x[0] == number] for number in range(chain + 1)]
+        longest = max(chains, key=len)
+        return np.array([b[2] / a[2] for a, b in pairwise(longest)]), longest[0][1] if longest else ""
 
     def _finding(self, history: History, where: str, message: str, evidence: Evidence, cause: str, because: str) -> Finding:
         tanh = any(u.kind in ("Tanh", "Sigmoid") for u in history.units)

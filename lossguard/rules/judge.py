@@ -34,6 +34,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "nonfinite_weight": (*_DIVERGENCE, "update_ratio_high"),
     "nonfinite_loss": (*_DIVERGENCE, "update_ratio_high"),
     "overflow_risk": ("skipped_steps",),
+    "skipped_steps": _NO_SIGNAL,
     "attention_logit_growth": ("saturated_softmax", "loss_spike", "diverging_loss", "vanishing_gradient", "exploding_gradient"),
     "saturated_softmax": ("vanishing_gradient", "constant_loss", "loss_spike", "diverging_loss", "update_ratio_low"),
     "dead_relu": _NO_SIGNAL,

@@ -10,9 +10,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import batch_remedy, input_is_bad, listing, nonfinite_advice, ranked, row_at, sick_before
+from lossguard.advice import batch_remedy, input_is_bad, listing, ranked, row_at
 from lossguard.findings import Cause, Evidence, Finding, Severity, number
 from lossguard.host.history import History, Mask
+from lossguard.rules.blame import nonfinite_advice, sick_before
 from lossguard.rules.rule import rule
 
 

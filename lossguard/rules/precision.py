@@ -148,7 +148,7 @@ def collapsing_scale(diagnosis: str, history: History, after: int, halvings: int
         return None
     scale, steps = scale[late], steps[late]
     near = steps >= steps[-1] - span
-    top = int(np.argmax(np.where(near, scale, -np.inf)))
+    top = scale.size - 1 - int(np.argmax(np.where(near, scale, -np.inf)[::-1]))  # the last time that it was that high
     if not (scale[-1] < 1.0 or scale[top] >= scale[-1] * 2.0**halvings):
         return None
     cause = Cause("non-finite gradients", 0.8, "a scale this small should overflow nowhere: the gradients themselves are not finite")
@@ -166,7 +166,7 @@ def silent_skips(diagnosis: str, history: History, window: int, share: float, le
     accumulation inside of the optimizer.
     """
     updates, seen, total = history.last("update_norm", window), history.seen("update_norm", window), history.last("grad_total", window)
-    if len(updates) < window or not updates.size or not total.size or any(p.dtype in HALVES for p in history.params) or converged(history):
+    if len(updates) < least + least or not updates.size or not total.size or any(p.dtype in HALVES for p in history.params) or converged(history):
         return None
     if "LBFGS" in str(history.facts().get("optimizer_name")):
         return None
@@ -174,7 +174,7 @@ def silent_skips(diagnosis: str, history: History, window: int, share: float, le
     fact = history.fact("stepped", window), history.fact("lr", window)
     still &= (fact[0] == 1.0) & ~(fact[1] <= 0)
     moved = seen.any(axis=1) & ~still
-    if still.sum() < max(least, share * window) or not moved.any() or not still[-window // 2 :].any():
+    if still.sum() < max(least, share * window) or not moved.any() or not still[-least:].any():
         return None
     usual = typical(total[moved, :1])[0]
     with np.errstate(invalid="ignore"):
@@ -184,9 +184,9 @@ def silent_skips(diagnosis: str, history: History, window: int, share: float, le
         return None
     many, name = int(still.sum()), str(history.facts().get("optimizer_name") or "the optimizer")
     look = Remedy(f"look at what {name}, or the engine around it, skips on (overflow, gradient norm)", {"look_at": many})
-    causes, remedies = ranked([(Cause("an engine skips updates", 0.7, f"{many} of {window} sampled steps moved no weight at all"), [look])])
-    message = f"{many} of {window} updates changed nothing although {name} stepped on gradients as large as ever"
-    evidence = (Evidence("updates left out", float(many), share * window),)
+    causes, remedies = ranked([(Cause("an engine skips updates", 0.7, f"{many} of {len(steps)} sampled steps moved no weight at all"), [look])])
+    message = f"{many} of {len(steps)} updates changed nothing although {name} stepped on gradients as large as ever"
+    evidence = (Evidence("updates left out", float(many), float(least)),)
     return Finding(diagnosis, Severity.WARNING, int(steps[np.argmax(still)]), "optimizer.step", message, evidence, causes, remedies)
 
 

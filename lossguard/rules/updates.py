@@ -228,6 +228,8 @@ class UnchangedWeights:
         if n < self.span or stepped[-1] == 1.0 or np.isnan(stepped).any() or stepped.any() or self._moved(history, n).any():
             return None
         total = history.last("grad_total")
+        if history.facts().get("scaler") == 1.0 and total.size and not np.isfinite(total[-1, 0]):
+            return None  # skipped by the loss scaler
         ends = [typical(part)[0] for part in (total[:5], total[-5:])] if total.size else [np.nan, np.nan]
         if ends[1] > self.accumulating * ends[0] and n < self.patient:
             return None
