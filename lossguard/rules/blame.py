@@ -41,7 +41,7 @@ def explosion(history: History, step: int) -> str:
     before, after, over = loss_growth(history, step)
     # where the loss of the step is not finite, the gradient and the update of the step came after it and tell nothing of its cause
     at = row_at(history, step)
-    late = int(history.samples > 0 and history.steps(1)[0] == step and at is not None and not np.isfinite(history.losses()[at]))
+    late = int((history.steps() >= step).sum()) if at is not None and not np.isfinite(history.losses()[at]) else 0
     grown, ratio = gradient_growth(history, late), history.last("update_ratio", 3 + late)
     ratio = ratio[: len(ratio) - late]
     words = []
@@ -57,24 +57,30 @@ def explosion(history: History, step: int) -> str:
 
 def sound_outputs(history: History, step: int) -> str:
     """What speaks for the loss function: at this very step every module's output was finite and of moderate size. Empty otherwise."""
-    if not history.samples or history.steps(1)[0] != step or not history.seen("activation_rms", 1).any():
-        return ""
-    rms = history.last("activation_rms", 1)[history.seen("activation_rms", 1)]
-    if not np.isfinite(rms).all() or rms.max() > SOUND_RMS:
+    rms, seen = _outputs(history, step)
+    rms = rms[seen]
+    if not rms.size or not np.isfinite(rms).all() or rms.max() > SOUND_RMS:
         return ""
     return f"all {rms.size} module outputs of this step are finite (largest rms {number(float(rms.max()))})"
 
 
 def sick_outputs(history: History, step: int) -> str:
     """What speaks for an overflow in the forward pass: at this very step an output was not finite, with sound input and weights."""
-    if not history.samples or history.steps(1)[0] != step:
-        return ""
-    bad = np.flatnonzero((history.seen("activation_rms", 1) & ~np.isfinite(history.last("activation_rms", 1))).any(axis=0))
+    rms, seen = _outputs(history, step)
+    bad = np.flatnonzero(seen & ~np.isfinite(rms))
     if not bad.size:
         return ""
     unit = history.units[bad[0]] if bad[0] < len(history.units) else None
     where = f"{unit.name} ({unit.kind})" if unit is not None else f"module call {bad[0]}"
     return f"{where} is the first whose output is not finite, and the loss was calm before"
+
+
+def _outputs(history: History, step: int) -> tuple[Array, Mask]:
+    """What the modules gave at this very step, and which were measured; nothing if it was not sampled."""
+    back = int((history.steps() >= step).sum())
+    if not back or history.steps(back)[0] != step or not history.last("activation_rms", 1).size:
+        return np.empty(0), np.zeros(0, dtype=np.bool_)
+    return history.last("activation_rms", back)[0], history.seen("activation_rms", back)[0]
 
 
 def sick_before(history: History) -> str | None:
@@ -114,13 +120,13 @@ def _without_trace(history: History, step: int) -> list[tuple[Cause, list[Remedy
     lower = Remedy("subtract the maximum before exp, use log_softmax, or clamp what is given to exp", {"activation": "log_softmax"})
     safe = bool(history.notes.get("plain_loss"))  # it is finite for all finite outputs
     forward = sick_outputs(history, step) or (f"{calm}, and this loss is finite for all finite outputs" if safe else "")
-    confidence = 0.8 if over and looked else 0.5
+    confidence = 0.8 if over and looked else 0.45
     pairs = [(Cause("loss function", 0.3 if forward else confidence, f"{calm} and the weights are finite"), [GUARD])]
     if forward:
         pairs.append((Cause("overflow in forward", min(0.7, confidence), forward), [lower, lr_remedy(history, 0.1)]))
     if not looked:
         show = Remedy("show the guard the batches: for x, y in guard.batches(loader)", {"look_at": step})
-        pairs.append((Cause("bad input", 0.4, "the batch of this step was not shown to the guard"), [show]))
+        pairs.append((Cause("bad input", 0.5 if safe else 0.4, "the batch of this step was not shown to the guard"), [show]))
     pairs.append((Cause("exploding gradient", 0.3, "growth within a single step leaves no trace"), [lr_remedy(history, 0.1)]))
     return pairs
 
