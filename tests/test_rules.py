@@ -17,10 +17,22 @@ from lossguard.host.history import History, Param, Sample, Unit
 from lossguard.rules import RULES
 from lossguard.rules.judge import Judge
 
-PER_PARAMETER = ("grad_norm", "weight_norm", "update_norm")
-PER_UNIT = ("activation_rms", "sample_variance", "zero_fraction", "dead_fraction", "saturated_fraction")
+PER_PARAMETER = ("grad_norm", "weight_norm", "update_norm", "rounded_away", "gradient_reach", "weight_range")
+PER_UNIT = ("activation_rms", "sample_variance", "zero_fraction", "dead_fraction", "saturated_fraction", "activation_reach", "attention_logit")
 PER_HEAD = ("logit_peak", "confident_fraction", "log_normalizer", "confident_wrong", "label_nll")
-SIGNALS = {"loss", "grad_rms", "grad_total", "update_ratio", "input_rms", "clip_coefficient", "consecutive_skips", *PER_PARAMETER, *PER_UNIT, *PER_HEAD}
+SIGNALS = {
+    "loss",
+    "grad_rms",
+    "grad_total",
+    "update_ratio",
+    "input_rms",
+    "clip_coefficient",
+    "consecutive_skips",
+    "frozen_update",
+    *PER_PARAMETER,
+    *PER_UNIT,
+    *PER_HEAD,
+}
 
 PARAMS = [
     Param("embed.weight", 32000, "embedding", module="Embedding"),

@@ -58,7 +58,7 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
     for root in roots:
         if facts.head is None:
             _read_head(root, producers, facts)
-    facts.plain = bool(roots) and all(_plain(root) for root in roots) and (facts.head is not None or not any(_is_nll(root) for root in roots))
+    facts.plain = plain(losses)
     seen, queue = set(roots), deque(roots)
     while queue and len(seen) < MAX_NODES:
         node = queue.popleft()
@@ -80,13 +80,19 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
     return facts
 
 
-def _plain(root: Any) -> bool:
-    """Whether this is a built-in loss, perhaps reduced or scaled."""
-    return FAMILIES.get(_unscaled(root).name()) in SAFE
+def plain(losses: Sequence[Tensor]) -> bool:
+    """Whether each term is a built-in loss, perhaps reduced or scaled, that is finite for all finite outputs."""
+    nodes = [_unscaled(loss.grad_fn) for loss in losses if loss.grad_fn is not None]
+    return bool(nodes) and all(FAMILIES.get(n.name()) in SAFE and (not n.name().startswith("NllLoss") or _of_softmax(n)) for n in nodes)
 
 
-def _is_nll(root: Any) -> bool:
-    return bool(_unscaled(root).name().startswith("NllLoss"))
+def _of_softmax(node: Any) -> bool:
+    """Whether it is given log-probabilities by torch's own log_softmax."""
+    for _ in range(4):
+        node = node.next_functions[0][0] if node.next_functions else None
+        if node is None or not node.name().rstrip("0123456789").startswith(VIEWS):
+            break
+    return node is not None and bool(node.name().startswith(SOFTMAXES[0]))
 
 
 def _unscaled(node: Any) -> Any:

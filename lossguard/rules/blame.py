@@ -30,7 +30,8 @@ def nonfinite_advice(history: History, step: int) -> Advice:
         pairs.append((cause, [Remedy(f"go back to a checkpoint before step {step}, then {lr_remedy(history, 0.1)}", {"rewind_before": step})]))
     because, sound = explosion(history, step), sound_outputs(history, step)
     if because:
-        pairs.append((Cause("exploding gradient", 0.6 if sound else 0.9, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
+        confidence = 0.6 if sound and not because.startswith("loss") else 0.9  # a loss that grew step by step is one (C1), a calm one is not (C2)
+        pairs.append((Cause("exploding gradient", confidence, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
     if sound and not pairs[: len(pairs) - bool(because)]:
         pairs.append((Cause("loss function", 0.8, sound), [GUARD]))
     return ranked(pairs or _without_trace(history, step))
@@ -118,7 +119,7 @@ def _without_trace(history: History, step: int) -> list[tuple[Cause, list[Remedy
     at = row_at(history, step)
     looked = at is not None and bool(np.isfinite(history.inputs()[at]))
     lower = Remedy("subtract the maximum before exp, use log_softmax, or clamp what is given to exp", {"activation": "log_softmax"})
-    safe = bool(history.notes.get("plain_loss"))  # it is finite for all finite outputs
+    safe = bool(history.facts().get("plain_loss", history.notes.get("plain_loss")))  # it is finite for all finite outputs
     forward = sick_outputs(history, step) or (f"{calm}, and this loss is finite for all finite outputs" if safe else "")
     confidence = 0.8 if over and looked else 0.45
     pairs = [(Cause("loss function", 0.3 if forward else confidence, f"{calm} and the weights are finite"), [GUARD])]
