@@ -73,6 +73,9 @@ def healthy_step(step: int, rng: np.random.Generator, scale: float) -> tuple[Val
         "logit_peak": 8 * noise(2), "confident_fraction": np.array([0.4, 0.1]) * noise(2), "log_normalizer": 3 * noise(2),
         "confident_wrong": np.array([0.02, np.nan]), "label_nll": np.array([0.5, np.nan]),
         "input_rms": noise(1), "clip_coefficient": np.minimum(1.0, noise(1)), "consecutive_skips": np.zeros(1),
+        "activation_reach": 0.01 * noise(9), "gradient_reach": 0.001 * noise(7), "rounded_away": np.clip(0.3 * noise(7), 0, 1),
+        "weight_range": np.where(np.arange(7) % 2 == 1, 0.3, np.nan), "attention_logit": np.where(np.arange(9) == 4, 3 * noise(9), np.nan),
+        "frozen_update": np.full(1, np.nan),
     }  # fmt: skip
     return values, {"lr": 1e-3, "stepped": 1.0, "not_cleared": 0.0, "no_gradient": (), "batch": step, "scaler": 0.0, "optimizer_name": "Adam", "adam_eps": 1e-8}
 
@@ -86,7 +89,7 @@ def new_history(**words: Any) -> History:
 
 def feed(history: History, step: int, values: Values, facts: dict[str, Any]) -> None:
     """Hand one step to the history; arrays of NaN sites are given as unseen unless listed in ``facts['measured']``."""
-    history.add_loss(step, float(values["loss"]), input_finite=facts.get("input_finite", 1.0))
+    history.add_loss(step, float(values["loss"]), input_finite=facts.get("input_finite", 1.0), fingerprint=facts.get("fingerprint", float(step)))
     if not sampled(step) and not facts.get("forced"):
         return
     measured = {}
@@ -192,6 +195,12 @@ ILL: dict[str, tuple[Edit, int, int, str, Severity]] = {
     "saturated_activation": (at("saturated_fraction", 5, 0.9), 0, 20, "act.1", Severity.WARNING),
     "collapsed_activation": (at("sample_variance", slice(5, 9), 1e-9), 0, 20, "act.1", Severity.ERROR),
     "saturated_softmax": (both(lambda t, v, f: v["logit_peak"].__setitem__(0, 6e3 + t), loss(lambda t, v: 40.0 + t % 3)), 0, 20, "loss", Severity.WARNING),
+    "duplicate_batches": (lambda t, v, f: f.__setitem__("fingerprint", float(t // 2)), 0, 20, "data loader", Severity.WARNING),
+    "frozen_weights_changed": (both(fact("frozen", ("trunk.weight",), since=60), at("frozen_update", 0, 1e-3, since=60)),
+                               60, 20, "trunk.weight", Severity.WARNING),
+    "overflow_risk": (times("activation_reach", 6, 60.0, since=40), 40, 3, "layers.2", Severity.WARNING),
+    "poor_initialization": (at("weight_range", slice(1, 6), 0.0), 0, 0, "layers.0.weight", Severity.WARNING),
+    "attention_logit_growth": (both(times("attention_logit", 4, 50.0, since=20), loss(lambda t, v: 2.3)), 20, 20, "layers.1", Severity.ERROR),
     "loss_spike": (loss(lambda t, v: 60.0, since=133, until=134), 133, 0, "loss", Severity.WARNING),
     "diverging_loss": (loss(lambda t, v: v * 1.1 ** (t - 80), since=80), 80, 60, "loss", Severity.WARNING),
     "constant_loss": (loss(lambda t, v: 87.33654), 0, 20, "loss", Severity.WARNING),
@@ -218,6 +227,13 @@ NEAR: dict[str, Edit] = {
     "saturated_activation": at("saturated_fraction", 7, 0.4),
     "collapsed_activation": both(at("sample_variance", 8, 0.0, until=15), at("sample_variance", 3, 0.0)),
     "saturated_softmax": both(at("confident_fraction", 0, 0.75), at("confident_wrong", 0, 0.19), at("logit_peak", 1, 1e9), times("logit_peak", 0, 3.0)),
+    # one batch, epochs of ten batches, and chance repeats of few different samples
+    "duplicate_batches": lambda t, v, f: f.__setitem__("fingerprint", 7.0 if t < 100 else float(t % 10) if t < 200 else float(t * t * 31 % 97 % 3)),
+    "frozen_weights_changed": both(fact("frozen", ("trunk.weight",), since=60), at("frozen_update", 0, 0.0, since=60, until=100)),
+    "overflow_risk": both(at("activation_reach", 6, 1.0), times("activation_reach", 4, 70.0, since=30, until=32), times("gradient_reach", ALL, 300.0)),
+    "poor_initialization": both(at("weight_range", 3, 0.0), at("weight_norm", 6, 0.0, until=1), times("activation_rms", 8, 1e-3)),
+    # large from the start, sharp once the loss has fallen, and a mask
+    "attention_logit_growth": both(times("attention_logit", 4, 40.0), times("logit_peak", 1, 9.0, since=150), at("logit_peak", 0, 1e9)),
     "loss_spike": loss(lambda t, v: v * (1.0 if t % 37 else 1.5)),
     "diverging_loss": loss(lambda t, v: v + 0.2 * np.sin(t / 15)),
     "constant_loss": loss(lambda t, v: round(v, 2)),
