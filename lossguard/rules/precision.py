@@ -22,8 +22,8 @@ class OverflowRisk:
     """overflow_risk: activations or gradients in float16 come near 65504, its largest number (detectors A.3; SYMPTOMS F5).
 
     Law: in each of the last 3 samples the largest finite magnitude of a module's output, or of a parameter's gradient where
-    no loss scaler is at work, is above half of 65504, and it is not the same bit for bit. What has overflowed already is the
-    business of nonfinite_activation and nonfinite_gradient. bfloat16 reaches as far as float32 and is not looked at.
+    no loss scaler is at work, is above half of 65504, and it is not the same bit for bit; or it is above a tenth, has risen
+    without a break in 4 samples, and the same rise once more would overflow. What has overflowed already is the business of nonfinite_activation and nonfinite_gradient. bfloat16 reaches as far as float32 and is not looked at.
 
     Why: activations that grow with depth in a residual stream without normalisation; a learning rate that is too high;
     sums or products over many elements in half precision; a loss that is a sum over the batch.
@@ -37,19 +37,23 @@ class OverflowRisk:
     reads: ClassVar[tuple[str, ...]] = ("activation_reach", "gradient_reach")
     share: float = 0.5  # of the dtype's largest number; our own choice, one doubling before the overflow
     least: int = 3  # samples in a row; our own choice, one batch may be odd
+    early: float = 0.1  # of the dtype's largest number, from which a rise counts; our own choice, a few doublings before the overflow
+    rising: int = 4  # samples without a break in the rise; our own choice, chance gives one in 24 such runs and none of this steepness
     grace: int = 0  # steps; the samples in a row are the grace
     patience: int = 1  # samples; the samples in a row are the patience
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         for signal in self.reads:
-            low, high = reach(history, signal, self.least)
-            if history.samples < self.least or not high > self.share or low == high:
+            if history.samples < self.least or not reach(history, signal, self.least)[1] > self.early:
                 continue
             near = steady(history, signal, self.least, self.least, lambda v: np.isfinite(v) & (v > self.share))
-            values = history.last(signal, self.least)
-            with np.errstate(invalid="ignore"):
-                near &= np.asarray((values != values[:1]).any(axis=0))
+            values = history.last(signal, self.rising)
+            with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+                near &= np.asarray((values[-self.least :] != values[-1:]).any(axis=0))
+                if len(values) == self.rising and history.seen(signal, self.rising).any():
+                    steep = (values[-1] * (values[-1] / values[0]) > 1.0) & (values[-1] > self.early) & (values[-1] <= 1.0)
+                    near |= steep & (values[1:] > values[:-1]).all(axis=0)
             if near.any():
                 return self._finding(history, signal, np.flatnonzero(near))
         return None
