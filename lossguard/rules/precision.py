@@ -23,7 +23,8 @@ class OverflowRisk:
 
     Law: in each of the last 3 samples the largest finite magnitude of a module's output, or of a parameter's gradient where
     no loss scaler is at work, is above half of 65504, and it is not the same bit for bit; or it is above a tenth, has risen
-    without a break in 4 samples, and the same rise once more would overflow. What has overflowed already is the business of nonfinite_activation and nonfinite_gradient. bfloat16 reaches as far as float32 and is not looked at.
+    without a break in 4 samples, and the same rise once more would overflow. What has overflowed already is the business of
+    nonfinite_activation and nonfinite_gradient. bfloat16 reaches as far as float32 and is not looked at.
 
     Why: activations that grow with depth in a residual stream without normalisation; a learning rate that is too high;
     sums or products over many elements in half precision; a loss that is a sum over the batch.
