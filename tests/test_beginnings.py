@@ -210,7 +210,7 @@ def test_the_attention_logit_is_that_of_the_first_sequence(kind):
     sites = np.flatnonzero(np.isfinite(recorded).any(axis=0))
     assert [guard.history.units[i].name.split(".")[1] for i in sites] == ["0", "1"]
     assert np.isfinite(recorded).sum(axis=1).tolist() == [1, 1, 1, 1]  # one attention in each sample, in turn
-    assert np.nanmax(recorded, axis=0)[sites].tolist() == pytest.approx(exact(model, x), rel=1e-4)
+    assert np.nanmax(recorded[:, sites], axis=0).tolist() == pytest.approx(exact(model, x), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["explicit", "library", "fused"])

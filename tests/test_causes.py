@@ -66,7 +66,7 @@ class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
         self.rnn, self.out = nn.RNN(4, 64, nonlinearity="relu", batch_first=True), nn.Linear(64, 1)
-        nn.init.orthogonal_(self.rnn.weight_hh_l0, 1.3)
+        nn.init.orthogonal_(self.rnn.weight_hh_l0, 1.5)
 
     def forward(self, x):
         return self.out(self.rnn(x)[0][:, -1])
@@ -91,7 +91,7 @@ EXPLODING = {
     "squared error, lr 0.35": lambda: train(regressor, squared, batch=regression, lr=0.35),
     "one layer, lr 2.5": lambda: train(lambda: nn.Linear(16, 1), squared, batch=regression, lr=2.5, steps=400),
     "cross entropy, lr 50": lambda: train(mlp, cross_entropy, lr=50.0),
-    "recurrent": lambda: train(Recurrent, squared, batch=sequences, lr=1e-3),
+    "recurrent": lambda: train(Recurrent, squared, batch=sequences, lr=1e-2),
     "unrolled": lambda: train(Cell, squared, batch=sequences, lr=1e-2),
 }
 

@@ -83,7 +83,7 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
 def plain(losses: Sequence[Tensor]) -> bool:
     """Whether each term is a built-in loss, perhaps reduced or scaled, that is finite for all finite outputs."""
     nodes = [_unscaled(loss.grad_fn) for loss in losses if loss.grad_fn is not None]
-    return bool(nodes) and all(FAMILIES.get(n.name()) in SAFE and (not n.name().startswith("NllLoss") or _of_softmax(n)) for n in nodes)
+    return nodes != [] and all(FAMILIES.get(n.name()) in SAFE and (not n.name().startswith("NllLoss") or _of_softmax(n)) for n in nodes)
 
 
 def _of_softmax(node: Any) -> bool:
@@ -92,7 +92,8 @@ def _of_softmax(node: Any) -> bool:
         node = node.next_functions[0][0] if node.next_functions else None
         if node is None or not node.name().rstrip("0123456789").startswith(VIEWS):
             break
-    return node is not None and bool(node.name().startswith(SOFTMAXES[0]))
+    name: str = "" if node is None else node.name()
+    return name.startswith(SOFTMAXES[0])
 
 
 def _unscaled(node: Any) -> Any:
