@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import criterion, make_batch, mlp
+from no_read import no_read_device
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lossguard import Guard, Severity
+from lossguard import Guard, Severity, fingerprint
 from lossguard.fingerprint import Fingerprints, checksum
 
 
@@ -155,3 +156,26 @@ def test_a_batch_is_asked_once():
     prints.show(torch.ones(4), handed=True)
     assert prints.write(cell, host, 0) and host[0] == checksum(torch.ones(4))
     assert not prints.write(cell, host, 0)
+
+
+def test_checksums_pause():
+    """A window of batches is looked at, then none until the next period: a long run pays for few of them."""
+    prints, host = Fingerprints(), np.zeros(1, np.float32)
+    written = []
+    for i in range(fingerprint.PERIOD + 2):
+        prints.show(torch.full((4,), float(i)), handed=True)
+        written.append(prints.write(torch.zeros(()), host, 0))
+    assert written == [True] * fingerprint.WINDOW + [False] * (fingerprint.PERIOD - fingerprint.WINDOW) + [True] * 2
+
+
+def test_batches_on_a_device_are_told_apart_without_a_read():
+    """Where a read of the device raises, the sums that show whether a batch is finite tell one batch from another."""
+    with no_read_device() as device:
+        model = mlp(device=device)
+        shown = [make_batch("mlp", device, seed=i // 2) for i in range(60)]
+        with Guard(model, torch.optim.SGD(model.parameters(), lr=0.05)) as guard:
+            for x, y in guard.batches(shown):
+                loss = criterion(model(x), y)
+                loss.backward()
+                guard.step(loss)
+    assert heard(guard)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import criterion, make_batch, mlp
+from no_read import no_read_device
 from torch import nn
 
 from lossguard import Guard, Severity, TrainingHalted
@@ -260,3 +261,45 @@ def test_the_halves_side_reads_nothing():
             guard.step(torch.empty((), device="meta"))
     assert guard.findings == [] and guard.steps == 5
     assert not [why for why in guard.coverage.not_observed.values() if "failed" in why]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_halves_and_frozen_weights_are_measured_without_a_read(dtype):
+    """On a device where every read raises, a half-precision run with a frozen weight goes through with all its signals."""
+    with no_read_device() as device:
+        torch.manual_seed(0)
+        model = mlp().to(dtype).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with Guard(model, optimizer, lag=2) as guard:
+            for i in range(8):
+                model[0].weight.requires_grad_(i < 3)
+                x, y = make_batch("mlp", device, seed=i)
+                loss = criterion(model(x.to(dtype)), y)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+                guard.step(loss.float())
+    seen = guard.coverage.observed
+    assert "frozen_update" in seen and "weight_range" in seen
+    assert ("activation_reach" in seen, "rounded_away" in seen) == (dtype == torch.float16, dtype != torch.float32)
+    assert names(guard) == ["frozen_weights_changed"]
+
+
+def test_a_hinge_loss_that_reached_zero_has_weights_that_rest():
+    """Without a loss there is no gradient and no update: success, neither skipped nor unchanged."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 16)
+    y = x[:, 0].sign()
+    x[:, 0] += 3 * y
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with Guard(model, optimizer) as guard:
+        for i in range(400):
+            rows = torch.arange(8 * i, 8 * i + 8) % 256
+            loss = F.relu(1 - y[rows] * model(x[rows])[:, 0]).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step(loss)
+    assert guard.history.losses()[-50:].max() == 0.0
+    assert names(guard) == []

@@ -18,6 +18,7 @@ from lossguard.device.graph import VIEWS
 from lossguard.device.tape import Row
 
 ROWS = 64  # queries, and keys, of one sequence that are looked at
+LOOKS = 2  # sampled steps without an attention after which none is looked for
 WATCHED = 4  # attentions watched, spread over the depth; in each sampled step one of them, in turn
 NEAR = 24  # nodes between an attention and the module that takes its output
 KINDS = ("Linear", "MultiheadAttention", "NonDynamicallyQuantizableLinear")
@@ -33,22 +34,28 @@ class AttentionLogits:
     def __init__(self) -> None:
         self.sites: list[int] = []  # where an attention was found, in order of execution
         self.hidden: set[str] = set()  # modules behind an attention whose query and key are not to be had, and why
-        self._settled = False
+        self._settled = False  # all attentions are known, or there are none
+        self._blank = 0  # sampled steps that showed none
         self._turn = 0
-        self._measured = False
+        self._called = self._measured = False
 
     def begin(self) -> None:
         """A new step."""
-        self._settled = self._settled or (bool(self.sites) and self._measured)
+        self._blank += self._called and not self._measured
+        self._settled = self._settled or self._measured or self._blank >= LOOKS
         self._turn += self._measured
-        self._measured = False
+        self._called = self._measured = False
 
     def module_called(self, site: int, name: str, kind: str, args: tuple[Any, ...], output: Tensor, row: Row) -> None:
         """A module ended; if it was given the output of an attention, that one is measured when its turn comes."""
-        if kind not in KINDS or output.grad_fn is None or (self._settled and site != self._due()):
+        if kind not in KINDS or (self._settled and site != self._due()) or output.grad_fn is None:
             return
+        self._called = True
         given = output if kind == "MultiheadAttention" else args[0] if args else None
-        found = None if not isinstance(given, Tensor) or given.grad_fn is None else _attention(given.grad_fn)
+        try:
+            found = None if not isinstance(given, Tensor) or given.grad_fn is None else _attention(given.grad_fn)
+        except RuntimeError:  # what was saved is gone already, or was overwritten: no business of ours
+            return
         if found is None:
             return
         if not self._settled and site not in self.sites:
@@ -64,6 +71,9 @@ class AttentionLogits:
             row.add_scalars("attention_logit", np.array([site], dtype=np.intp), [peak], np.array([scale]))
 
     def _due(self) -> int:
+        """The site whose turn it is; -1 where there is none."""
+        if not self.sites:
+            return -1
         spread = self.sites[:: max(1, -(-len(self.sites) // WATCHED))]
         return spread[self._turn % len(spread)]
 

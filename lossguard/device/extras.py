@@ -64,9 +64,10 @@ class Extras:
     def before_update(self, index: int) -> None:
         """An optimizer is about to step: keep what it must not move. A parameter without a gradient it leaves alone anyway."""
         self.halves.before_update(index)
-        parameters = [p for group in self._optimizers[index].param_groups for p in group["params"]]
-        frozen = [p for p in parameters if not p.requires_grad and p.grad is not None and p.numel() and p.layout == torch.strided][:FROZEN]
-        if frozen and any(p.requires_grad for p in parameters):  # all of them: somebody computes gradients by hand
+        groups = self._optimizers[index].param_groups
+        frozen = [p for group in groups for p in group["params"] if not p.requires_grad and p.grad is not None]
+        frozen = [p for p in frozen if p.numel() and p.layout == torch.strided][:FROZEN]
+        if frozen and any(p.requires_grad for group in groups for p in group["params"]):  # else somebody computes gradients by hand
             self._frozen[index] = frozen, [_first(p).clone() for p in frozen]
 
     def after_update(self, index: int, facts: dict[str, Any], row_of: RowOf) -> None:

@@ -22,8 +22,8 @@ class PoorInitialization:
     """poor_initialization: the weights begin so that layers cannot learn (detectors A, poor_initialization; SYMPTOMS D8).
 
     Law, on the first samples of a run only. (a) Two matrices that follow one another have all elements equal, so that their
-    units are the same for ever. (b) At least two matrices that begin at exactly 0 get exactly no gradient in 5 samples,
-    while others do. (c) The scale of the layers' outputs runs away: median and geometric mean of the gain from one layer
+    units are the same for ever. (b) Half of the matrices, two at least, begin at exactly 0 and get exactly no gradient in 5
+    samples, while others do. (c) The scale of the layers' outputs runs away: median and geometric mean of the gain from one layer
     to the next are both below 0.5, or both above 2 (He 0.93, torch's default 0.83, BatchNorm 1.0; He times 3: 2.87), and
     the product over the depth is beyond a factor of 100.
 
@@ -43,6 +43,7 @@ class PoorInitialization:
     factor: float = 100.0  # over the whole depth; our own choice, torch's default convolutions shrink 20 times until their biases carry
     layers: int = 4  # gains in the chain at least; our own choice, few layers are an architecture and no trend
     samples: int = 5  # first samples in which zero matrices stay without gradient; our own choice, two zero layers in a row thaw within 3
+    most: float = 0.5  # share of the matrices that are such zeros; our own choice, adapters that no batch has reached yet are fewer
     start: int = 10  # steps; a later sample is no start
     grace: int = 0  # steps; the start is what is judged
     patience: int = 1  # samples; the first batch tells scales exactly enough
@@ -77,7 +78,7 @@ class PoorInitialization:
         none = seen.all(axis=0) & (gradients == 0.0).all(axis=0)
         zero = matrix & (born == 0.0) & none & (history.last("weight_norm", 1)[0] == 0.0)
         others = history.fact("stepped", n)
-        if zero.sum() < 2 or not (gradients > 0).any() or not bool((others == 1.0).all()):
+        if zero.sum() < max(2, self.most * matrix.sum()) or not (gradients > 0).any() or not bool((others == 1.0).all()):
             return None
         names = [history.params[i].name for i in np.flatnonzero(zero)]
         evidence = Evidence("matrices at 0 without gradient", float(len(names)), 1.0)

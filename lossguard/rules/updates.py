@@ -241,7 +241,7 @@ class UnchangedWeights:
 
     def _still(self, history: History) -> Finding | None:
         n = stretch(history, self.span, self.least)
-        if reach(history, "update_norm", n)[0] > 0.0:
+        if reach(history, "update_norm", n)[0] > 0.0 or converged(history):  # a hinge loss that reached 0 has no gradient left
             return None
         updates, seen = history.last("update_norm", n), history.seen("update_norm", n)
         if not n or not updates.size or not bool(((history.fact("stepped", n) == 1.0) & ~(history.fact("lr", n) <= 0)).all()):
