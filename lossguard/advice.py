@@ -17,9 +17,6 @@ from lossguard.host.history import Array, History, Mask
 
 Advice = tuple[tuple[Cause, ...], tuple[Remedy, ...]]
 MOST = 3  # causes of one finding; more is a lecture
-GREW = 10.0  # growth of loss or gradient norm before the fault that is called an explosion (SYMPTOMS C1; healthy medians stay below)
-SOUND_RMS = 1e4  # root mean square of a module's output up to which it did not explode (healthy logits stay below 28)
-LOSS_WINDOW = 20  # losses before the fault in which growth is looked for
 FAMILIES_WITHOUT_ORDER = frozenset({"adversarial", "reinforcement"})
 
 
@@ -179,26 +176,6 @@ def input_is_bad(history: History, step: int) -> bool:
     return bool((history.seen("input_rms", 1) & ~np.isfinite(history.last("input_rms", 1))).any())
 
 
-def loss_growth(history: History, step: int) -> tuple[float, float, int]:
-    """Before, after, over how many steps: the older half of the last finite losses before the step, and the newest of them."""
-    held, steps = history.losses(), history.loss_steps()
-    past = np.isfinite(held) & (steps < step)
-    losses, when = held[past][-LOSS_WINDOW:], steps[past][-LOSS_WINDOW:]
-    if losses.size < 2 or losses.min() <= 0:
-        return float("nan"), float("nan"), 0
-    half = losses.size // 2
-    return float(middle(losses[:half])), float(losses[half:].max()), int(when[-1] - when[0])
-
-
-@once
-def gradient_growth(history: History) -> float:
-    """The largest of the last 5 finite gradient norms over the median of those before; NaN if unknown."""
-    total = history.last("grad_total")[:, 0] if history.last("grad_total").size else np.empty(0)
-    total = total[np.isfinite(total) & (total > 0)]
-    cut = max(1, total.size - 5)
-    return float(total[cut:].max() / middle(total[:cut])) if total.size >= 2 else float("nan")
-
-
 # Remedies
 
 
@@ -232,73 +209,6 @@ def ranked(pairs: Sequence[tuple[Cause, Sequence[Remedy]]]) -> Advice:
 # Causes
 
 
-def nonfinite_advice(history: History, step: int) -> Advice:
-    """The four causes of non-finite values (SYMPTOMS C1 to C6): input, weights, explosion, loss function."""
-    pairs: list[tuple[Cause, Sequence[Remedy]]] = []
-    if input_is_bad(history, step):
-        pairs.append((Cause("bad input", 0.95, f"the batch of step {step} holds NaN or infinite values"), [batch_remedy(history, step)]))
-    weights = sick_before(history)
-    if weights is not None:
-        cause = Cause("bad weights", 0.9, f"{weights} was not finite before this step's update")
-        pairs.append(
-            (
-                cause,
-                [
-                    Remedy(
-                        f"go back to a checkpoint before step {step}, then {lr_remedy(history, 0.1)}", {"rewind_before": step, **lr_remedy(history, 0.1).change}
-                    )
-                ],
-            )
-        )
-    because, sound = explosion(history, step), sound_outputs(history, step)
-    if because:
-        pairs.append((Cause("exploding gradient", 0.6 if sound else 0.9, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
-    if sound and not pairs[: len(pairs) - bool(because)]:
-        guard = Remedy("guard the loss: log(p + 1e-8), a divisor of at least 1e-8, labels in range", {"eps": 1e-8})
-        pairs.append((Cause("loss function", 0.8, sound), [guard]))
-    if not pairs:
-        before, after, over = loss_growth(history, step)
-        calm = f"the loss was calm ({number(before)} -> {number(after)} in {over} steps)" if over else "the first values are already not finite"
-        confidence = 0.8 if over and bool(np.isfinite(history.inputs()[-1:]).all()) else 0.5
-        guard = Remedy("guard the loss: log(p + 1e-8), a divisor of at least 1e-8, labels in range", {"eps": 1e-8})
-        pairs.append((Cause("loss function", confidence, f"{calm} and the weights are finite"), [guard]))
-        pairs.append((Cause("exploding gradient", 0.3, "growth within a single step leaves no trace"), [lr_remedy(history, 0.1)]))
-    return ranked(pairs)
-
-
-def explosion(history: History, step: int) -> str:
-    """What speaks for an exploding gradient before the step, in words; empty if nothing does."""
-    before, after, over = loss_growth(history, step)
-    grown, ratio = gradient_growth(history), history.last("update_ratio", 3)
-    words = []
-    if after >= GREW * before:
-        words.append(f"loss {number(before)} -> {number(after)} in {over} steps")
-    if grown >= GREW:
-        words.append(f"gradient norm x {number(grown)}")
-    largest = float(np.max(ratio, initial=0.0, where=np.isfinite(ratio) & (ratio > 0) & _wide(matrices(history), ratio)))
-    if largest >= 1.0:
-        words.append(f"an update {number(largest)} times its weights")
-    return "; ".join(words)
-
-
-def sound_outputs(history: History, step: int) -> str:
-    """What speaks for the loss function: at this very step every module's output was finite and of moderate size. Empty otherwise."""
-    if not history.samples or history.steps(1)[0] != step or not history.seen("activation_rms", 1).any():
-        return ""
-    rms = history.last("activation_rms", 1)[history.seen("activation_rms", 1)]
-    if not np.isfinite(rms).all() or rms.max() > SOUND_RMS:
-        return ""
-    return f"all {rms.size} module outputs of this step are finite (largest rms {number(float(rms.max()))})"
-
-
-def sick_before(history: History) -> str | None:
-    """The name of the first parameter that was not finite before the newest sample's update, if any."""
-    if not history.samples or history.facts().get("forced"):
-        return None
-    bad = history.seen("weight_norm", 1) & ~np.isfinite(history.last("weight_norm", 1))
-    return history.params[int(np.flatnonzero(bad[0])[0])].name if bad.any() else None
-
-
 def batch_remedy(history: History, step: int) -> Remedy:
     """Which batch to look at."""
     at_step = history.samples and history.steps(1)[0] == step
@@ -310,11 +220,3 @@ def batch_remedy(history: History, step: int) -> Remedy:
 def step_size_advice(history: History, because: str, confidence: float = 0.9) -> Advice:
     """A learning rate that is too high, and what to do."""
     return ranked([(Cause("learning rate too high", confidence, because), [lr_remedy(history, 0.1), clip_remedy(history)])])
-
-
-def _wide(mask: Mask, values: Array) -> Mask:
-    """The mask of sites, cut or filled to the width of the values."""
-    wide = np.zeros(values.shape[1] if values.ndim == 2 else 0, dtype=np.bool_)
-    n = min(len(mask), len(wide))
-    wide[:n] = mask[:n]
-    return wide

@@ -9,7 +9,7 @@ TARGETS = ("labels", "label", "targets", "target", "y")  # keys under which a di
 
 
 class _Shown(Protocol):
-    def batch(self, inputs: Any, targets: Any = None) -> None: ...
+    def _show(self, inputs: Any, targets: Any, *, handed: bool) -> None: ...
 
 
 def split(batch: Any) -> tuple[Any, Any]:
@@ -33,7 +33,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
-            self._guard.batch(*split(batch))
+            self._guard._show(*split(batch), handed=True)
             yield batch
 
     def __len__(self) -> int:

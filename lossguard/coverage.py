@@ -55,6 +55,9 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
         unseen["gradients"] = "no backward pass was seen to end between two guard steps"
     elif "update_norm" not in observed:
         unseen["updates"] = "no step of an optimizer was seen since the guard was attached"
+    unseen.update({name: why for name, _, why in (entry.partition(": ") for entry in recorder.extras.attention.hidden)})
+    if recorder.graph is not None and recorder.graph.attentions and not recorder.extras.attention.sites:
+        unseen["attention logits"] = f"{recorder.graph.attentions} fused attentions whose output no watched Linear takes: their logits stay inside the kernel"
     if recorder.graph is not None:
         unseen.update({f"graph region ({what})": "its inside cannot be read for roles and functional ReLUs" for what in sorted(recorder.graph.opaque)})
     if "logit_peak" not in observed:

@@ -74,6 +74,11 @@ DIAGNOSES: dict[str, tuple[Severity, str]] = {
     "validation_below_training": (Severity.INFO, "validation is the lower of the two curves"),
     "oscillating_validation": (Severity.WARNING, "validation swings up and down"),
     "skipped_steps": (Severity.WARNING, "optimizer steps are silently not applied"),
+    "duplicate_batches": (Severity.WARNING, "the loader hands out each batch several times in a row"),
+    "frozen_weights_changed": (Severity.WARNING, "the optimizer moves parameters that are declared frozen"),
+    "overflow_risk": (Severity.WARNING, "activations or gradients come near the largest number of float16"),
+    "poor_initialization": (Severity.WARNING, "the weights begin so that layers cannot learn"),
+    "attention_logit_growth": (Severity.WARNING, "attention logits grow out of scale"),
 }
 
 

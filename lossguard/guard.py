@@ -158,14 +158,13 @@ class Guard:
     def batches(self, loader: Iterable[Any]) -> batches.Batches:
         """The loader's batches, each shown to the guard: ``for x, y in guard.batches(loader)``. Keeps ``len``."""
         self._check_open()
+        self._history.notes["loader_workers"] = getattr(loader, "num_workers", None)
         return batches.Batches(self, loader)
 
     def batch(self, inputs: Any, targets: Any = None) -> None:
         """Shows the guard the batch of the coming step: a non-finite one is named, labels sharpen the softmax signals."""
         self._check_open()
-        self._batches += 1
-        self._recorder.targets = targets if isinstance(targets, Tensor) else None
-        self._pulses.show((inputs, targets))
+        self._show(inputs, targets, handed=False)
 
     def validation(self, loss: Tensor | float, *, accuracy: Tensor | float | None = None, train_accuracy: Tensor | float | None = None) -> None:
         """An evaluation is over: its loss, a scalar tensor still on its device, or a float. Read by ``verdict`` and by the validation rules.
@@ -295,6 +294,11 @@ class Guard:
         self._open_step()
 
     # ---- inside
+
+    def _show(self, inputs: Any, targets: Any, *, handed: bool) -> None:
+        self._batches += 1
+        self._recorder.targets = targets if isinstance(targets, Tensor) else None
+        self._pulses.show((inputs, targets), handed=handed)
 
     def _open_step(self) -> None:
         """Decide whether the coming step is sampled, and attach what it needs."""

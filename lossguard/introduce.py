@@ -34,7 +34,7 @@ class Introduction:
             for t in roster.trained
         ]
         history.notes.update(missing_from_optimizer=tuple(roster.missing), foreign_in_optimizer=roster.foreign, trainable=len(roster.trained))
-        history.notes["loss_is_plain"] = self._declared or bool(graph and graph.plain)
+        history.notes.update(loss_is_nonnegative=self._declared or bool(graph and graph.nonnegative), loss_is_safe=bool(graph and graph.safe))
         if graph and not self._declared and graph.loss_family != "unknown":
             history.loss_family = graph.loss_family
 

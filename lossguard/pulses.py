@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lossguard.device.outputs import float_tensors
 from lossguard.device.tape import Pulse
+from lossguard.fingerprint import Fingerprints
 from lossguard.host.handover import Handover, host_view
 
 PLAIN = ("",)  # the names of the terms of a loss that is no dict
@@ -63,27 +64,30 @@ class Pulses:
         self._first = 0
         self._batch: Any = None
         self._looked: list[int] = []  # how many leaves were looked at in each step of the block
+        self._printed: list[bool] = []  # whether the first column of each step tells its batch from others
+        self._prints = Fingerprints()
         self._no_grad = torch.no_grad()
         self._host: Any = None  # the block as numpy where it lies in host memory
 
-    def show(self, batch: Any) -> None:
-        """The coming step's batch; its float tensors are summed when the step ends."""
+    def show(self, batch: Any, *, handed: bool = False) -> None:
+        """The coming step's batch; its float tensors are summed when the step ends. handed: by a loader, so that it should be new."""
         self._batch = batch
+        self._prints.show(batch[0], handed=handed)
 
     def quick(self, loss: object) -> bool:
         """A plain step's loss, where the block is under way and takes a scalar tensor: one copy. False if nothing was
-        written: the block is at its end, the loss is of another kind, its batch must be looked at, or it is not finite."""
+        written: the block is at its end, the loss is of another kind, or it is not finite."""
         pulse = self._pulse
         if pulse is None or self._names != PLAIN or type(loss) is not Tensor or loss.dim() or not 0 < pulse.filled < pulse.rows - 1:
             return False
-        if self._host is None and self._batch is not None:
-            return False
-        row = pulse.filled
+        row, host = pulse.filled, self._host
         pulse.put(MAX_LEAVES, loss.detach())
-        if self._host is not None and not math.isfinite(self._host.item(row, MAX_LEAVES)):
+        if host is not None and not math.isfinite(host.item(row, MAX_LEAVES)):
             return False
         self._looked.append(0)
-        self._batch = None
+        self._printed.append(False)
+        if self._batch is not None:
+            self._see_batch(pulse, look=host is None)
         pulse.filled = row + 1
         return True
 
@@ -95,11 +99,18 @@ class Pulses:
             for k, value in enumerate(terms.values(), MAX_LEAVES):
                 pulse.put(k, value.reshape(()) if isinstance(value, Tensor) and value.dim() else value)
             sick = self._host is not None and not all(map(math.isfinite, self._host[row, MAX_LEAVES:].tolist()))
-            if self._batch is not None and (sick or self._host is None):  # where the loss is at hand, a finite one clears its batch
-                self._looked[-1:] = [self._look(pulse)]
-        self._batch = None
+            if self._batch is not None:
+                self._see_batch(pulse, look=sick or self._host is None)  # where the loss is at hand, a finite one clears its batch
         pulse.advance()
         return sick
+
+    def _see_batch(self, pulse: Pulse, *, look: bool) -> None:
+        """What the batch of the current row tells: whether it is finite, and which it is."""
+        if look:
+            self._looked[-1] = self._look(pulse)
+        row = pulse.filled
+        self._printed[-1] = self._prints.write(pulse.cells[row][0], None if self._host is None else self._host[row], self._looked[-1])
+        self._batch = None
 
     def _look(self, pulse: Pulse) -> int:
         """Sums of the batch's leaves into the current row; returns how many were looked at."""
@@ -112,9 +123,9 @@ class Pulses:
         """Hand the block over, complete or not, and start the next."""
         if self._pulse is not None and self._pulse.filled:
             filled = self._pulse.filled
-            self._handover.send(self._first + filled - 1, self._pulse.block[:filled], ("pulse", self._first, self._looked, self._names))
+            self._handover.send(self._first + filled - 1, self._pulse.block[:filled], ("pulse", self._first, self._looked, self._names, self._printed))
             self._pulse.clear()
-            self._looked = []
+            self._looked, self._printed = [], []
 
     @property
     def full(self) -> bool:
@@ -138,6 +149,7 @@ class Pulses:
         if not self._pulse.filled:
             self._first = step
         self._looked.append(0)
+        self._printed.append(False)
         return self._pulse
 
     def _look_at(self, column: int, leaf: Tensor, pulse: Pulse) -> int:

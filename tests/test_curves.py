@@ -324,7 +324,7 @@ def test_a_loss_that_bounces_back_is_heard():
 def test_a_negative_loss_is_legal_for_many_families(family):
     """Only families that cannot be negative are judged."""
     assert run([RULES["negative_loss"]()], loss(lambda t, v: -1.0), loss_family=family) == []
-    assert run([RULES["negative_loss"]()], loss(lambda t, v: -1.0), notes={"loss_is_plain": False}) == []
+    assert run([RULES["negative_loss"]()], loss(lambda t, v: -1.0), notes={"loss_is_nonnegative": False}) == []
 
 
 # ---- real trainings

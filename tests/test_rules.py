@@ -17,10 +17,10 @@ from lossguard.host.history import History, Param, Sample, Unit
 from lossguard.rules import RULES
 from lossguard.rules.judge import Judge
 
-PER_PARAMETER = ("grad_norm", "weight_norm", "update_norm")
-PER_UNIT = ("activation_rms", "sample_variance", "zero_fraction", "dead_fraction", "saturated_fraction")
+PER_PARAMETER = ("grad_norm", "weight_norm", "update_norm", "rounded_away", "gradient_reach", "weight_range")
+PER_UNIT = ("activation_rms", "sample_variance", "zero_fraction", "dead_fraction", "saturated_fraction", "activation_reach", "attention_logit")
 PER_HEAD = ("logit_peak", "confident_fraction", "log_normalizer", "confident_wrong", "label_nll")
-FEW = ("loss", "validation", "input_rms", "clip_coefficient", "consecutive_skips")
+FEW = ("loss", "validation", "input_rms", "clip_coefficient", "consecutive_skips", "frozen_update")
 SIGNALS = {*FEW, "grad_rms", "grad_total", "update_ratio", *PER_PARAMETER, *PER_UNIT, *PER_HEAD}
 
 PARAMS = [
@@ -63,6 +63,9 @@ def healthy_step(step: int, rng: np.random.Generator, scale: float) -> tuple[Val
         "logit_peak": 8 * noise(2), "confident_fraction": np.array([0.4, 0.1]) * noise(2), "log_normalizer": 3 * noise(2),
         "confident_wrong": np.array([0.02, np.nan]), "label_nll": np.array([0.5, np.nan]),
         "input_rms": noise(1), "clip_coefficient": np.minimum(1.0, noise(1)), "consecutive_skips": np.zeros(1),
+        "activation_reach": 0.01 * noise(9), "gradient_reach": 0.001 * noise(7), "rounded_away": np.clip(0.3 * noise(7), 0, 1),
+        "weight_range": np.where(np.arange(7) % 2 == 1, 0.3, np.nan), "attention_logit": np.where(np.arange(9) == 4, 3 * noise(9), np.nan),
+        "frozen_update": np.full(1, np.nan),
     }  # fmt: skip
     if step % EVALUATED == EVALUATED - 1:
         values["validation"] = scale * (0.55 + 1.8 * fade) * (1 + 0.02 * rng.standard_normal())
@@ -78,7 +81,7 @@ def new_history(**words: Any) -> History:
 
 def feed(history: History, step: int, values: Values, facts: dict[str, Any]) -> None:
     """Hand one step to the history; arrays of NaN sites are given as unseen unless listed in ``facts['measured']``."""
-    history.add_loss(step, float(values["loss"]), input_finite=facts.get("input_finite", 1.0))
+    history.add_loss(step, float(values["loss"]), input_finite=facts.get("input_finite", 1.0), fingerprint=facts.get("fingerprint", float(step)))
     told = values.pop("validation", None)
     if told is not None:
         history.add_validation(step, *np.atleast_1d(told).tolist())
@@ -97,7 +100,7 @@ def run(rules: list[Any], edit: Edit | None = None, *, steps: int = 200, seed: i
         **words: Any) -> list[tuple[int, Finding]]:  # fmt: skip
     """Simulate a run judged at every step: the findings that were heard, each with the step at which it was heard."""
     rng, history, judge, heard = np.random.default_rng(seed), new_history(**words), Judge(rules), []
-    history.notes = {"loss_is_plain": True, **(notes or {})}
+    history.notes = {"loss_is_nonnegative": True, **(notes or {})}
     for step in range(steps):
         values, facts = healthy_step(step, rng, scale)
         if edit is not None:
@@ -197,6 +200,12 @@ ILL: dict[str, tuple[Edit, int, int, str, Severity]] = {
     "saturated_activation": (at("saturated_fraction", 5, 0.9), 0, 20, "act.1", Severity.WARNING),
     "collapsed_activation": (at("sample_variance", slice(5, 9), 1e-9), 0, 20, "act.1", Severity.ERROR),
     "saturated_softmax": (both(lambda t, v, f: v["logit_peak"].__setitem__(0, 6e3 + t), loss(lambda t, v: 40.0 + t % 3)), 0, 20, "loss", Severity.WARNING),
+    "duplicate_batches": (lambda t, v, f: f.__setitem__("fingerprint", float(t // 2)), 0, 20, "data loader", Severity.WARNING),
+    "frozen_weights_changed": (both(fact("frozen", ("trunk.weight",), since=60), at("frozen_update", 0, 1e-3, since=60)),
+                               60, 20, "trunk.weight", Severity.WARNING),
+    "overflow_risk": (times("activation_reach", 6, 60.0, since=40), 40, 3, "layers.2", Severity.WARNING),
+    "poor_initialization": (at("weight_range", slice(1, 6), 0.0), 0, 0, "layers.0.weight", Severity.WARNING),
+    "attention_logit_growth": (both(times("attention_logit", 4, 50.0, since=20), loss(lambda t, v: 2.3)), 20, 20, "layers.1", Severity.ERROR),
     "loss_spike": (loss(lambda t, v: 60.0, since=133, until=134), 133, 0, "loss", Severity.WARNING),
     "diverging_loss": (loss(lambda t, v: v * 1.1 ** (t - 80), since=80), 80, 60, "loss", Severity.WARNING),
     "constant_loss": (loss(lambda t, v: 87.33654), 0, 20, "loss", Severity.WARNING),
@@ -234,6 +243,13 @@ NEAR: dict[str, Edit] = {
     "saturated_activation": at("saturated_fraction", 7, 0.4),
     "collapsed_activation": both(at("sample_variance", 8, 0.0, until=15), at("sample_variance", 3, 0.0)),
     "saturated_softmax": both(at("confident_fraction", 0, 0.75), at("confident_wrong", 0, 0.19), at("logit_peak", 1, 1e9), times("logit_peak", 0, 3.0)),
+    # one batch, epochs of ten batches, and chance repeats of few different samples
+    "duplicate_batches": lambda t, v, f: f.__setitem__("fingerprint", 7.0 if t < 100 else float(t % 10) if t < 200 else float(t * t * 31 % 97 % 3)),
+    "frozen_weights_changed": both(fact("frozen", ("trunk.weight",), since=60), at("frozen_update", 0, 0.0, since=60, until=100)),
+    "overflow_risk": both(at("activation_reach", 6, 1.0), times("activation_reach", 4, 70.0, since=30, until=32), times("gradient_reach", ALL, 300.0)),
+    "poor_initialization": both(at("weight_range", 3, 0.0), at("weight_norm", 6, 0.0, until=1), times("activation_rms", 8, 1e-3)),
+    # large from the start, sharp once the loss has fallen, and a mask
+    "attention_logit_growth": both(times("attention_logit", 4, 40.0), times("logit_peak", 1, 9.0, since=150), at("logit_peak", 0, 1e9)),
     "loss_spike": loss(lambda t, v: v * (1.0 if t % 37 else 1.5)),
     "diverging_loss": loss(lambda t, v: v + 0.2 * np.sin(t / 15)),
     "constant_loss": loss(lambda t, v: round(v, 2)),

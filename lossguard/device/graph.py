@@ -33,6 +33,8 @@ KEEP_SIGN = ("MeanBackward", "SumBackward", "AddBackward", "DivBackward", "ViewB
 NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0", "NativeLayerNormBackward0", "NativeGroupNormBackward0")
 BATCH_NORMS = NORMS[:3]
 LINEAR = ("AddmmBackward0", "ConvolutionBackward0", "LinearBackward0")
+SAFE = ("cross_entropy", "mse", "huber", "binary")
+SCALINGS = ("DivBackward", "MulBackward", "MeanBackward", "SumBackward")  # of a loss that was reduced or scaled
 RELUS = ("ReluBackward0", "ThresholdBackward0", "HardtanhBackward0")
 OPAQUE = {"CompiledFunctionBackward": "compiled", "CheckpointFunctionBackward": "reentrant checkpoint"}
 
@@ -42,11 +44,13 @@ class GraphFacts:
     """What the graph says. Producers are named by the keys of the mapping given to :func:`read`."""
 
     loss_family: str = "unknown"
-    plain: bool = False  # the loss is a mean or a sum of losses of these families and nothing else, so that it cannot be negative
+    nonnegative: bool = False  # the loss is a mean or a sum of losses of these families and nothing else, so that it cannot be negative
     head: Any = None  # the producer of the logits, None if it was not found
     head_dim: int = -1  # the class dimension there
     relu_parameters: list[int] = field(default_factory=list)  # ids of the 1-d parameters right before a ReLU that no hook saw
     cancelled: set[int] = field(default_factory=set)  # ids of biases that only feed a batch-norm
+    safe: bool = False  # the loss itself, or all of its terms, is a built-in loss that is finite for all finite outputs
+    attentions: int = 0  # fused attentions
     opaque: set[str] = field(default_factory=set)  # regions that cannot be read, such as "compiled"
 
 
@@ -58,7 +62,8 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
     for root in roots:
         if facts.head is None:
             _read_head(root, producers, facts)
-    facts.plain = bool(roots) and len(roots) == len(losses) and all(_plain(root) for root in roots)
+    facts.nonnegative = bool(roots) and len(roots) == len(losses) and all(_keeps_sign(root) for root in roots)
+    facts.safe = safe(losses)
     seen, queue = set(roots), deque(roots)
     while queue and len(seen) < MAX_NODES:
         node = queue.popleft()
@@ -68,6 +73,7 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
                 facts.opaque.add(what)
         if facts.loss_family == "unknown" and name in FAMILIES:
             facts.loss_family = FAMILIES[name]
+        facts.attentions += name.startswith("ScaledDotProduct")
         if name in RELUS and node not in hooked:
             _read_relu(node, facts)
         if name in BATCH_NORMS:
@@ -79,7 +85,7 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
     return facts
 
 
-def _plain(root: Any, most: int = 256) -> bool:
+def _keeps_sign(root: Any, most: int = 256) -> bool:
     """Only nodes that keep the sign stand between the root and losses of known families."""
     seen, queue = {root}, deque([root])
     while queue and len(seen) < most:
@@ -92,6 +98,32 @@ def _plain(root: Any, most: int = 256) -> bool:
         queue.extend(child for child in below if child not in seen)
         seen.update(below)
     return not queue
+
+
+def safe(losses: Sequence[Tensor]) -> bool:
+    """Whether each term is a built-in loss, perhaps reduced or scaled, that is finite for all finite outputs."""
+    nodes = [_unscaled(loss.grad_fn) for loss in losses if loss.grad_fn is not None]
+    return nodes != [] and all(FAMILIES.get(n.name()) in SAFE and (not n.name().startswith("NllLoss") or _of_softmax(n)) for n in nodes)
+
+
+def _of_softmax(node: Any) -> bool:
+    """Whether it is given log-probabilities by torch's own log_softmax."""
+    for _ in range(4):
+        node = node.next_functions[0][0] if node.next_functions else None
+        if node is None or not node.name().rstrip("0123456789").startswith(VIEWS):
+            break
+    name: str = "" if node is None else node.name()
+    return name.startswith(SOFTMAXES[0])
+
+
+def _unscaled(node: Any) -> Any:
+    """Behind a loss's reduction and scaling."""
+    for _ in range(4):
+        below = [child for child, _ in node.next_functions if child is not None]
+        if not node.name().startswith(SCALINGS) or len(below) != 1:
+            break
+        node = below[0]
+    return node
 
 
 def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts) -> None:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lossguard.device import graph, roles, signals
 from lossguard.device.bank import Bank, version
+from lossguard.device.extras import Extras
 from lossguard.device.forward import Forward, Site
 from lossguard.device.functional import GradientRows
 from lossguard.device.logits import logits_numbers
@@ -61,6 +62,7 @@ class Recorder:
         self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient after the last update
         self._carried: dict[str, Any] = {}  # what a step that is not sampled tells of itself: facts of the next sample
         self._functional = GradientRows()
+        self.extras = Extras(model, optimizers)
 
     # ---- phases
 
@@ -79,6 +81,7 @@ class Recorder:
         self._kept_before.clear()
         self._updated.clear()
         self.forward.begin()
+        self.extras.begin()
         for row in self._rows.values():
             row.discard()
 
@@ -112,6 +115,7 @@ class Recorder:
                 if bank.optimizer in self._updated:
                     continue  # already stepped: what arrives now is not its own
                 self._record_bank(k, bank)
+            self.extras.backward_done(self.row, scaled=self.scaler is not None)
 
     def before_update(self, index: int) -> None:
         """Optimizer ``index`` is about to step: see what clipping did since the backward pass."""
@@ -122,6 +126,7 @@ class Recorder:
         if not self.on:
             return
         with torch.no_grad():
+            self.extras.before_update(index)
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
                     if bank.untouched:
@@ -144,6 +149,7 @@ class Recorder:
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
                     bank.keep_update()
+            self.extras.after_update(index, self.facts, self.row)
         self._updated.add(index)
         self.facts["stepped"] = 1.0
         self._read_rates()
@@ -160,6 +166,8 @@ class Recorder:
             for k in sorted(self._kept_before):
                 self.banks[k].lay(self.row(self.banks[k].device))
             self.forward.finish(self.row)
+            if "forced" in self.facts:
+                self.facts["loss_is_safe"] = graph.safe(losses)
             if self.graph is None and any(loss.grad_fn is not None for loss in losses):
                 self._read_graph(losses)
         self._producers.clear()
@@ -203,6 +211,7 @@ class Recorder:
         self._signature = roles.signature(self.optimizers)
         self._kept_before.clear()
         self._functional.forget()
+        self.extras.plan(self.roster.trained)
         if self.graph is not None:
             self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
 
@@ -262,6 +271,7 @@ class Recorder:
         site = self.forward.add(name, kind, tensor)
         if site is None:
             return
+        self.extras.module_called(site.index, site.name, kind, args, tensor, self.row(tensor.device))
         if self.graph is None and tensor.grad_fn is not None:
             self._producers[tensor.grad_fn] = site.name
         elif self.graph is not None and self.graph.head == site.name and not self._criterion_seen:
@@ -343,4 +353,3 @@ class Recorder:
 
     def _default_device(self) -> torch.device:
         return next((b.device for b in self.banks), torch.device("cpu"))
-

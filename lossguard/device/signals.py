@@ -124,6 +124,11 @@ def norms(rows: Tensor) -> Tensor:
     return _norm(rows, dim=-1, dtype=torch.float32)
 
 
+def largest(tensor: Tensor) -> Tensor:
+    """The largest magnitude in float32, NaN and Inf passing through, in one operation. Any shape -> ()"""
+    return _norm(tensor.to(torch.float32) if tensor.dtype == torch.float64 else tensor, float("inf"), dtype=torch.float32)
+
+
 @signal("gradient", unit="L2 norm, true scale, before clipping")
 def grad_norm(rows: Tensor) -> Tensor:
     """L2 norm of each row; padding adds nothing. (K, N) -> (K,)"""

@@ -96,7 +96,7 @@ class History:
         self.loss_family = loss_family  # "cross_entropy", "binary", "mse", ..., "unknown"
         self.optimizers = optimizers
         self.notes: dict[str, Any] = {}  # host-known facts that hold for the whole run, such as "missing_from_optimizer"
-        self._losses = np.full((losses, 3), np.nan)  # step, total, input finite (1), not (0), not looked at (NaN)
+        self._losses = np.full((losses, 4), np.nan)  # step, total, input finite (1), not (0), not looked at (NaN); fingerprint of the batch
         self._terms: dict[str, Array] = {}
         self._loss_count = 0
         self._capacity = samples
@@ -112,10 +112,10 @@ class History:
 
     # ---- what arrives
 
-    def add_loss(self, step: int, total: float, terms: Mapping[str, float] | None = None, input_finite: float = np.nan) -> None:
-        """One step's loss, its named terms if it has any, and whether the batch was finite (1, 0, NaN: not looked at)."""
+    def add_loss(self, step: int, total: float, terms: Mapping[str, float] | None = None, input_finite: float = np.nan, fingerprint: float = np.nan) -> None:
+        """One step's loss, its named terms if it has any, whether the batch was finite (1, 0, NaN: not looked at), and its fingerprint."""
         self.memo.clear()
-        self._losses[self._loss_count % len(self._losses)] = step, total, input_finite
+        self._losses[self._loss_count % len(self._losses)] = step, total, input_finite, fingerprint
         for name in terms or {}:
             self._terms.setdefault(name, np.full(len(self._losses), np.nan))
         for name, ring in self._terms.items():
@@ -129,7 +129,6 @@ class History:
         row = self._count % self._capacity
         self.memo.clear()
         self._steps[row] = self._steps[row + self._capacity] = sample.step
-        widths = dict.fromkeys(PER_PARAMETER, len(self.params))
         self._signals.put(row, derive(sample.values, self._roots), dict.fromkeys(PER_PARAMETER, len(self.params)))
         self._note(row, sample.facts)
         self._facts.append(sample.facts)
@@ -204,6 +203,10 @@ class History:
         """The first n losses of the run, however long ago, at most FIRST."""
         return np.array(self._first_losses[:n], dtype=np.float64)
 
+    def fingerprints(self, n: int | None = None) -> Array:
+        """A number for the batch of each of :meth:`losses`, equal where batches are equal; NaN where none was shown."""
+        return self._loss_rows(n)[:, 3]
+
     def validations(self) -> Array:
         """The evaluations so far, oldest first: (n, 6), the columns of ``host.evaluations.COLUMNS``."""
         return self._evaluations.table()
@@ -235,7 +238,8 @@ class History:
     @property
     def nbytes(self) -> int:
         """Host bytes held."""
-        return self._losses.nbytes + sum(a.nbytes for a in self._terms.values()) + sum(a.nbytes for a in self._noted.values()) + self._signals.nbytes + self._evaluations.nbytes
+        rings = [self._losses, *self._terms.values(), *self._noted.values()]
+        return sum(ring.nbytes for ring in rings) + self._signals.nbytes + self._evaluations.nbytes
 
     def observed(self) -> dict[str, int]:
         """How many sites of each signal were ever seen with a finite number."""

@@ -79,14 +79,14 @@ class Intake:
             yield news
 
     def _take_losses(self, numbers: Numbers, meaning: Any, news: News) -> None:
-        _, news.first, looked, names = meaning
+        _, news.first, looked, names, printed = meaning
         leaves = numbers.shape[1] - len(names)
         for k, row in enumerate(numbers.astype(np.float64)):
             values = row[leaves:]
             terms = dict(zip(names, values.tolist(), strict=True)) if names != ("",) else {}
             finite = float(np.isfinite(row[: looked[k]]).all()) if looked[k] else np.nan
             total = float(values.sum())
-            self._history.add_loss(news.first + k, total, terms, finite)
+            self._history.add_loss(news.first + k, total, terms, finite, float(row[0]) if printed[k] else np.nan)
             news.totals.append(total)
             for name, value in terms.items():
                 news.terms.setdefault(name, []).append(value)

@@ -1,9 +1,41 @@
 """Rules over the history: numpy only. Importing this package fills the registry."""
 
-from lossguard.rules import activations, clipping, curves, gradients, numeric, oscillation, softmax, standstill, unchanged, updates, validation
+from lossguard.rules import (
+    activations,
+    attention,
+    clipping,
+    curves,
+    gradients,
+    initialization,
+    loader,
+    numeric,
+    oscillation,
+    precision,
+    softmax,
+    standstill,
+    unchanged,
+    updates,
+    validation,
+)
 from lossguard.rules.rule import RULES, Rule, rule
 
 __all__ = [
-    "RULES", "Rule", "activations", "clipping", "curves", "gradients", "numeric", "oscillation", "rule", "softmax", "standstill", "unchanged", "updates",
+    "RULES",
+    "Rule",
+    "activations",
+    "attention",
+    "clipping",
+    "curves",
+    "gradients",
+    "initialization",
+    "loader",
+    "numeric",
+    "oscillation",
+    "precision",
+    "rule",
+    "softmax",
+    "standstill",
+    "unchanged",
+    "updates",
     "validation",
-]  # fmt: skip
+]

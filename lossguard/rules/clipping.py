@@ -11,6 +11,7 @@ from lossguard.advice import clip_remedy, informational, lr_remedy, middle, rank
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import History, Mask
 from lossguard.rules.numeric import lasting
+from lossguard.rules.precision import collapsing_scale, silent_skips
 from lossguard.rules.rule import rule
 
 
@@ -116,7 +117,8 @@ class SkippedSteps:
     """skipped_steps: updates are not applied again and again, by a loss scaler or by our own gate (detectors A, nonfinite_gradient; SYMPTOMS F1).
 
     Law: 8 samples in a row without an update under a loss scaler after the first 20 steps, or more than 10 % of the last 50; or 3 updates
-    in a row left out by the guard's own gate, a halt at 20. A few skips at the start of fp16, and one at each growth of the scale, are
+    in a row left out by the guard's own gate, a halt at 20; or a loss scale that halves 8 times, net, within 200 steps; or an optimizer
+    that steps without moving any weight. A few skips at the start of fp16, and one at each growth of the scale, are
     normal.
 
     Why: gradients that overflow fp16 at every scale; a loss or an activation that is not finite; an initial scale far too large.
@@ -132,6 +134,8 @@ class SkippedSteps:
     share: float = 0.1  # share of samples after the search; detectors A (10 % of 200)
     window: int = 50  # samples for the share; our own choice, 200 steps at the default intervals
     gate: int = 3  # updates in a row skipped by our own gate; our own choice
+    halvings: int = 8  # of the loss scale, net, within `spanned` steps; detectors A (8 skips in a row)
+    spanned: int = 200  # steps; detectors A
     halt_after: int = 20  # updates in a row skipped by our own gate after which the run halts; our own choice
     grace: int = 0  # steps; the search is excluded above
     patience: int = 1  # samples; the run of skips is the patience
@@ -140,11 +144,14 @@ class SkippedSteps:
         """The law of the class docstring, on the newest data."""
         gates = history.last("consecutive_skips", 1)
         if not gates.size and not history.facts().get("scaler"):
-            return None  # nothing here can skip
+            return silent_skips(self.diagnosis, history, self.window, self.share, self.skips)  # by the optimizer itself
         gated = float(np.max(gates, initial=0.0, where=np.isfinite(gates)))
         if gated >= self.gate:
             severity = Severity.HALT if gated >= self.halt_after else Severity.WARNING
             return self._finding(history, "the guard's gate", int(history.steps(1)[0] - gated + 1), gated, float(self.gate), severity)
+        collapsed = collapsing_scale(self.diagnosis, history, self.search, self.halvings, self.spanned)
+        if collapsed is not None:
+            return collapsed
         skipped = self._skipped(history)
         if not skipped.size or not skipped[-1]:
             return None

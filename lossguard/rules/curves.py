@@ -205,7 +205,7 @@ class NegativeLoss:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
-        if history.loss_family not in self.families or not history.notes.get("loss_is_plain", False):
+        if history.loss_family not in self.families or not history.notes.get("loss_is_nonnegative", False):
             return None
         losses = history.losses()
         fresh = losses[-history.fresh_losses :] if history.fresh_losses else losses[:0]

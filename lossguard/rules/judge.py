@@ -16,7 +16,8 @@ from lossguard.rules.rule import Rule
 _DIVERGENCE = ("nonfinite_loss", "nonfinite_activation", "nonfinite_gradient", "nonfinite_weight", "exploding_gradient",
                "diverging_loss", "loss_spike", "saturated_softmax", "saturated_activation", "collapsed_activation", "dead_relu",
                "vanishing_gradient", "constant_loss", "clipping_dominates", "unchanged_weights", "update_ratio_low", "loss_plateau",
-               "oscillating_loss", "oscillating_validation", "learning_bottleneck", "validation_mismatch")  # fmt: skip
+               "oscillating_loss", "oscillating_validation", "learning_bottleneck", "validation_mismatch",
+               "attention_logit_growth", "overflow_risk", "skipped_steps")  # fmt: skip
 _STANDSTILL = ("constant_loss", "loss_plateau", "learning_bottleneck")
 _COLLAPSE = (*_STANDSTILL, "unchanged_weights", "update_ratio_low")
 _NO_SIGNAL = ("vanishing_gradient", "collapsed_activation", *_COLLAPSE)
@@ -26,6 +27,7 @@ _NO_SIGNAL = ("vanishing_gradient", "collapsed_activation", *_COLLAPSE)
 FOLLOWS: dict[str, tuple[str, ...]] = {
     "nonfinite_input": (*_DIVERGENCE, "update_ratio_high"),
     "missing_zero_grad": (*_DIVERGENCE, "update_ratio_high"),
+    "poor_initialization": (*_DIVERGENCE, "update_ratio_high"),
     "unchanged_weights": _NO_SIGNAL,
     "update_ratio_high": _DIVERGENCE,
     "exploding_gradient": (*_DIVERGENCE, "update_ratio_high"),
@@ -33,13 +35,15 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "nonfinite_gradient": (*_DIVERGENCE, "update_ratio_high"),
     "nonfinite_weight": (*_DIVERGENCE, "update_ratio_high"),
     "nonfinite_loss": (*_DIVERGENCE, "update_ratio_high"),
+    "overflow_risk": ("skipped_steps",),
+    "skipped_steps": _NO_SIGNAL,
+    "attention_logit_growth": ("saturated_softmax", "loss_spike", "diverging_loss", "vanishing_gradient", "exploding_gradient"),
     "saturated_softmax": ("vanishing_gradient", "loss_spike", "diverging_loss", "oscillating_loss", "update_ratio_low", *_STANDSTILL),
     "dead_relu": _NO_SIGNAL,
     "saturated_activation": _NO_SIGNAL,
     "vanishing_gradient": _NO_SIGNAL,
     "collapsed_activation": _COLLAPSE,
     "update_ratio_low": (*_STANDSTILL, "unchanged_weights"),
-    "skipped_steps": (*_STANDSTILL, "unchanged_weights"),
     "clipping_dominates": ("learning_bottleneck", "loss_plateau"),
     "diverging_loss": ("loss_spike", "oscillating_loss", "oscillating_validation", "loss_plateau", "learning_bottleneck"),
     "constant_loss": ("loss_plateau", "learning_bottleneck"),

@@ -10,9 +10,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import batch_remedy, input_is_bad, listing, nonfinite_advice, ranked, row_at, sick_before
+from lossguard.advice import batch_remedy, input_is_bad, listing, ranked, row_at
 from lossguard.findings import Cause, Evidence, Finding, Severity, number
 from lossguard.host.history import History, Mask
+from lossguard.rules.blame import nonfinite_advice, sick_before
 from lossguard.rules.rule import rule
 
 
@@ -258,7 +259,7 @@ class NonfiniteLoss:
             return None
         step, value = int(steps[bad[0]]), float(losses[bad[0]])
         term = self._term(history, step)
-        causes, remedies = nonfinite_advice(history, step)
+        causes, remedies = nonfinite_advice(history, self._since(history, step))
         newest = history.losses(self.lasting)
         lasts = newest.size >= self.lasting and not np.isfinite(newest).any()
         message = f"the loss is {number(value)}" + (f"; its term {term!r} is the first that is not finite" if term else "")
@@ -268,6 +269,14 @@ class NonfiniteLoss:
         evidence = (Evidence("loss", value), *((Evidence("last finite loss", float(past[-1])),) if past.size else ()))
         severity = Severity.HALT if lasts or self._ruined(history) else Severity.WARNING
         return Finding(self.diagnosis, severity, step, f"loss term {term}" if term else "loss", message, evidence, causes, remedies)
+
+    @staticmethod
+    def _since(history: History, step: int) -> int:
+        """Where the run of non-finite losses began that this step belongs to: its cause lies there."""
+        steps = history.loss_steps()
+        finite = np.isfinite(history.losses()) & (steps < step)
+        after = steps[steps > steps[finite].max(initial=-1)]
+        return int(after[0]) if after.size else step
 
     @staticmethod
     def _ruined(history: History) -> bool:

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lossguard.advice import listing, lr_remedy, matrices, ranked, reach, stretch, typical, typically, without_gradient
+from lossguard.advice import converged, listing, matrices, ranked, reach, stretch, typical, typically, without_gradient
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask
+from lossguard.rules.precision import HALVES, rounding_advice
 from lossguard.rules.rule import rule
 
 
@@ -75,6 +76,8 @@ class UnchangedWeights:
         if n < self.span or stepped[-1] == 1.0 or np.isnan(stepped).any() or stepped.any() or self._moved(history, n).any():
             return None
         total = history.last("grad_total")
+        if history.facts().get("scaler") == 1.0 and total.size and not np.isfinite(total[-1, 0]):
+            return None  # skipped by the loss scaler
         ends = [typical(part)[0] for part in (total[:5], total[-5:])] if total.size else [np.nan, np.nan]
         if ends[1] > self.accumulating * ends[0] and n < self.patient:
             return None
@@ -86,7 +89,7 @@ class UnchangedWeights:
 
     def _still(self, history: History) -> Finding | None:
         n = stretch(history, self.span, self.least)
-        if reach(history, "update_norm", n)[0] > 0.0:
+        if reach(history, "update_norm", n)[0] > 0.0 or converged(history):  # a hinge loss that reached 0 has no gradient left
             return None
         updates, seen = history.last("update_norm", n), history.seen("update_norm", n)
         if not n or not updates.size or not bool(((history.fact("stepped", n) == 1.0) & ~(history.fact("lr", n) <= 0)).all()):
@@ -158,9 +161,9 @@ class UnchangedWeights:
         if gradient == 0:
             remedy = Remedy(f"look for dead units or a multiplication by 0 after {name}", {"unfreeze": True, "parameter": name})
             return Cause("zero gradient", 0.7, f"the gradient of {name} is exactly 0"), remedy
-        if first.dtype != "float32" or history.lr < 1e-8:
+        if first.dtype in HALVES or history.lr < 1e-8:
             share = f"lr {number(history.lr)} times a gradient of {number(float(gradient))} is below the spacing of {first.dtype}"
-            remedy = Remedy(f"keep float32 master weights for {name}, or {lr_remedy(history, 10.0)}", {"master_weights": True, "parameter": name})
-            return Cause("rounding", 0.8, share), remedy
+            cause, tries = rounding_advice(history, share)
+            return cause, tries[0]
         remedy = Remedy(f"check the optimizer's group of {name}: its lr, and who restores its weights", {"unfreeze": True, "parameter": name})
         return Cause("frozen by mistake", 0.5, f"{name} has a gradient of {number(float(gradient))} and no update"), remedy

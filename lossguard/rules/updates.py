@@ -22,6 +22,7 @@ from lossguard.advice import (
 )
 from lossguard.findings import Cause, Evidence, Finding, Severity, number
 from lossguard.host.history import Array, History, Mask
+from lossguard.rules.precision import rounded_away
 from lossguard.rules.rule import rule
 
 
@@ -153,6 +154,7 @@ class UpdateRatioLow:
     ratio: float = 1e-6  # median of u; detectors A
     span: int = 20  # steps; detectors A
     least: int = 3  # samples in the span; a median over matrices is steady
+    moved: float = 0.01  # share of elements of weights in halves that change in a step, though their gradients are not zero; detectors A
     grace: int = 20  # steps; detectors A, machinery 3
     patience: int = 1  # samples; the span is the patience
 
@@ -165,6 +167,9 @@ class UpdateRatioLow:
         lr = history.fact("lr", n)
         if np.isfinite(lr).all() and lr[-1] > lr[0] * (1 + 1e-6):
             return None
+        rounded = rounded_away(self.diagnosis, history, self.span, self.least, self.moved)
+        if rounded is not None:
+            return rounded
         each = typical(u)[able]
         each = each[np.isfinite(each)]
         median = middle(each) if each.size else float("nan")

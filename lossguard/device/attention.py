@@ -1,0 +1,137 @@
+"""Attention logits that a fused kernel hides: from its own query and key, a sample of them. Never reads a value.
+
+Module calls flow in; the largest |q.k| of sampled rows flows into a row, at the site of the module that was given what the
+attention gave (its output projection, or ``nn.MultiheadAttention`` as a whole). Query and key are those that autograd
+keeps for the backward pass: nothing is patched, recomputed or held, and the kernel stays the one that was chosen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossguard.device import signals
+from lossguard.device.graph import VIEWS
+from lossguard.device.tape import Row
+
+ROWS = 64  # queries, and keys, of one sequence that are looked at
+LOOKS = 2  # sampled steps without an attention after which none is looked for
+WATCHED = 4  # attentions watched, spread over the depth; in each sampled step one of them, in turn
+NEAR = 24  # nodes between an attention and the module that takes its output
+KINDS = ("Linear", "MultiheadAttention", "NonDynamicallyQuantizableLinear")
+SOFTMAXES = ("SoftmaxBackward", "SafeSoftmaxBackward")
+DROPOUTS = ("MulBackward", "NativeDropoutBackward")
+MASKS = ("AddBackward", "MaskedFillBackward", "WhereBackward")  # between the scores and their softmax
+SCALINGS = ("MulBackward", "DivBackward")
+
+
+class AttentionLogits:
+    """Finds the attentions during the first sampled step, and measures one of them in each later one."""
+
+    def __init__(self) -> None:
+        self.sites: list[int] = []  # where an attention was found, in order of execution
+        self.hidden: set[str] = set()  # modules behind an attention whose query and key are not to be had, and why
+        self._settled = False  # all attentions are known, or there are none
+        self._blank = 0  # sampled steps that showed none
+        self._turn = 0
+        self._called = self._measured = False
+
+    def begin(self) -> None:
+        """A new step."""
+        self._blank += self._called and not self._measured
+        self._settled = self._settled or self._measured or self._blank >= LOOKS
+        self._turn += self._measured
+        self._called = self._measured = False
+
+    def module_called(self, site: int, name: str, kind: str, args: tuple[Any, ...], output: Tensor, row: Row) -> None:
+        """A module ended; if it was given the output of an attention, that one is measured when its turn comes."""
+        if kind not in KINDS or (self._settled and site != self._due()) or output.grad_fn is None:
+            return
+        self._called = True
+        given = output if kind == "MultiheadAttention" else args[0] if args else None
+        try:
+            found = None if not isinstance(given, Tensor) or given.grad_fn is None else _attention(given.grad_fn)
+        except RuntimeError:  # what was saved is gone already, or was overwritten: no business of ours
+            return
+        if found is None:
+            return
+        if not self._settled and site not in self.sites:
+            self.sites.append(site)
+        if self._measured and not self._settled:
+            return
+        if hooked():
+            self.hidden.add(f"{name}: its query and key are packed by saved-tensor hooks (a checkpoint, or offloading)")
+            return
+        self._measured = True
+        with torch.no_grad():
+            peak, scale = _peak(*found)
+            row.add_scalars("attention_logit", np.array([site], dtype=np.intp), [peak], np.array([scale]))
+
+    def _due(self) -> int:
+        """The site whose turn it is; -1 where there is none."""
+        if not self.sites:
+            return -1
+        spread = self.sites[:: max(1, -(-len(self.sites) // WATCHED))]
+        return spread[self._turn % len(spread)]
+
+
+def hooked() -> bool:
+    """Whether what autograd keeps is packed by somebody's hooks just now: asking for it would unpack, and recompute."""
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return ask is None or ask(False) is not None
+
+
+def _attention(node: Any) -> tuple[Tensor, Tensor, bool] | None:
+    """Query and key (sequences and heads in front), and whether 1/sqrt(d) is still to be applied; None if none is near."""
+    softmax = scaled = False
+    for _ in range(NEAR):
+        if node is None or hasattr(node, "variable"):
+            return None
+        name = node.name()
+        if name.startswith("ScaledDotProduct"):
+            return (node._saved_query, node._saved_key, True) if not hooked() else (_NOTHING, _NOTHING, True)
+        if name.startswith(SOFTMAXES):
+            softmax = True
+        elif softmax and name.startswith(SCALINGS):
+            scaled = True
+        elif name.startswith(("BmmBackward", "BaddbmmBackward")):
+            if softmax:
+                return _scores(node, name, scaled)
+        elif name.startswith("AddmmBackward") and not softmax:
+            node = node.next_functions[1][0]
+            continue
+        elif not name.rstrip("0123456789").startswith((*VIEWS, *DROPOUTS, *(MASKS if softmax else ()))):
+            return None
+        node = _main(node)
+    return None
+
+
+_NOTHING = torch.empty(0)
+
+
+def _main(node: Any) -> Any:
+    """The first of a node's sources that is no leaf."""
+    return next((n for n, _ in node.next_functions if n is not None and not hasattr(n, "variable")), None)
+
+
+def _scores(node: Any, name: str, scaled: bool) -> tuple[Tensor, Tensor, bool] | None:
+    """Query and key of the product that an explicit softmax was taken of."""
+    if hooked():
+        return _NOTHING, _NOTHING, scaled
+    first, second = ("_saved_batch1", "_saved_batch2") if name.startswith("Baddbmm") else ("_saved_self", "_saved_mat2")
+    query, key = getattr(node, first, None), getattr(node, second, None)
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor):
+        return None
+    return query.unsqueeze(1), key.transpose(-2, -1).unsqueeze(1), scaled
+
+
+def _peak(query: Tensor, key: Tensor, scaled: bool) -> tuple[Tensor, float]:
+    """The largest magnitude of query times key over sampled rows of the first sequence, and what it is to be multiplied with."""
+    q, k = (x[0, ..., :: max(1, -(-x.shape[-2] // ROWS)), :] for x in (query.detach(), key.detach()))
+    if q.dim() == 3 and k.shape[0] != q.shape[0]:  # groups of query heads share a key
+        q = q[:: max(1, q.shape[0] // max(1, k.shape[0]))][: k.shape[0]]
+    scores = torch.matmul(q, k.transpose(-2, -1))
+    return signals.largest(scores), q.shape[-1] ** -0.5 if scaled else 1.0

@@ -1,0 +1,104 @@
+"""What a sampled step records besides banks and module outputs; each part costs nothing where it does not apply.
+
+The recorder's phases flow in, numbers flow into its rows: headroom and rounding of halves, frozen parameters that the
+optimizer moves, constant weights at the start, attention logits behind fused kernels. Never reads a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lossguard.device import signals
+from lossguard.device.attention import AttentionLogits
+from lossguard.device.halves import Halves, RowOf
+from lossguard.device.roles import Trained
+from lossguard.device.tape import Row
+
+FROZEN = 16  # frozen parameters with a left-over gradient looked at
+FROZEN_ELEMENTS = 4096  # the first elements of each
+BORN = 256  # matrices looked at once for weights that are all equal
+BORN_ELEMENTS = 64  # of each
+SYMMETRIC = ("Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "MultiheadAttention")
+
+
+class Extras:
+    """The parts, and when each is asked. ``facts`` is what the host knows of this step, to be merged into the recorder's."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        self.halves, self.attention = Halves(), AttentionLogits()
+        self._model, self._optimizers = model, optimizers
+        self._trained: Sequence[Trained] = ()
+        self._frozen: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer -> tensors, copies
+        self._born_seen = False
+
+    def plan(self, trained: Sequence[Trained]) -> None:
+        """The parameters are listed anew."""
+        self._trained = trained
+        self.halves.plan(trained)
+
+    def begin(self) -> None:
+        """A new step."""
+        self.halves.begin()
+        self.attention.begin()
+        self._frozen.clear()
+
+    def module_called(self, site: int, name: str, kind: str, args: tuple[Any, ...], output: Tensor, row: Row) -> None:
+        """A watched module's forward pass ended."""
+        self.halves.output(site, kind, output, row)
+        self.attention.module_called(site, name, kind, args, output, row)
+
+    def backward_done(self, row_of: RowOf, *, scaled: bool) -> None:
+        """Gradients are there. scaled: by a loss scaler, which seeks the end of float16 by design."""
+        if not scaled:
+            self.halves.gradients(row_of)
+        if not self._born_seen and self._trained:
+            self._born_seen = True
+            self._look_at_birth(row_of)
+
+    def before_update(self, index: int) -> None:
+        """An optimizer is about to step: keep what it must not move. A parameter without a gradient it leaves alone anyway."""
+        self.halves.before_update(index)
+        groups = self._optimizers[index].param_groups
+        frozen = [p for group in groups for p in group["params"] if not p.requires_grad and p.grad is not None]
+        frozen = [p for p in frozen if p.numel() and p.layout == torch.strided][:FROZEN]
+        if frozen and any(p.requires_grad for group in groups for p in group["params"]):  # else somebody computes gradients by hand
+            self._frozen[index] = frozen, [_first(p).clone() for p in frozen]
+
+    def after_update(self, index: int, facts: dict[str, Any], row_of: RowOf) -> None:
+        """It stepped."""
+        self.halves.after_update(index, row_of)
+        tensors, copies = self._frozen.pop(index, ([], []))
+        if not tensors:
+            return
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        facts["frozen"] = known = (*facts.get("frozen", ()), *(names.get(id(p), "a parameter outside of the model") for p in tensors))
+        first = len(known) - len(tensors)
+        for k, (p, copy) in enumerate(zip(tensors, copies, strict=True), first):
+            row_of(p.device).add_scalars("frozen_update", np.array([k], dtype=np.intp), [signals.l2(_first(p) - copy)])
+
+    # ---- inside
+
+    def _look_at_birth(self, row_of: RowOf) -> None:
+        """Once: the range of a few elements of each matrix whose rows are units that must differ; 0 says that they do not."""
+        able = [(i, t.tensor.detach()) for i, t in enumerate(self._trained) if t.kind == "matrix" and t.module in SYMMETRIC and _is_matrix(t.tensor)]
+        for device in {p.device for _, p in able}:
+            some = [(i, p) for i, p in able if p.device == device][:BORN]
+            rows = torch.stack([p.reshape(-1)[:: max(1, p.numel() // BORN_ELEMENTS - 1) | 1][:BORN_ELEMENTS].to(torch.float32) for _, p in some])
+            row_of(device).add("weight_range", np.array([i for i, _ in some], dtype=np.intp), rows.amax(dim=1) - rows.amin(dim=1))
+
+
+def _is_matrix(p: Tensor) -> bool:
+    """At least two rows of at least two elements, readable at no cost."""
+    plain = p.layout == torch.strided and p.is_floating_point() and not hasattr(p, "_local_tensor") and p.is_contiguous()
+    return plain and p.dim() >= 2 and p.shape[0] >= 2 and p.numel() >= max(2 * p.shape[0], BORN_ELEMENTS)
+
+
+def _first(p: Tensor) -> Tensor:
+    """The first elements of a parameter."""
+    return p.detach().reshape(-1)[:FROZEN_ELEMENTS]

@@ -1,0 +1,140 @@
+"""Who is to blame for a value that is not finite: input, weights, an explosion, the forward pass, or the loss function.
+
+A history and the step of the first such value flow in; ranked causes and remedies flow out. Numpy only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from lossguard.advice import Advice, batch_remedy, clip_remedy, input_is_bad, lr_remedy, matrices, middle, ranked, row_at
+from lossguard.findings import Cause, Remedy, number
+from lossguard.host.history import Array, History, Mask
+
+GREW = 10.0  # growth of loss or gradient norm before the fault that is called an explosion (SYMPTOMS C1; healthy medians stay below)
+SOUND_RMS = 1e4  # root mean square of a module's output up to which it did not explode (healthy logits stay below 28)
+LOSS_WINDOW = 20  # losses before the fault in which growth is looked for
+GUARD = Remedy("guard the loss: log(p + 1e-8), a divisor of at least 1e-8, labels in range", {"eps": 1e-8})
+
+
+def nonfinite_advice(history: History, step: int) -> Advice:
+    """The causes of non-finite values (SYMPTOMS C1 to C6), ranked by what this run shows."""
+    pairs: list[tuple[Cause, list[Remedy]]] = []
+    if input_is_bad(history, step):
+        pairs.append((Cause("bad input", 0.95, f"the batch of step {step} holds NaN or infinite values"), [batch_remedy(history, step)]))
+    weights = sick_before(history)
+    if weights is not None:
+        cause = Cause("bad weights", 0.9, f"{weights} was not finite before this step's update")
+        pairs.append((cause, [Remedy(f"go back to a checkpoint before step {step}, then {lr_remedy(history, 0.1)}", {"rewind_before": step})]))
+    because, sound = explosion(history, step), sound_outputs(history, step)
+    if because:
+        confidence = 0.6 if sound and not because.startswith("loss") else 0.9  # a loss that grew step by step is one (C1), a calm one is not (C2)
+        pairs.append((Cause("exploding gradient", confidence, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
+    if sound and not pairs[: len(pairs) - bool(because)]:
+        pairs.append((Cause("loss function", 0.8, sound), [GUARD]))
+    return ranked(pairs or _without_trace(history, step))
+
+
+def explosion(history: History, step: int) -> str:
+    """What speaks for an exploding gradient before the step, in words; empty if nothing does."""
+    before, after, over = loss_growth(history, step)
+    # where the loss of the step is not finite, the gradient and the update of the step came after it and tell nothing of its cause
+    at = row_at(history, step)
+    late = int((history.steps() >= step).sum()) if at is not None and not np.isfinite(history.losses()[at]) else 0
+    grown, ratio = gradient_growth(history, late), history.last("update_ratio", 3 + late)
+    ratio = ratio[: len(ratio) - late]
+    words = []
+    if after >= GREW * before:
+        words.append(f"loss {number(before)} -> {number(after)} in {over} steps")
+    if grown >= GREW:
+        words.append(f"gradient norm x {number(grown)}")
+    largest = float(np.max(ratio, initial=0.0, where=np.isfinite(ratio) & (ratio > 0) & _wide(matrices(history), ratio)))
+    if largest >= 1.0:
+        words.append(f"an update {number(largest)} times its weights")
+    return "; ".join(words)
+
+
+def sound_outputs(history: History, step: int) -> str:
+    """What speaks for the loss function: at this very step every module's output was finite and of moderate size. Empty otherwise."""
+    rms, seen = _outputs(history, step)
+    rms = rms[seen]
+    if not rms.size or not np.isfinite(rms).all() or rms.max() > SOUND_RMS:
+        return ""
+    return f"all {rms.size} module outputs of this step are finite (largest rms {number(float(rms.max()))})"
+
+
+def sick_outputs(history: History, step: int) -> str:
+    """What speaks for an overflow in the forward pass: at this very step an output was not finite, with sound input and weights."""
+    rms, seen = _outputs(history, step)
+    bad = np.flatnonzero(seen & ~np.isfinite(rms))
+    if not bad.size:
+        return ""
+    unit = history.units[bad[0]] if bad[0] < len(history.units) else None
+    where = f"{unit.name} ({unit.kind})" if unit is not None else f"module call {bad[0]}"
+    return f"{where} is the first whose output is not finite, and the loss was calm before"
+
+
+def _outputs(history: History, step: int) -> tuple[Array, Mask]:
+    """What the modules gave at this very step, and which were measured; nothing if it was not sampled."""
+    back = int((history.steps() >= step).sum())
+    if not back or history.steps(back)[0] != step or not history.last("activation_rms", 1).size:
+        return np.empty(0), np.zeros(0, dtype=np.bool_)
+    return history.last("activation_rms", back)[0], history.seen("activation_rms", back)[0]
+
+
+def sick_before(history: History) -> str | None:
+    """The name of the first parameter that was not finite before the newest sample's update, if any."""
+    if not history.samples or history.facts().get("forced"):
+        return None
+    bad = history.seen("weight_norm", 1) & ~np.isfinite(history.last("weight_norm", 1))
+    return history.params[int(np.flatnonzero(bad[0])[0])].name if bad.any() else None
+
+
+def loss_growth(history: History, step: int) -> tuple[float, float, int]:
+    """Before, after, over how many steps: the older half of the last finite losses before the step, and the newest of them."""
+    held, steps = history.losses(), history.loss_steps()
+    past = np.isfinite(held) & (steps < step)
+    losses, when = held[past][-LOSS_WINDOW:], steps[past][-LOSS_WINDOW:]
+    if losses.size < 2 or losses.min() <= 0:
+        return float("nan"), float("nan"), 0
+    half = losses.size // 2
+    return float(middle(losses[:half])), float(losses[half:].max()), int(when[-1] - when[0])
+
+
+def gradient_growth(history: History, late: int = 0) -> float:
+    """The largest of the last 5 finite gradient norms over the median of those before; NaN if unknown. The newest ``late`` do not count."""
+    total = history.last("grad_total")[:, 0] if history.last("grad_total").size else np.empty(0)
+    total = total[: total.size - late]
+    total = total[np.isfinite(total) & (total > 0)]
+    cut = max(1, total.size - 5)
+    return float(total[cut:].max() / middle(total[:cut])) if total.size >= 2 else math.nan
+
+
+def _without_trace(history: History, step: int) -> list[tuple[Cause, list[Remedy]]]:
+    """Nothing was measured that tells: what is left, by what can produce such a value out of calm."""
+    before, after, over = loss_growth(history, step)
+    calm = f"the loss was calm ({number(before)} -> {number(after)} in {over} steps)" if over else "the first values are already not finite"
+    at = row_at(history, step)
+    looked = at is not None and bool(np.isfinite(history.inputs()[at]))
+    lower = Remedy("subtract the maximum before exp, use log_softmax, or clamp what is given to exp", {"activation": "log_softmax"})
+    safe = bool(history.facts().get("loss_is_safe", history.notes.get("loss_is_safe")))  # it is finite for all finite outputs
+    forward = sick_outputs(history, step) or (f"{calm}, and this loss is finite for all finite outputs" if safe else "")
+    confidence = 0.8 if over and looked else 0.45
+    pairs = [(Cause("loss function", 0.3 if forward else confidence, f"{calm} and the weights are finite"), [GUARD])]
+    if forward:
+        pairs.append((Cause("overflow in forward", min(0.7, confidence), forward), [lower, lr_remedy(history, 0.1)]))
+    if not looked:
+        show = Remedy("show the guard the batches: for x, y in guard.batches(loader)", {"look_at": step})
+        pairs.append((Cause("bad input", 0.5 if safe else 0.4, "the batch of this step was not shown to the guard"), [show]))
+    pairs.append((Cause("exploding gradient", 0.3, "growth within a single step leaves no trace"), [lr_remedy(history, 0.1)]))
+    return pairs
+
+
+def _wide(mask: Mask, values: Array) -> Mask:
+    """The mask of sites, cut or filled to the width of the values."""
+    wide = np.zeros(values.shape[1] if values.ndim == 2 else 0, dtype=np.bool_)
+    n = min(len(mask), len(wide))
+    wide[:n] = mask[:n]
+    return wide

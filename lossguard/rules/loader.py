@@ -1,0 +1,78 @@
+"""What the data loader hands out. Fingerprints of batches in, finding or None out; numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from lossguard.advice import informational, ranked
+from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity
+from lossguard.host.history import Array, History
+from lossguard.rules.rule import rule
+
+
+@rule
+@dataclass(frozen=True)
+class DuplicateBatches:
+    """duplicate_batches: each batch comes several times in a row, always equally often (detectors A.3; SYMPTOMS F3).
+
+    W workers that share a seed, or that all read the same stream, deliver in turn, so every batch comes exactly W times
+    in a row. Law: over the newest 256 batches that were shown, the longest run of equal batches is W >= 2, runs of this
+    very length hold at least 75 % of the batches, there are at least 8 of them, and they hold at least 6 different
+    batches. Chance repeats have runs of all lengths, a small data set repeats at the distance of an epoch, and a
+    full-batch or one-batch run has a single batch: none of these has the pattern.
+
+    Why: a worker's own random generator (numpy's, or a Python one seeded in ``__init__``) starts equal in every worker;
+    an iterable data set that does not split its stream by ``get_worker_info()``; a sampler that repeats its indices.
+    Do: seed each worker (``worker_init_fn`` with ``torch.initial_seed() % 2**32``), or give worker k every W-th item of
+    the stream; until then set num_workers=0. An epoch holds W times fewer distinct samples than it seems.
+    False alarm: loops that show the guard a copy of one batch for each of several inner steps (data echoing, several
+    epochs on one rollout). Show each batch once, or not at all, or mute the diagnosis. The same tensor object given
+    again to ``guard.batch`` counts as meant; adversarial and reinforcement losses get information only.
+    """
+
+    diagnosis: ClassVar[str] = "duplicate_batches"
+    reads: ClassVar[tuple[str, ...]] = ("loss",)
+    window: int = 256  # newest batches looked at; our own choice, enough for 16 workers
+    runs: int = 8  # runs of the same length; our own choice, chance gives all runs one length with less than 0.25 ** 8
+    distinct: int = 6  # different batches among them; our own choice, few mean a tiny data set and not a loader's fault
+    share: float = 0.75  # of the batches within such runs; our own choice, the end of an epoch cuts one run short
+    grace: int = 0  # steps; the runs are the grace
+    patience: int = 1  # answers; the runs are the patience
+
+    def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the newest data."""
+        prints = history.fingerprints(self.window)
+        shown = np.flatnonzero(~np.isnan(prints))
+        prints = prints[shown]
+        fresh = np.flatnonzero(prints[1:] != prints[:-1]) + 1  # where a run begins
+        if fresh.size == max(prints.size - 1, 0) or fresh.size <= self.runs:
+            return None
+        lengths = np.diff(fresh)  # of whole runs: neither the first nor the last may be cut
+        longest = int(lengths.max())
+        whole = lengths == longest
+        if longest < 2 or whole.sum() < self.runs or longest * whole.sum() < self.share * lengths.sum():
+            return None
+        first = prints[fresh[:-1][whole]]
+        if np.unique(first).size < self.distinct:
+            return None
+        step = int(history.loss_steps(self.window)[shown[fresh[:-1][whole][0] + 1]])
+        return self._finding(history, step, longest, first)
+
+    def _finding(self, history: History, step: int, times: int, runs: Array) -> Finding:
+        workers = history.notes.get("loader_workers")
+        seed = Remedy("seed each worker: worker_init_fn=lambda i: numpy.random.seed(torch.initial_seed() % 2**32)", {"seed_workers": True})
+        split = Remedy("split an iterable data set by torch.utils.data.get_worker_info(); until then num_workers=0", {"num_workers": 0})
+        name, confidence, because = "loader workers share a seed or a stream", 0.6, f"every batch comes {times} times in a row"
+        if workers == times:
+            confidence, because = 0.95, f"every batch comes {times} times in a row, and the loader has {workers} workers"
+        elif workers in (0, 1):
+            name, confidence = "the data set or its sampler repeats itself", 0.6
+            split = Remedy("look at the sampler's first 20 indices", {"look_at": 20})
+        causes, remedies = ranked([(Cause(name, confidence, because), [seed, split])])
+        severity = Severity.INFO if informational(history) else Severity.WARNING
+        evidence = (Evidence("runs of equal batches", float(runs.size), float(self.runs)), Evidence("batches in each run", float(times), 1.0))
+        message = f"each batch comes {times} times in a row ({runs.size} runs): an epoch holds 1/{times} of what it seems to"
+        return Finding(self.diagnosis, severity, step, "data loader", message, evidence, causes, remedies)
