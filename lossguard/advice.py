@@ -104,11 +104,7 @@ def typically(history: History, signal: str, n: int) -> Array:
 @once
 def reach(history: History, signal: str, n: int) -> tuple[float, float]:
     """The least and the greatest measured number of the last n samples, (inf, -inf) if there is none: a rule's first look."""
-    values = history.last(signal, n)
-    if not values.size:
-        return math.inf, -math.inf
-    low, high = float(np.fmin.reduce(values, axis=None)), float(np.fmax.reduce(values, axis=None))
-    return (math.inf, -math.inf) if math.isnan(low) else (low, high)
+    return history.extremes(signal, n)
 
 
 def newest(history: History, signal: str, within: int) -> tuple[Array, Array]:

@@ -115,6 +115,7 @@ class Guard:
         self._schedule = Schedule(self.every, self.dense, accumulate=accumulate, may_skip=scaler is not None and not self._explicit)
         self._overdue: actions.TrainingHalted | None = None
         self._silenced: set[str] = set()
+        self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
         self._skipped: deque[int] = deque(maxlen=1024)  # sampled steps whose update was left out
         _take_over(model, self)
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._watch, backward=phases == "hooks")
@@ -128,9 +129,15 @@ class Guard:
         logits: the softmax's input, (rows, ..., classes), where the guard cannot find it by itself.
         Raises ``TrainingHalted`` when a finding halts, ``ValueError`` for a loss that is no scalar or a closed guard.
         """
+        now = self.steps
+        if self._quiet and logits is None and self._pulses.quick(loss):
+            self._quiet -= 1
+            self.steps = now + 1
+            if self._handover.due(now):
+                self._receive(now)
+            return
         self._check_open()
         terms = check_loss(loss)
-        now = self.steps
         sick = self._pulses.write(now, terms)
         sampled = self._recorder.on
         if sick:
@@ -151,7 +158,6 @@ class Guard:
     def batches(self, loader: Iterable[Any]) -> batches.Batches:
         """The loader's batches, each shown to the guard: ``for x, y in guard.batches(loader)``. Keeps ``len``."""
         self._check_open()
-        self._history.notes["loader_workers"] = getattr(loader, "num_workers", None)
         return batches.Batches(self, loader)
 
     def batch(self, inputs: Any, targets: Any = None) -> None:
@@ -185,7 +191,7 @@ class Guard:
         except actions.TrainingHalted:
             pass  # the run is over anyway: the finding stands in ``findings``
         finally:
-            self.closed = True
+            self.closed, self._quiet = True, 0
             self._taps.close()
             for gate in self._gates:
                 gate.close()
@@ -210,7 +216,7 @@ class Guard:
 
     def after_backward(self, *, unscaled: bool = False) -> None:
         """A backward pass ended; gradients are complete and unclipped. unscaled: they have their true scale already."""
-        if self.closed:
+        if self.closed or self._quiet:
             return
         self._schedule.update_tried = self._explicit
         self._watch(self._recorder.backward_done, unscaled=unscaled)
@@ -219,16 +225,15 @@ class Guard:
 
     def before_update(self, index: int = 0) -> None:
         """Optimizer ``index`` is about to step on gradients as they are now, clipped or not. Its own hook says so too."""
-        if not self.closed:
+        if not self.closed and not self._quiet:
             self._watch(self._recorder.before_update, index)
 
     def after_update(self, index: int = 0) -> None:
         """Optimizer ``index`` stepped. Its own hook says so too."""
-        if self.closed:
+        if self.closed or self._quiet:
             return
         self._schedule.update_seen = True
-        look = self._recorder.on or self._schedule.due(self.steps + 1)
-        self._watch(self._recorder.after_update, index, look_at_clearing=look)
+        self._watch(self._recorder.after_update, index)
 
     # ---- what was found
 
@@ -268,7 +273,7 @@ class Guard:
         try:
             self.flush()
         except actions.TrainingHalted as halt:
-            self._overdue = halt  # raised by the next step: a checkpoint is written first
+            self._overdue, self._quiet = halt, 0  # raised by the next step: a checkpoint is written first
         if not self._recorder.banks:
             self._recorder.build()
             self._introduction.update()
@@ -298,16 +303,19 @@ class Guard:
         self._schedule.update_tried = False
         sampled = self._schedule.due(self.steps)
         self._taps.next_step()
+        self._quiet = 0
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
-            self._taps.listening = bool(self._gates) or self._recorder.expects_clearing
+            self._taps.listen(bool(self._gates) or self._recorder.expects_clearing)
             self._recorder.targets = None
+            if not self._taps.listening:
+                self._quiet = self._schedule.next_due(self.steps) - self.steps - 1
             return
         if sampled and self._recorder.outdated:
             self._watch(self._recorder.build)
             self._taps.rehook()
         self._recorder.begin(sampled, every_module=self._schedule.settling(self.steps))
         self._taps.watch_forward(sampled)
-        self._taps.listening = sampled or bool(self._gates) or bool(self._recorder.expects_clearing)
+        self._taps.listen(sampled or bool(self._gates) or self._recorder.expects_clearing)
 
     def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None) -> None:
         for k, gate in enumerate(self._gates):
@@ -335,6 +343,7 @@ class Guard:
         for news in self._intake.receive(now, everything=everything):
             if news.sick:
                 self._schedule.alarm(self.steps)
+                self._quiet = 0
             if self._record:
                 self._watch(news.write, self._record, self._history)
             if news.sample is not None and "consecutive_skips" in news.sample.values and news.sample.values["consecutive_skips"][1].any():

@@ -18,6 +18,7 @@ from lossguard.device.tape import Pulse
 from lossguard.fingerprint import Fingerprints
 from lossguard.host.handover import Handover, host_view
 
+PLAIN = ("",)  # the names of the terms of a loss that is no dict
 MAX_LEAVES = 2  # float tensors of a batch looked at in every step
 MAX_CHECKED = 2**20  # elements of a batch on the host that are looked at in every step of a run on an accelerator
 
@@ -57,6 +58,24 @@ class Pulses:
         """The coming step's batch; its float tensors are summed when the step ends. handed: by a loader, so that it should be new."""
         self._batch = batch
         self._prints.show(batch[0], handed=handed)
+
+    def quick(self, loss: object) -> bool:
+        """A plain step's loss, where the block is under way and takes a scalar tensor: one copy. False if nothing was
+        written: the block is at its end, the loss is of another kind, its batch must be looked at, or it is not finite."""
+        pulse = self._pulse
+        if pulse is None or self._names != PLAIN or type(loss) is not Tensor or loss.dim() or not 0 < pulse.filled < pulse.rows - 1:
+            return False
+        if self._host is None and self._batch is not None:
+            return False
+        row = pulse.filled
+        pulse.put(MAX_LEAVES, loss.detach())
+        if self._host is not None and not math.isfinite(self._host.item(row, MAX_LEAVES)):
+            return False
+        self._looked.append(0)
+        self._printed.append(self._prints.waiting and self._prints.write(pulse.cells[row][0], self._host[row], 0))
+        self._batch = None
+        pulse.filled = row + 1
+        return True
 
     def write(self, step: int, terms: Mapping[str, Tensor | float]) -> bool:
         """One step's numbers. True if they lie in host memory already and one is not finite."""

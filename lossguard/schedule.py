@@ -30,6 +30,15 @@ class Schedule:
         """Whether this step is sampled."""
         return self._tries > 0 or step % self.every == 0 or self.settling(step)
 
+    def next_due(self, step: int) -> int:
+        """The first step after this one that is sampled, if nothing happens until then.
+
+        >>> Schedule(every=10, dense=2).next_due(13)
+        20
+        """
+        after = step + 1
+        return after if self.due(after) else (after // self.every + 1) * self.every
+
     def settling(self, step: int) -> bool:
         """Whether this step is looked at closely: at the start, and after an alarm."""
         return step < self.dense or step <= self._alarm_until

@@ -80,7 +80,7 @@ def test_a_signal_that_reads_is_caught(where, monkeypatch):
         rows.sum().item()
         return torch.linalg.vector_norm(rows, dim=1)
 
-    monkeypatch.setitem(signals.SIGNALS, "grad_norm", signals.Signal("grad_norm", "gradient", "L2 norm", reading))
+    monkeypatch.setitem(signals.SIGNALS, "reading", signals.Signal("reading", "gradient", "L2 norm", reading))
     with pytest.raises(HostRead), where() as device:
         train(device, "mlp", OPTIMIZERS["sgd"])
 

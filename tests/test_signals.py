@@ -11,7 +11,9 @@ from torch import nn
 
 from lossguard import Guard, signal
 from lossguard.device import signals
+from lossguard.device.logits import together
 from lossguard.device.signals import SIGNALS
+from lossguard.host.history import History, Sample
 
 SHAPES = {"gradient": (3, 40), "weight": (3, 40), "update": (3, 40), "activation": (3, 16, 5), "logits": (16, 5)}
 K = 3
@@ -75,12 +77,12 @@ def naive_norm(rows):
     return [math.sqrt(sum(v * v for v in row)) for row in rows.double().tolist()]
 
 
-def naive_variance(samples):
-    found = []
-    for site in samples.double().numpy():
-        spread = np.mean([np.mean((column - column.mean()) ** 2) for column in site.T])
-        found.append(spread / np.mean(site**2) if site.any() else 0.0)
-    return found
+def naive_spread(samples):
+    return [math.sqrt(sum(((column - column.mean()) ** 2).sum() for column in site.T)) for site in samples.double().numpy()]
+
+
+def naive_size(samples):
+    return naive_norm(samples.flatten(1))
 
 
 def naive_zero(samples):
@@ -119,7 +121,8 @@ NAIVE = {
     "grad_norm": naive_norm,
     "weight_norm": naive_norm,
     "update_norm": naive_norm,
-    "sample_variance": naive_variance,
+    "sample_spread": naive_spread,
+    "sample_size": naive_size,
     "zero_fraction": naive_zero,
     "saturated_fraction": naive_rails(lambda s: 4 * s * (1 - s)),
     "saturated_fraction_tanh": naive_rails(lambda t: 1 - t * t),
@@ -162,11 +165,21 @@ def test_shares_span_their_range():
 
 
 def test_sample_variance_edges():
-    """The same output for every sample reads 0, also where it is zero; independent noise reads 1."""
+    """The same output for every sample reads 0, also where it is zero; independent noise reads 1; NaN stays NaN."""
     constant = torch.ones(1, 16, 5) * torch.arange(1.0, 6.0)
     torch.manual_seed(0)
-    assert signals.sample_variance(torch.cat([constant, torch.zeros(1, 16, 5)])).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
-    assert signals.sample_variance(torch.randn(1, 4000, 5)).item() == pytest.approx(1.0, abs=0.01)
+    sick = torch.randn(1, 16, 5)
+    sick[0, 3, 2] = math.nan
+    assert variance(torch.cat([constant, torch.zeros(1, 16, 5)])).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert variance(torch.randn(1, 4000, 5)).item() == pytest.approx(1.0, abs=0.01)
+    assert np.isnan(variance(sick)).all()
+
+
+def variance(samples):
+    """What the history makes of the two norms."""
+    history, sites = History(), np.arange(len(samples))
+    history.add_sample(Sample(0, {name: (sites, SIGNALS[name].measure(samples).numpy()) for name in signals.SPREAD}))
+    return history.last("sample_variance", 1)[0]
 
 
 def test_padding_adds_nothing():
@@ -179,7 +192,7 @@ def test_masked_logits():
     """A mask of -inf is no large logit and takes no probability; +inf and NaN show."""
     logits = torch.tensor([[1.0, -7.0, -math.inf], [2.0, -math.inf, 3.0]])
     assert signals.logit_peak(logits).item() == 7.0
-    assert signals.top_probability(logits).tolist() == pytest.approx([max(softmax([1.0, -7.0])), max(softmax([2.0, 3.0]))])
+    assert named(logits, torch.tensor([0, 2]))["nll_part"] == pytest.approx(-np.mean([math.log(max(softmax(row))) for row in ([1.0, -7.0], [2.0, 3.0])]))
     assert math.isfinite(signals.log_normalizer(logits).item())
     assert signals.logit_peak(torch.tensor([[1.0, math.inf]])).item() == math.inf
     assert math.isnan(signals.logit_peak(torch.tensor([[1.0, math.nan]])).item())
@@ -190,13 +203,32 @@ def test_labels():
     logits = torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [1.0, 1.0, 1.0]])
     targets = torch.tensor([0, 2, -100, 1])
     rows = [-math.log(softmax(row)[t]) for row, t in zip(logits.tolist(), targets.tolist(), strict=True) if t >= 0]
-    assert signals.label_nll(logits, targets).item() == pytest.approx(sum(rows) / 3, rel=1e-5)
-    assert signals.label_nll(logits, targets).item() == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
-    assert signals.confident_wrong(logits, targets).item() == pytest.approx(1 / 3)
-    ignored = torch.full((4,), -100)
-    assert (signals.label_nll(logits, ignored).item(), signals.confident_wrong(logits, ignored).item()) == (0.0, 0.0)
-    for measure in (signals.label_nll, signals.confident_wrong):
-        assert measure(logits.to("meta"), targets.to("meta")).dtype == torch.float32
+    nll, wrong = over_labels(logits, targets)
+    assert nll == pytest.approx(sum(rows) / 3, rel=1e-5)
+    assert nll == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert wrong == pytest.approx(1 / 3)
+    assert over_labels(logits, torch.full((4,), -100)) == (0.0, 0.0)
+
+
+def named(logits, targets):
+    return {name: float(number) for names, numbers in together(logits, targets).items() for name, number in zip(names, numbers, strict=True)}
+
+
+def over_labels(logits, targets):
+    """What the history makes of the parts."""
+    history = History()
+    history.add_sample(Sample(0, {name: (np.zeros(1, dtype=np.intp), np.array([number])) for name, number in named(logits, targets).items()}))
+    return history.last("label_nll", 1)[0, 0], history.last("confident_wrong", 1)[0, 0]
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
+def test_shared_softmax(scale):
+    """Measured together, the softmax signals are what each is by itself; nothing is read."""
+    logits, targets = scale * torch.randn(32, 7, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 7
+    alone = {"confident_fraction": signals.confident_fraction(logits).item(), "log_normalizer": signals.log_normalizer(logits).item()}
+    assert named(logits, None) == pytest.approx(alone, rel=1e-5)
+    assert {name: named(logits, targets)[name] for name in alone} == pytest.approx(alone, rel=1e-5)
+    assert all(len(names) == len(numbers) for names, numbers in together(logits.to("meta"), targets.to("meta")).items())
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch import nn
 from lossguard import Guard, History
 from lossguard.device.tape import Pulse, Row
 from lossguard.device.units import SilentUnits
-from lossguard.host.decode import decode
+from lossguard.host.decode import Decoder
 from lossguard.host.handover import Handover
 from lossguard.host.history import Param, Sample
 from lossguard.resume import pack, unpack
@@ -46,12 +46,12 @@ def test_a_row_loses_nothing(rows):
     row = Row(CPU)
     for step, parts in enumerate(rows):
         fill(row, parts)
-        numbers, segments = row.lay_down()
+        numbers, layout = row.lay_down()
         ordered = [p for p in parts if not p[1]] + [p for p in parts if p[1]]
         expected = {}
         for name, _, pairs in ordered:
             expected.setdefault(name, {}).update({s: v for s, v in pairs if s >= 0})
-        sample = decode(step, [(numbers.numpy(), segments)], {}, [])
+        sample = Decoder().decode(step, [(numbers.numpy(), layout)], {}, [])
         found = {name: dict(zip(sites.tolist(), values.tolist(), strict=True)) for name, (sites, values) in sample.values.items()}
         assert found.keys() == {name for name, of in expected.items() if of}
         for name, of in found.items():
@@ -64,9 +64,9 @@ def test_a_discarded_row_is_empty():
     row = Row(CPU)
     fill(row, [("a", True, [(0, 1.0)]), ("b", False, [(0, 2.0)])])
     row.discard()
-    numbers, segments = row.lay_down()
+    numbers, layout = row.lay_down()
     assert numbers.numel() == 0
-    assert segments == []
+    assert layout.segments == ()
 
 
 @settings(deadline=None, max_examples=50)
@@ -231,10 +231,10 @@ def test_true_scale(norm, scale, clip, unscaled):
     row.add("grad_norm", np.array([0, 1]), torch.tensor([norm * scale, 2 * norm * scale], dtype=torch.float64))
     row.add("clipped_norm", np.array([0, 1]), torch.tensor([norm, 2 * norm], dtype=torch.float64) * clip * (1 if unscaled else scale))
     row.add_scalars("loss_scale", np.array([0]), [torch.tensor(scale)])
-    numbers, segments = row.lay_down()
+    numbers, layout = row.lay_down()
     if not torch.isfinite(numbers).all():
         return
-    found = decode(0, [(numbers.numpy(), segments)], {"probes_unscaled": unscaled}, [Param("a", 1), Param("b", 1)])
+    found = Decoder().decode(0, [(numbers.numpy(), layout)], {"probes_unscaled": unscaled}, [Param("a", 1), Param("b", 1)])
     assert found.values["grad_norm"][1].tolist() == pytest.approx([norm, 2 * norm], rel=1e-4)
     assert found.values["clip_coefficient"][1].tolist() == pytest.approx([clip], rel=1e-3)
     assert found.facts["loss_scale"] == pytest.approx(scale)

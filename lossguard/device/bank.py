@@ -6,22 +6,27 @@ are read through a spread sample for weights and updates, whole for gradient nor
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lossguard.device import signals
-from lossguard.device.tape import Row, Scale, Sites
+from lossguard.device.tape import Row, Sites
 
 SMALL = 16384  # elements; tensors up to this size are read whole
 RUN = 16  # elements of one run of a sample: a cache line of float32
 RUNS = 1024  # runs of a large tensor's sample: within 1 to 4 % of the exact update ratio on dense updates
 SHARE = 0.0025  # of a model's elements that samples may take once RUNS for each would exceed it ...
 MIN_RUNS = 64  # ... but never fewer runs than this
+WASTE = 0.1  # of the small tensors' elements that may be padding beyond their own bucket
 BUCKETS = tuple(4**k for k in range(2, 8))  # small tensors are zero-padded to these sizes: 16 ... 16384
+
+TAPS = ("gradient", "weight", "update")
+NORMS = ("grad_norm", "weight_norm", "update_norm")  # one of each tap
 
 READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -46,29 +51,34 @@ def why_not(parameter: Tensor) -> str | None:
 class Bank:
     """The parameters of one optimizer on one device, ordered by size.
 
-    sites: the index of each parameter in the whole model's list, in the order of the bank.
+    Gradients, weights and updates are only kept when they are seen; ``lay`` measures all three at once when the step is over.
     """
 
     def __init__(self, parameters: Sequence[tuple[int, Tensor]], optimizer: int, model_elements: int) -> None:
-        by_size = sorted(parameters, key=lambda ip: (_bucket(ip[1]) or 10**12, ip[0]))
+        sizes = _padded_sizes([_elements(p) for _, p in parameters])
+        by_size = sorted(zip(parameters, sizes, strict=True), key=lambda pair: (pair[1] or 10**12, pair[0][0]))
         self.optimizer = optimizer
-        self.device = by_size[0][1].device
-        self._small = [p for _, p in by_size if _bucket(p)]
-        self._large = [p for _, p in by_size if not _bucket(p)]
-        self._small_sites = np.array([i for i, p in by_size if _bucket(p)], dtype=np.intp)
-        self._large_sites = np.array([i for i, p in by_size if not _bucket(p)], dtype=np.intp)
+        self.device = parameters[0][1].device
+        self._small = [p for (_, p), size in by_size if size]
+        self._large = [p for (_, p), size in by_size if not size]
+        self._small_sites = np.array([i for (i, _), size in by_size if size], dtype=np.intp)
+        self._large_sites = np.array([i for (i, _), size in by_size if not size], dtype=np.intp)
         self._parameter = dict(parameters)
-        self._runs = _runs(len(self._large), model_elements)
-        self._zeros = torch.zeros(SMALL if self._small else 0, device=self.device)
-        self._layout: list[tuple[int, int, int]] = []  # (first element, tensors, padded size) of each bucket
+        self._layout: list[tuple[int, int, int, Sites]] = []  # (first element, tensors, padded size, sites) of each size
         self.offsets: dict[int, int] = {}  # site -> first element in the gathered small gradients
-        self._pads: list[Tensor] = []
-        self._lay_out()
-        self._before = torch.zeros(self._total, device=self.device)
-        self._after = torch.zeros(self._total, device=self.device)
-        self.gradients = torch.zeros(self._small_total, device=self.device)
+        self._lay_out([size for _, size in by_size if size])
+        self._runs = _runs(len(self._large), model_elements)
+        self._kept = torch.zeros(3, self._total, device=self.device)  # small tensors: gradients, weights before, weights after and then updates
+        self._sampled = torch.zeros(2, len(self._large) * self._runs * RUN, device=self.device)  # large ones: weights before, after
+        self.gradients = self._kept[0]
+        self._slots = self._make_slots()
+        self._scale = np.sqrt(np.array([_elements(p) for p in self._large], dtype=np.float64) / (self._runs * RUN)) if self._large else None
         self._views: list[Tensor] = []
         self._pointers: list[int] = []
+        self._missing: set[int] = set()
+        self._norms: tuple[Sites, list[Tensor]] | None = None  # of the large gradients
+        self._seen: list[tuple[int, int] | None] = []
+        self._moved = False
         self.probes = self._choose_probes()
         self.sparse: set[int] = set()  # sites whose gradient was sparse: reading it would wait
 
@@ -80,41 +90,59 @@ class Bank:
     @property
     def nbytes(self) -> int:
         """Device bytes held."""
-        return 4 * (2 * self._total + self._small_total + self._zeros.numel())
+        return 4 * (self._kept.numel() + self._sampled.numel())
 
-    def record_gradients(self, row: Row) -> list[int]:
-        """Norms of all gradients as they are now. Returns the sites that had none; ``sparse`` gathers those not readable."""
+    def keep_gradients(self) -> list[int]:
+        """Gradients as they are now, in the place of earlier ones. Returns the sites that had none; ``sparse`` gathers those not readable."""
         missing: list[int] = []
         if self._small:
             self._gather_gradients(missing)
-            drop = set(missing)
-            sites = np.array([-1 if s in drop else s for s in self._small_sites], dtype=np.intp) if drop else self._small_sites
-            for chosen in signals.of("gradient"):
-                for vector, part in self._by_bucket(self.gradients, sites, chosen.measure):
-                    row.add(chosen.name, part, vector)
         if self._large:
-            self._record_large_gradients(row, missing)
+            self._measure_large_gradients(missing)
+        self._missing = set(missing)
+        self._seen = [version(p) for _, p in self.probes]
         self.sparse.update(s for s in missing if self._parameter[s].grad is not None)
         return [s for s in missing if s not in self.sparse]
 
-    def record_before(self, row: Row) -> None:
-        """Keep the weights as they are, and record their norms."""
-        self._gather_weights(self._before)
-        self._record("weight", self._before, row)
+    def keep_weights(self) -> None:
+        """Weights as they are before the update."""
+        self._moved = False
+        self._gather_weights(self._kept[1], self._sampled[0])
 
-    def record_after(self, row: Row) -> None:
-        """Record the difference to the weights kept by :meth:`record_before`."""
-        self._gather_weights(self._after)
-        torch.sub(self._after, self._before, out=self._after)
-        self._record("update", self._after, row)
+    def keep_update(self) -> None:
+        """The difference of the weights to those before."""
+        self._moved = True
+        self._gather_weights(self._kept[2], self._sampled[1])
+        if self._small:
+            torch.sub(self._kept[2], self._kept[1], out=self._kept[2])
+        if self._large:
+            torch.sub(self._sampled[1], self._sampled[0], out=self._sampled[1])
 
-    def record_exact_weights(self, row: Row) -> None:
+    def lay(self, row: Row) -> None:
+        """Measure what was kept: norms of all three of one size are one operation."""
+        taps = TAPS if self._moved else TAPS[:2]
+        for first, count, size, sites in self._layout:
+            kept = self._kept[: len(taps), first : first + count * size].unflatten(1, (count, size))
+            own = np.array([-1 if s in self._missing else s for s in sites], dtype=np.intp) if self._missing else sites
+            row.add_block(NORMS[: len(taps)], [own, sites, sites], signals.norms(kept))
+            for tap, numbers, those in zip(taps, kept, [own, sites, sites], strict=False):
+                for chosen in _others(tap):
+                    row.add(chosen.name, those, chosen.measure(numbers))
+        if self._large:
+            self._lay_large(row, taps)
+
+    def lay_exact_weights(self, row: Row) -> None:
         """Norms of all weights as they are, every element read: for the post-mortem of a non-finite loss."""
         for sites, parameters in ((self._small_sites, self._small), (self._large_sites, self._large)):
             if parameters:
                 row.add_scalars("weight_norm", sites, signals.l2_of_each([p.detach() for p in parameters]))
 
-    def record_probes(self, row: Row) -> None:
+    @property
+    def untouched(self) -> bool:
+        """Whether the gradients of the probes are those that were kept: nobody clipped or unscaled them since."""
+        return self._seen == [version(p) for _, p in self.probes]
+
+    def lay_probes(self, row: Row) -> None:
         """Norms of a few gradients as they are now: held against the earlier ones they give what clipping did."""
         there = [(s, g) for s, p in self.probes if (g := _gradient(p)) is not None]
         if there:
@@ -122,58 +150,66 @@ class Bank:
 
     # ---- inside
 
-    def _lay_out(self) -> None:
-        first = 0
-        sizes = [_bucket(p) for p in self._small]
+    def _lay_out(self, sizes: list[int]) -> None:
+        first = k = 0
         for size in sorted(set(sizes)):
-            chosen = [(int(s), p) for s, p, b in zip(self._small_sites, self._small, sizes, strict=True) if b == size]
-            self._layout.append((first, len(chosen), size))
-            for k, (site, _) in enumerate(chosen):
-                self.offsets[site] = first + k * size
-            first += len(chosen) * size
-        self._small_total = first
-        self._total = first + len(self._large) * self._runs * RUN
-        # what a gather joins: zeros in the place of each gradient, and the padding behind it; and where each gradient goes
-        self._template: list[Tensor] = []
-        self._slots: list[tuple[int, int, Tensor]] = []
-        for site, p, size in zip(self._small_sites, self._small, sizes, strict=True):
-            self._slots.append((len(self._template), int(site), p))
-            self._template.append(self._zeros[: _elements(p)])
-            self._template += [self._zeros[: size - _elements(p)]] if size > _elements(p) else []
-        self._pads = [self._zeros[: size - _elements(p)] for p, size in zip(self._small, sizes, strict=True)]
+            sites = self._small_sites[k : k + sizes.count(size)]
+            self._layout.append((first, len(sites), size, sites))
+            self.offsets.update({int(site): first + j * size for j, site in enumerate(sites)})
+            k, first = k + len(sites), first + len(sites) * size
+        self._total = first
+        self._pads = [torch.zeros(size - _elements(p), device=self.device) for p, size in zip(self._small, sizes, strict=True)]
+
+    def _make_slots(self) -> list[Tensor]:
+        """Where each small gradient goes: views of the kept ones, of the gradients' shapes."""
+        places = [self.offsets[int(s)] for s in self._small_sites]
+        shapes = [(*p.shape, 2) if p.is_complex() else p.shape for p in self._small]
+        return [self.gradients[at : at + _elements(p)].view(shape) for at, p, shape in zip(places, self._small, shapes, strict=True)]
 
     def _gather_gradients(self, missing: list[int]) -> None:
-        pieces = self._template.copy()
-        for k, site, p in self._slots:
-            g = p.grad
-            if g is not None and g.layout == torch.strided:
-                pieces[k] = (_plain(g) if g.requires_grad or g.is_complex() else g).reshape(-1)
-            else:
-                missing.append(site)
-        torch.cat(pieces, out=self.gradients)
-
-    def _record_large_gradients(self, row: Row, missing: list[int]) -> None:
-        there = [(int(s), g) for s, p in zip(self._large_sites, self._large, strict=True) if (g := _gradient(p)) is not None]
-        missing += [int(s) for s, p in zip(self._large_sites, self._large, strict=True) if _gradient(p) is None]
-        if not there:
+        found = [p.grad for p in self._small]
+        there = [g for g in found if g is not None and g.layout == torch.strided]
+        if len(there) == len(found):
+            torch._foreach_copy_(self._slots, [_plain(g) if g.is_complex() else g for g in there])
             return
-        sites = np.array([s for s, _ in there], dtype=np.intp)
-        row.add_scalars("grad_norm", sites, signals.l2_of_each([g for _, g in there]))
-        others = [s for s in signals.of("gradient") if s.name != "grad_norm"]
-        if others:
-            rows = torch.stack([_spread(g.contiguous(), self._runs).reshape(-1) for _, g in there]).to(torch.float32)
-            for chosen in others:
-                row.add(chosen.name, sites, chosen.measure(rows))
+        self.gradients.zero_()
+        readable = [k for k, g in enumerate(found) if g is not None and g.layout == torch.strided]
+        missing += [int(s) for k, s in enumerate(self._small_sites) if k not in set(readable)]
+        if readable:
+            torch._foreach_copy_([self._slots[k] for k in readable], [_plain(g) if g.is_complex() else g for g in there])
 
-    def _gather_weights(self, out: Tensor) -> None:
-        if not self._views or self._pointers != _pointers(self.parameters):
+    def _measure_large_gradients(self, missing: list[int]) -> None:
+        there = [(int(s), g) for s, p in zip(self._large_sites, self._large, strict=True) if (g := _gradient(p)) is not None]
+        found = [s for s, _ in there]
+        missing += [int(s) for s in self._large_sites if s not in found]
+        sites = self._large_sites if len(found) == len(self._large_sites) else np.array(found, dtype=np.intp)
+        self._norms = (sites, signals.l2_of_each([g for _, g in there])) if there else None
+
+    def _lay_large(self, row: Row, taps: Sequence[str]) -> None:
+        if self._norms is not None:
+            row.add_scalars("grad_norm", *self._norms)
+            others = _others("gradient")
+            if others:
+                there = [g for s in self._norms[0] if (g := _gradient(self._parameter[int(s)])) is not None]
+                rows = torch.stack([_spread(g.contiguous(), self._runs).reshape(-1) for g in there]).to(torch.float32)
+                for chosen in others:
+                    row.add(chosen.name, self._norms[0], chosen.measure(rows))
+        samples = self._sampled[: len(taps) - 1].unflatten(1, (len(self._large), -1))
+        row.add_block(NORMS[1 : len(taps)], [self._large_sites] * 2, signals.norms(samples), self._scale)
+        for tap, rows in zip(taps[1:], samples, strict=True):
+            for chosen in _others(tap):
+                row.add(chosen.name, self._large_sites, chosen.measure(rows), self._scale)
+
+    def _gather_weights(self, small: Tensor, sampled: Tensor) -> None:
+        parameters = self.parameters
+        if not self._views or self._pointers != _pointers(parameters):
             self._views = self._make_views()
-            self._pointers = _pointers(self.parameters)
+            self._pointers = _pointers(parameters)
         count = len(self._views) - len(self._large)
         if count:
-            torch.cat(self._views[:count], out=out[: self._small_total])
+            torch.cat(self._views[:count], out=small)
         if self._large:
-            torch.cat(self._views[count:], out=out[self._small_total :].view(-1, RUN))
+            torch.cat(self._views[count:], out=sampled.view(-1, RUN))
 
     def _make_views(self) -> list[Tensor]:
         views: list[Tensor] = []
@@ -182,25 +218,6 @@ class Bank:
             views += [pad] if pad.numel() else []
         return views + [_spread(p, self._runs) for p in self._large]
 
-    def _record(self, tap: str, flat: Tensor, row: Row) -> None:
-        for chosen in signals.of(tap):
-            for vector, sites in self._by_bucket(flat, self._small_sites, chosen.measure):
-                row.add(chosen.name, sites, vector)
-            if self._large:
-                rows = flat[self._small_total :].view(len(self._large), -1)
-                row.add(chosen.name, self._large_sites, chosen.measure(rows), self._sample_scale())
-
-    def _by_bucket(self, flat: Tensor, sites: Sites, measure: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Sites]]:
-        found, k = [], 0
-        for first, count, size in self._layout:
-            found.append((measure(flat[first : first + count * size].view(count, size)), sites[k : k + count]))
-            k += count
-        return found
-
-    def _sample_scale(self) -> Scale:
-        """A norm over a sample times sqrt(all / sampled) estimates the norm over all elements."""
-        return np.sqrt(np.array([_elements(p) for p in self._large], dtype=np.float64) / (self._runs * RUN))
-
     def _choose_probes(self) -> list[tuple[int, Tensor]]:
         """Up to 8 tensors spread over the bank, the small first: reading them again is cheap."""
         pairs = list(zip([*self._small_sites, *self._large_sites], self.parameters, strict=True))
@@ -208,14 +225,37 @@ class Bank:
         return [(int(s), p) for s, p in pairs[::stride][:8]]
 
 
+def version(p: Tensor) -> tuple[int, int] | None:
+    """Which memory the gradient has and how often it was written to; None where there is no gradient."""
+    g = p.grad
+    if g is None:
+        return None
+    try:
+        return g.data_ptr(), g._version
+    except RuntimeError:  # a wrapper without memory of its own
+        return id(g), g._version
+
+
+def _others(tap: str) -> list[signals.Signal]:
+    """The signals of a tap that are not its norm."""
+    return [s for s in signals.of(tap) if s.name not in NORMS]
+
+
 def _elements(p: Tensor) -> int:
     return p.numel() * (2 if p.is_complex() else 1)
 
 
-def _bucket(p: Tensor) -> int:
-    """The padded size of a small tensor, 0 for a large one."""
-    n = _elements(p)
-    return next((b for b in BUCKETS if n <= b), 0)
+def _padded_sizes(elements: Sequence[int]) -> list[int]:
+    """The size that each small tensor is padded to, 0 for a large one: one of BUCKETS, or the next larger one in use
+    where few tensors of little weight move there, so that fewer operations measure them all."""
+    sizes = [next((b for b in BUCKETS if n <= b), 0) for n in elements]
+    allowed = WASTE * sum(sizes)
+    for small, large in itertools.pairwise(sorted(set(sizes) - {0})):
+        waste = (large - small) * sizes.count(small)
+        if waste <= allowed:
+            allowed -= waste
+            sizes = [large if size == small else size for size in sizes]
+    return sizes
 
 
 def _runs(tensors: int, model_elements: int) -> int:

@@ -8,8 +8,10 @@ out and read at once from then on.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lossguard.device import outputs, signals
-from lossguard.device.tape import Row
+from lossguard.device.tape import Row, Scale, Sites
 from lossguard.device.units import SilentUnits, window
 
 SMALL = 16384  # elements of an output that is kept rather than reduced at once
@@ -25,6 +27,7 @@ KEEP = 8 * 2**20  # bytes of outputs kept at most
 MIN_SAMPLES = 8  # rows below which samples say nothing about their spread
 LARGE_SAMPLES = 16  # large outputs of other than activation modules that are sampled, spread over the depth
 MAX_CALLS = 8  # calls of one module told apart in a step
+KNOWN = 256  # sets of sites whose indices are kept as arrays
 MAX_SITES = 2048  # module calls watched at most
 
 
@@ -38,15 +41,6 @@ class Site:
     kind: str
     width: int
     channels_first: bool
-
-
-@dataclass
-class _Kept:
-    """A small output, and the version it had."""
-
-    site: Site
-    output: Tensor
-    version: int
 
 
 @dataclass
@@ -69,11 +63,13 @@ class Forward:
         self.unwatched: set[str] = set()  # calls that could not be measured, and why
         self._by_call: dict[tuple[str, int], Site] = {}
         self._calls: dict[str, int] = {}
-        self._kept: list[_Kept] = []
+        self._kept: list[tuple[Site, Tensor, int]] = []  # small outputs, and the version each had
         self._taken: list[_Taken] = []
         self._norms: list[tuple[Site, int, Tensor]] = []  # site, elements, norm of each large output
         self._bytes = 0
         self._at_once: set[int] = set()  # sites whose output is overwritten in place
+        self._arrays: dict[tuple[int, ...], Sites] = {}
+        self._plans: dict[tuple[int, ...], tuple[int, list[tuple[signals.Signal, slice | list[int], Sites]]]] = {}
         self._large: list[int] = []  # sites with large outputs that are no activations, as first seen
         self.covered: set[str] = set()  # modules whose every output went straight into a watched elementwise activation
         self._last: tuple[str, weakref.ref[Tensor]] | None = None  # the module and output before, while steps are dense
@@ -92,12 +88,22 @@ class Forward:
             return None
         nbytes = output.numel() * output.element_size()
         if output.numel() <= SMALL and self._bytes + nbytes <= KEEP and site.index not in self._at_once:
-            self._kept.append(_Kept(site, output, output._version))
+            self._kept.append((site, output, output._version))
             self._bytes += nbytes
         else:
             with torch.no_grad():
                 self._take(site, output)
         return site
+
+    def keep(self, site: Site, output: Tensor) -> bool:
+        """A shortcut of :meth:`add` for a module known to be called once a step; False if that does not serve."""
+        nbytes = output.nbytes
+        if not 0 < output.numel() <= SMALL or self._bytes + nbytes > KEEP or site.name in self._calls or site.index in self._at_once:
+            return False
+        self._calls[site.name] = 1
+        self._kept.append((site, output, output._version))
+        self._bytes += nbytes
+        return True
 
     def follow(self, name: str, kind: str, given: object, output: Tensor) -> None:
         """Learn which modules need no look of their own: what an elementwise activation gives shows what it was given."""
@@ -108,14 +114,18 @@ class Forward:
 
     def finish(self, row_of: Callable[[torch.device], Row]) -> None:
         """The forward pass is over: reduce what was kept, outputs of one shape together."""
-        groups: dict[Hashable, list[_Kept]] = {}
-        for kept in self._kept:
-            if kept.output._version != kept.version:
-                self._at_once.add(kept.site.index)  # overwritten in place: too late for this step
+        groups: dict[Hashable, list[tuple[Site, Tensor]]] = {}
+        for site, output, version in self._kept:
+            if output._version != version:
+                self._at_once.add(site.index)  # overwritten in place: too late for this step
                 continue
-            groups.setdefault((kept.output.shape, kept.site.channels_first, kept.output.dtype, kept.output.device), []).append(kept)
+            key = (output.shape, site.channels_first, output.dtype, output.device)
+            if key in groups:
+                groups[key].append((site, output))
+            else:
+                groups[key] = [(site, output)]
         for group in groups.values():
-            self._take_together(group, row_of(group[0].output.device))
+            self._take_together(group, row_of(group[0][1].device))
         self._lay_norms(row_of)
         self._lay_samples(row_of)
         self._lay_silence(row_of)
@@ -169,27 +179,38 @@ class Forward:
             taken.positions = output.numel() // max(1, site.width)
         self._taken.append(taken)
 
-    def _take_together(self, group: list[_Kept], row: Row) -> None:
+    def _take_together(self, group: list[tuple[Site, Tensor]], row: Row) -> None:
         """Small outputs of one shape: stacked once, their norms and peaks are one operation each."""
-        families = [_family(k.site.kind) for k in group]
-        order = sorted(range(len(group)), key=families.__getitem__)
-        group, families = [group[i] for i in order], [families[i] for i in order]
-        first = group[0].site
-        plain = group[0].output.dim() == 2  # samples by features already
-        stacked = torch.stack([k.output if plain else outputs.matrix(k.output, first.channels_first) for k in group])  # (K, R, F)
+        if len(group) > 1:
+            group.sort(key=_family_of)
+        first, output = group[0]
+        sites = [site for site, _ in group]
+        plain = output.dim() == 2  # samples by features already
+        rows = [o if plain else outputs.matrix(o, first.channels_first) for _, o in group]
+        stacked = torch.stack(rows) if len(rows) > 1 else rows[0].detach().unsqueeze(0)  # (K, R, F)
         stacked = stacked.to(torch.float32) if stacked.dtype == torch.float64 else stacked
         elements = stacked.shape[1] * stacked.shape[2]
-        sites = np.array([k.site.index for k in group], dtype=np.intp)
         norms = torch.linalg.vector_norm(stacked, dim=(1, 2), dtype=torch.float32)
-        row.add("activation_rms", sites, norms, np.full(len(group), elements**-0.5))
+        row.add("activation_rms", self._indices(sites), norms, _scales(len(group), elements**-0.5))
         samples = outputs.sample(stacked)
-        for family in sorted(set(families)):
-            part = slice(families.index(family), len(families) - families[::-1].index(family))
-            taken = _Taken(family, [k.site for k in group[part]], samples[part])
+        start = 0
+        for family, members in itertools.groupby(sites, key=_family_of_site):
+            part = slice(start, start := start + len(list(members)))
+            taken = _Taken(family, sites[part], samples[part])
             if family == RELU:
                 taken.peaks = self._peaks(stacked[part], first.width)
                 taken.positions = elements // max(1, first.width)
             self._taken.append(taken)
+
+    def _indices(self, sites: Sequence[Site]) -> Sites:
+        """The indices of these sites: the same array for the same sites, so that the row's layout is known again."""
+        key = tuple([site.index for site in sites])
+        known = self._arrays.get(key)
+        if known is None:
+            if len(self._arrays) >= KNOWN:
+                self._arrays.clear()
+            known = self._arrays[key] = np.array(key, dtype=np.intp)
+        return known
 
     @staticmethod
     def _peaks(stacked: Tensor, width: int) -> Tensor:
@@ -212,16 +233,30 @@ class Forward:
             if t.samples is not None:
                 groups.setdefault((t.samples.shape[1:], t.samples.device), []).append((t, t.samples))
         for group in groups.values():
-            samples = torch.cat([s for _, s in group]).to(torch.float32)
+            samples = group[0][1] if len(group) == 1 else torch.cat([s for _, s in group])
+            samples = samples.to(torch.float32)
             sites = [site for t, _ in group for site in t.sites]
-            indices = np.array([site.index for site in sites], dtype=np.intp)
+            for chosen, part, indices in self._measured(sites):
+                if chosen.name in signals.SPREAD and samples.shape[1] < MIN_SAMPLES:
+                    continue
+                those = samples[part] if isinstance(part, slice) else torch.stack([samples[i] for i in part])
+                row_of(samples.device).add(chosen.name.removesuffix("_tanh"), indices, chosen.measure(those))
+
+    def _measured(self, sites: Sequence[Site]) -> list[tuple[signals.Signal, slice | list[int], Sites]]:
+        """Which signal is measured on which of these sites, side by side as those of the built-in families are."""
+        key = tuple([site.index for site in sites])
+        known = self._plans.get(key)
+        if known is None or known[0] != len(signals.SIGNALS):
+            plan: list[tuple[signals.Signal, slice | list[int], Sites]] = []
             for chosen in signals.of("activation"):
                 part = [i for i, site in enumerate(sites) if not chosen.kinds or site.kind in chosen.kinds]
-                if not part or (chosen.name == "sample_variance" and samples.shape[1] < MIN_SAMPLES):
-                    continue
-                together = part[-1] - part[0] + 1 == len(part)  # as the built-in families are
-                those = samples[part[0] : part[-1] + 1] if together else torch.stack([samples[i] for i in part])
-                row_of(samples.device).add(chosen.name.removesuffix("_tanh"), indices[part], chosen.measure(those))
+                if part:
+                    together = part[-1] - part[0] + 1 == len(part)
+                    plan.append((chosen, slice(part[0], part[-1] + 1) if together else part, self._indices([sites[i] for i in part])))
+            if len(self._plans) >= KNOWN:
+                self._plans.clear()
+            known = self._plans[key] = len(signals.SIGNALS), plan
+        return known[1]
 
     def _lay_silence(self, row_of: Callable[[torch.device], Row]) -> None:
         """Peaks of layers of one width: one set of counters for all of them."""
@@ -230,11 +265,11 @@ class Forward:
             if t.peaks is not None:
                 groups.setdefault((t.peaks.shape[1], t.peaks.device, window(t.positions)), []).append((t, t.peaks))
         for (_, device, batches), group in groups.items():
-            indices = tuple(site.index for t, _ in group for site in t.sites)
+            sites = [site for t, _ in group for site in t.sites]
             peaks = group[0][1] if len(group) == 1 else torch.cat([p for _, p in group])
-            share = self.units.update(indices, peaks, batches)
+            share = self.units.update([site.index for site in sites], peaks, batches)
             if share is not None:
-                row_of(device).add("dead_fraction", np.array(indices, dtype=np.intp), share)
+                row_of(device).add("dead_fraction", self._indices(sites), share)
 
 
 RELU = 1
@@ -247,3 +282,17 @@ _FAMILIES = dict.fromkeys(signals.RELU_KINDS, RELU) | {
 def _family(kind: str) -> int:
     """The number of the group of module classes that share their signals."""
     return _FAMILIES.get(kind, 0)
+
+
+def _family_of_site(site: Site) -> int:
+    return _FAMILIES.get(site.kind, 0)
+
+
+def _family_of(pair: tuple[Site, Tensor]) -> int:
+    return _FAMILIES.get(pair[0].kind, 0)
+
+
+@functools.lru_cache(maxsize=KNOWN)
+def _scales(n: int, scale: float) -> Scale:
+    """n times the same scale: the same array for the same numbers, so that the row's layout is known again."""
+    return np.full(n, scale)

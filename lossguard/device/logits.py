@@ -1,15 +1,24 @@
-"""The softmax signals of one set of logits. Logits flow in on their device, scalars flow into a ``Row``; nothing is read."""
+"""The softmax signals of one set of logits. Logits flow in on their device, scalars flow into a ``Row``; nothing is read.
+
+The built-in signals share one log-softmax; each is defined in ``signals`` by itself, for reading and for tests.
+"""
 
 from __future__ import annotations
+
+import functools
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lossguard.device import signals
-from lossguard.device.tape import Row
+from lossguard.device.tape import Row, Sites
 
 LOGIT_ROWS = 256  # rows of logits looked at, spread over the batch
+SHARED = ("confident_fraction", "log_normalizer")  # what every softmax gives
+# what it gives beside targets: shares and a mean over all rows, from which the host makes those over the rows that count
+LABELLED = ("labelled_fraction", "wrong_part", "nll_part")
 
 
 def logits_numbers(head: int, logits: Tensor, dim: int, targets: Tensor | None, row: Row) -> None:
@@ -18,10 +27,38 @@ def logits_numbers(head: int, logits: Tensor, dim: int, targets: Tensor | None, 
     rows = classes.reshape(-1, classes.shape[-1]) if classes.is_contiguous() else classes.flatten(0, -2)
     stride = max(1, -(-rows.shape[0] // LOGIT_ROWS))
     rows = rows[::stride].to(torch.float32)
-    site = np.array([head], dtype=np.intp)
-    for chosen in signals.of("logits"):
-        row.add_scalars(chosen.name, site, [chosen.measure(rows)])
+    site = _site(head)
+    labels = None
     if targets is not None and not targets.is_floating_point() and targets.numel() * classes.shape[-1] == classes.numel() and targets.device == logits.device:
         labels = targets.detach().reshape(-1)[::stride].to(torch.int64)
-        row.add_scalars("confident_wrong", site, [signals.confident_wrong(rows, labels)])
-        row.add_scalars("label_nll", site, [signals.label_nll(rows, labels)])
+    for names, numbers in together(rows, labels).items():
+        row.add_block(names, [site] * len(names), numbers)
+    for chosen in signals.of("logits"):
+        if chosen.name not in SHARED:
+            row.add_scalars(chosen.name, site, [chosen.measure(rows)])
+
+
+def together(rows: Tensor, labels: Tensor | None) -> dict[tuple[str, ...], Tensor]:
+    """SHARED, and LABELLED where there are labels: (R, C), (R,) -> names and as many numbers.
+
+    nll_part: mean negative log-likelihood of the labels; wrong_part: share of rows that are confident and wrong. Rows
+    whose label is no class (padding) count in neither and not in ``labelled_fraction``.
+    """
+    scores = torch.log_softmax(rows, dim=1)
+    top = scores.amax(dim=1)
+    confident = top > math.log(signals.CONFIDENT)
+    normalizer = rows.amax(dim=1) - top
+    if labels is None:
+        return {SHARED: torch.stack((confident.to(torch.float32), normalizer)).mean(dim=1).abs()}
+    inside = labels.clamp(0, rows.shape[1] - 1)
+    counted = inside == labels
+    own = torch.where(counted, scores.gather(1, inside.unsqueeze(1)).squeeze(1), 0.0)
+    wrong = (own < top) & confident  # top is at most 0: a row that does not count is never wrong
+    shares = torch.mean(torch.stack((confident, counted, wrong)), dim=1, dtype=torch.float32)
+    means = torch.stack((normalizer, own)).mean(dim=1).abs()  # log-likelihoods are at most 0
+    return {(SHARED[0], *LABELLED[:2]): shares, (SHARED[1], LABELLED[2]): means}
+
+
+@functools.lru_cache(maxsize=64)
+def _site(head: int) -> Sites:
+    return np.array([head], dtype=np.intp)

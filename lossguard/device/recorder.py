@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.device import graph, roles, signals
-from lossguard.device.bank import Bank
+from lossguard.device.bank import Bank, version
 from lossguard.device.extras import Extras
-from lossguard.device.forward import Forward
+from lossguard.device.forward import Forward, Site
 from lossguard.device.functional import GradientRows
 from lossguard.device.logits import logits_numbers
 from lossguard.device.outputs import first_tensor, float_tensors, watched
 from lossguard.device.tape import Row, Segment
 
 MAX_HEADS = 16  # explicit softmax modules watched besides the one at the loss
+SOFTMAXES = ("Softmax", "LogSoftmax")
 MAX_INPUTS = 4  # float inputs of the first module watched
 
 
@@ -45,6 +46,7 @@ class Recorder:
         self.asked = self.modules
         self._dense = True
         self._few: tuple[int, dict[int, tuple[str, str]]] = (-1, {})  # how many modules were covered, and those that are not
+        self._ordinary: dict[int, Site] = {}  # modules of whose outputs nothing but the common signals is taken
         self.fired: set[str] = set()  # modules whose hook ever fired
         self._rows: dict[torch.device, Row] = {}
         self._signature: tuple[int, ...] = ()
@@ -58,6 +60,7 @@ class Recorder:
         self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
         self._passes: dict[int, int] = {}  # of several optimizers: backward passes since the last update of each
         self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient after the last update
+        self._carried: dict[str, Any] = {}  # what a step that is not sampled tells of itself: facts of the next sample
         self._functional = GradientRows()
         self.extras = Extras(model, optimizers)
 
@@ -65,16 +68,15 @@ class Recorder:
 
     def begin(self, sampled: bool, *, every_module: bool = True) -> None:
         """A new step starts. every_module: look at modules too whose output shows in the activation that follows."""
-        self.on = sampled
-        self._dense = every_module
+        self.on, self._dense = sampled, every_module
         self.asked = self.modules if every_module else self._needed()
         self.facts = {}
+        if sampled:
+            self.facts, self._carried = self._carried, {}
         self.targets = None
         self._head_seen, self._first_module = False, True
-        self._producers.clear()
-        self._missing.clear()
-        self._kept_before.clear()
-        self._updated.clear()
+        for held in (self._producers, self._missing, self._kept_before, self._updated):
+            held.clear()
         self.forward.begin()
         self.extras.begin()
         for row in self._rows.values():
@@ -82,7 +84,10 @@ class Recorder:
 
     def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward pass of a module that is ``asked`` ended. Recomputations and evaluation are passed over."""
-        if module.training and torch._C._current_graph_task_id() == -1:  # else an activation checkpoint recomputes: counted already
+        if not module.training or torch._C._current_graph_task_id() != -1:  # an activation checkpoint recomputes: counted already
+            return
+        site = self._ordinary.get(id(module)) if not self._dense and type(output) is Tensor else None
+        if site is None or not self.forward.keep(site, output):
             self._record_module(module, *self.asked[id(module)], args, output)
 
     def criterion_called(self, args: tuple[Any, ...]) -> None:
@@ -121,23 +126,25 @@ class Recorder:
             self.extras.before_update(index)
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
-                    bank.record_probes(self.row(bank.device))
+                    if bank.untouched:
+                        self.facts["unclipped"] = (*self.facts.get("unclipped", ()), index)
+                        continue
+                    bank.lay_probes(self.row(bank.device))
                     self.facts["probes_unscaled"] = self._unscaled(index)
 
-    def after_update(self, index: int, *, look_at_clearing: bool) -> None:
-        """Optimizer ``index`` stepped."""
-        if look_at_clearing:
-            for bank in self.banks:
-                if bank.optimizer == index:
-                    self._versions.update({s: v for s, p in bank.probes if (v := _version(p)) is not None})
-            if len(self.optimizers) > 1:
-                self._passes[index] = 0
+    def after_update(self, index: int) -> None:
+        """Optimizer ``index`` stepped. From a sampled step's on it shows whether gradients are cleared."""
         if not self.on:
             return
+        for bank in self.banks:
+            if bank.optimizer == index:
+                self._versions.update({s: v for s, p in bank.probes if (v := version(p)) is not None})
+        if len(self.optimizers) > 1:
+            self._passes[index] = 0
         with torch.no_grad():
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
-                    bank.record_after(self.row(bank.device))
+                    bank.keep_update()
             self.extras.after_update(index, self.facts, self.row)
         self._updated.add(index)
         self.facts["stepped"] = 1.0
@@ -152,9 +159,10 @@ class Recorder:
                 self._head_seen = False
                 self._logits(logits, -1, self.targets)
             self.row(self._default_device())
+            for k in sorted(self._kept_before):
+                self.banks[k].lay(self.row(self.banks[k].device))
             self.forward.finish(self.row)
-            if "forced" in self.facts:
-                self.facts["plain_loss"] = graph.plain(losses)
+            self.facts.update({"plain_loss": graph.plain(losses)} if "forced" in self.facts else {})
             if self.graph is None and any(loss.grad_fn is not None for loss in losses):
                 self._read_graph(losses)
         self._producers.clear()
@@ -165,7 +173,7 @@ class Recorder:
         """A non-finite number was seen: add the exact norms of all weights as they are now to the row."""
         with torch.no_grad():
             for bank in self.banks:
-                bank.record_exact_weights(self.row(bank.device))
+                bank.lay_exact_weights(self.row(bank.device))
         self.facts["forced"] = 1.0
 
     # ---- what is known
@@ -186,6 +194,7 @@ class Recorder:
         self.roster.trained = [*kept, *now.values()]
         self.modules = watched(self.model)
         self._few = (-1, {})
+        self._ordinary.clear()
         groups: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
         elements = 0
         for i, t in enumerate(self.roster.trained):
@@ -244,8 +253,8 @@ class Recorder:
         tensor = output if isinstance(output, Tensor) and output.is_floating_point() else first_tensor(output)
         if tensor is None or tensor.layout != torch.strided or not tensor.numel():
             return
-        if self._first_module:
-            self._first_module = False
+        first, self._first_module = self._first_module, False
+        if first:
             leaves = [x for _, x in zip(range(MAX_INPUTS), float_tensors(args), strict=False)]
             if leaves:
                 self._batch_rows = leaves[0].shape[0] if leaves[0].dim() > 1 else None
@@ -262,7 +271,9 @@ class Recorder:
             self._producers[tensor.grad_fn] = site.name
         elif self.graph is not None and self.graph.head == site.name and not self._criterion_seen:
             self._logits(tensor, self.graph.head_dim if tensor.dim() > 1 else 0, self.targets)
-        if kind in ("Softmax", "LogSoftmax") and args and isinstance(args[0], Tensor) and args[0].dim():
+        elif self.graph is not None and not first and kind not in SOFTMAXES and site.name == name:
+            self._ordinary[id(module)] = site
+        if kind in SOFTMAXES and args and isinstance(args[0], Tensor) and args[0].dim():
             self._softmax_module(site.name, args[0], getattr(module, "dim", -1))
 
     def _softmax_module(self, name: str, logits: Tensor, dim: int | None) -> None:
@@ -284,9 +295,9 @@ class Recorder:
     def _record_bank(self, k: int, bank: Bank) -> None:
         row = self.row(bank.device)
         if k not in self._kept_before:
-            bank.record_before(row)
+            bank.keep_weights()
             self._kept_before.add(k)
-        self._missing[k] = bank.record_gradients(row)
+        self._missing[k] = bank.keep_gradients()
         missing = sorted(s for sites in self._missing.values() for s in sites)
         self.facts.pop("no_gradient", None)
         self.facts.update({"no_gradient": tuple(missing)} if missing else {})
@@ -302,13 +313,14 @@ class Recorder:
         carried = looked = 0
         for bank in banks:
             for site, p in bank.probes:
-                before, now = self._versions.pop(site, None), _version(p)
+                before, now = self._versions.pop(site, None), version(p)
                 if before is None or now is None or now == before:
                     continue
                 looked += 1
                 carried += now == (before[0], before[1] + 1)
         if looked and telling:
-            self.facts["not_cleared"] = max(carried / looked, self.facts.get("not_cleared", 0.0))
+            facts = self.facts if self.on else self._carried
+            facts["not_cleared"] = max(carried / looked, facts.get("not_cleared", 0.0))
 
     def _unscaled(self, index: int) -> bool:
         """Whether the gradients at the update have their true scale (a fused step under a scaler unscales inside)."""
@@ -336,13 +348,3 @@ class Recorder:
 
     def _default_device(self) -> torch.device:
         return next((b.device for b in self.banks), torch.device("cpu"))
-
-
-def _version(p: Tensor) -> tuple[int, int] | None:
-    g = p.grad
-    if g is None:
-        return None
-    try:
-        return g.data_ptr(), g._version
-    except RuntimeError:  # a wrapper without memory of its own
-        return id(g), g._version

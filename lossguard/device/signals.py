@@ -124,36 +124,44 @@ def largest(tensor: Tensor) -> Tensor:
     return _norm(tensor.to(torch.float32) if tensor.dtype == torch.float64 else tensor, float("inf"), dtype=torch.float32)
 
 
+def norms(rows: Tensor) -> Tensor:
+    """L2 norms of the last dimension; padding adds nothing. (..., K, N) -> (..., K)"""
+    return _norm(rows, dim=-1, dtype=torch.float32)
+
+
 @signal("gradient", unit="L2 norm, true scale, before clipping")
 def grad_norm(rows: Tensor) -> Tensor:
     """L2 norm of each row; padding adds nothing. (K, N) -> (K,)"""
-    return _norm(rows, dim=1, dtype=torch.float32)
+    return norms(rows)
 
 
 @signal("weight", unit="L2 norm before the update")
 def weight_norm(rows: Tensor) -> Tensor:
     """L2 norm of each row. (K, N) -> (K,)"""
-    return _norm(rows, dim=1, dtype=torch.float32)
+    return norms(rows)
 
 
 @signal("update", unit="L2 norm of the real weight difference")
 def update_norm(rows: Tensor) -> Tensor:
     """L2 norm of each row of weights after minus before. (K, N) -> (K,)"""
-    return _norm(rows, dim=1, dtype=torch.float32)
+    return norms(rows)
 
 
-@signal("activation", unit="between-sample variance over second moment")
-def sample_variance(samples: Tensor) -> Tensor:
-    """Variance over samples, averaged over features, over the mean square: 0 where every sample gives the same. (K, R, F) -> (K,)
+# sample_variance, the variance over samples, averaged over features, over the mean square, is the squared ratio of these two:
+# 0 where every sample gives the same. Both are norms, since torch.var over a middle dimension costs twenty times as much on a CPU.
+SPREAD = ("sample_spread", "sample_size")
 
-    A layer that is exactly zero everywhere gives 0 / 0 and reads as 0: all samples agree. Written with norms of the
-    centred samples, since torch.var over a middle dimension costs twenty times as much on a CPU.
-    """
-    centred = samples - samples.mean(dim=1, keepdim=True)
-    spread = _norm(centred, dim=(1, 2))
-    size = _norm(samples, dim=(1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
-    share: Tensor = (spread / size).square()
-    return share
+
+@signal("activation", unit="L2 norm of a sample of the output, centred over the batch")
+def sample_spread(samples: Tensor) -> Tensor:
+    """How far the samples of a batch are from their mean. (K, R, F) -> (K,)"""
+    return _norm(samples - samples.mean(dim=1, keepdim=True), dim=(1, 2))
+
+
+@signal("activation", unit="L2 norm of the same sample")
+def sample_size(samples: Tensor) -> Tensor:
+    """The norm that ``sample_spread`` is held against. (K, R, F) -> (K,)"""
+    return _norm(samples, dim=(1, 2))
 
 
 RELU_KINDS = ("ReLU", "ReLU6", "Threshold")
@@ -162,7 +170,7 @@ RELU_KINDS = ("ReLU", "ReLU6", "Threshold")
 @signal("activation", unit="share of zero elements in the batch", kinds=RELU_KINDS)
 def zero_fraction(samples: Tensor) -> Tensor:
     """Share of exactly zero elements; up to 0.97 is healthy sparsity. (K, R, F) -> (K,)"""
-    return (samples == 0).to(torch.float32).mean(dim=(1, 2))
+    return torch.mean(samples == 0, dim=(1, 2), dtype=torch.float32)
 
 
 @signal("activation", unit="share of units at their rails", kinds=("Sigmoid", "Hardsigmoid"))
@@ -191,30 +199,10 @@ def logit_peak(logits: Tensor) -> Tensor:
 @signal("logits", unit="share of rows with a probability above CONFIDENT")
 def confident_fraction(logits: Tensor) -> Tensor:
     """Share of nearly one-hot rows. (R, C) -> ()"""
-    return (top_probability(logits) > CONFIDENT).to(torch.float32).mean()
+    return (torch.softmax(logits, dim=1).amax(dim=1) > CONFIDENT).to(torch.float32).mean()
 
 
 @signal("logits", unit="|mean log Z|")
 def log_normalizer(logits: Tensor) -> Tensor:
     """Magnitude of the mean log-normaliser of the softmax. (R, C) -> ()"""
     return torch.logsumexp(logits, dim=1).mean().abs()
-
-
-def top_probability(logits: Tensor) -> Tensor:
-    """The largest softmax probability of each row. (R, C) -> (R,)"""
-    return torch.exp(logits.amax(dim=1) - torch.logsumexp(logits, dim=1))
-
-
-def confident_wrong(logits: Tensor, targets: Tensor) -> Tensor:
-    """Share of rows that are confident and wrong; rows whose target is outside the classes do not count. (R, C), (R,) -> ()"""
-    counted = (targets >= 0) & (targets < logits.shape[1])
-    wrong = (top_probability(logits) > CONFIDENT) & (logits.argmax(dim=1) != targets) & counted
-    return wrong.to(torch.float32).sum() / counted.to(torch.float32).sum().clamp_min(1.0)
-
-
-def label_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the labels, over rows whose target is a class. (R, C), (R,) -> ()"""
-    counted = (targets >= 0) & (targets < logits.shape[1])
-    picked = logits.gather(1, torch.where(counted, targets, torch.zeros_like(targets)).unsqueeze(1)).squeeze(1)
-    rows = torch.where(counted, torch.logsumexp(logits, dim=1) - picked, torch.zeros_like(picked))
-    return rows.sum() / counted.to(torch.float32).sum().clamp_min(1.0)

@@ -27,7 +27,7 @@ WITNESSES = 3  # parameters of an optimizer whose gradient hook tells that a bac
 class Taps:
     """Hooks that call a recorder. after_backward: called when a backward pass has ended and somebody listens.
 
-    listening: whether the end of this step's backward pass matters; sampled steps and armed gates set it.
+    listening: whether this step's backward pass and updates matter, as on sampled steps; otherwise no gradient has a hook.
     watch: calls its argument and swallows what that raises, so that a hook's own fault never reaches the loop.
     """
 
@@ -76,6 +76,14 @@ class Taps:
         elif not on:
             _remove(self._forward)
 
+    def listen(self, on: bool) -> None:
+        """Whether the coming step's backward pass and updates matter."""
+        self.listening = on
+        if not on:
+            _remove(self._grad_handles)
+        elif not self._grad_handles:
+            self._attach()
+
     def next_step(self) -> None:
         """A step is over. If each of its backward passes reached all parameters that have gradients, a few witnesses
         suffice from now on (not so with several networks in turn or reentrant checkpoints); if none was seen although
@@ -85,14 +93,14 @@ class Taps:
             self.rehook()
         elif not self._settled and self._witnesses and len(set(arrived.values())) == 1 and self._reached in arrived.values():
             self._settled = True
-            self._hook_gradients(self._witnesses)
+            self._choose(self._witnesses)
         self._witnesses = []
 
     def rehook(self) -> None:
         """Listen to every trainable parameter again: parameters came or went, or no backward pass was seen."""
         if self._watch_backward:
             self._settled = False
-            self._hook_gradients([p for p in self._recorder.model.parameters() if p.requires_grad])
+            self._choose([p for p in self._recorder.model.parameters() if p.requires_grad])
 
     def close(self) -> None:
         """Take everything off."""
@@ -100,20 +108,22 @@ class Taps:
 
     # ---- inside
 
-    def _hook_gradients(self, parameters: Sequence[Tensor]) -> None:
+    def _choose(self, parameters: Sequence[Tensor]) -> None:
+        """These parameters' gradients tell of backward passes from now on."""
         _remove(self._grad_handles)
+        self._hooked = [p for p in parameters if not nn.parameter.is_lazy(p) and p.is_leaf]
+        if self.listening:
+            self._attach()
+
+    def _attach(self) -> None:
         mine = weakref.ref(self)
 
         def arrived(parameter: Tensor) -> None:
             taps = mine()
-            if taps is not None and taps.listening:
+            if taps is not None:
                 taps._gradient_arrived()
 
-        self._hooked = [p for p in parameters if not nn.parameter.is_lazy(p) and p.is_leaf]
         self._grad_handles += [p.register_post_accumulate_grad_hook(arrived) for p in self._hooked]  # type: ignore[no-untyped-call]
-
-    def _post_step(self, index: int) -> None:
-        self._after_update(index)
 
     def _pre_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The update comes next; where the step is given a closure, which runs backward and clips, it comes when that returns."""
@@ -154,12 +164,18 @@ class Taps:
         self._witnesses = [p for of in arrived for p in of[:: max(1, len(of) // WITNESSES)][:WITNESSES]] if all(arrived) else []
 
 
+# Hooks hold the taps weakly, so that a forgotten guard is collected and its hooks do nothing.
+
+
 def _before_step(mine: weakref.ref[Taps], index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _call(mine, "_pre_step", index, args, kwargs)
+    taps = mine()
+    return taps._pre_step(index, args, kwargs) if taps is not None and taps.listening else None
 
 
 def _after_step(mine: weakref.ref[Taps], index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _call(mine, "_post_step", index)
+    taps = mine()
+    if taps is not None and taps.listening:
+        taps._after_update(index)
 
 
 def _expect_compiled_modules() -> None:
@@ -173,12 +189,6 @@ def _remove(*handles: list[Any]) -> None:
     for some in handles:
         while some:
             some.pop().remove()
-
-
-def _call(mine: weakref.ref[Taps], method: str, *args: Any) -> Any:
-    """Hooks hold the taps weakly, so that a forgotten guard is collected and its hooks do nothing."""
-    taps = mine()
-    return None if taps is None else getattr(taps, method)(*args)
 
 
 def unwrap(optimizer: Any) -> Optimizer:

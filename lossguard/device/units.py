@@ -32,18 +32,25 @@ class SilentUnits:
 
     def __init__(self) -> None:
         self._home: dict[Hashable, tuple[Tensor, int]] = {}  # site -> the counters it lies in, and its row there
-        self._seen: dict[Hashable, float] = {}  # site -> windows seen
+        self._seen: dict[Hashable, float] = {}  # site -> windows seen, where not all of its counters' have seen one
+        self._together: dict[tuple[Hashable, ...], Tensor] = {}  # sites -> counters that hold just them, all of which have seen a window
 
     def update(self, sites: Sequence[Hashable], peaks: Tensor, batches: int) -> Tensor | None:
         """peaks: (K, U), positive where a unit fired in this batch, NaN counts as firing. batches: how many like this
         one make a window. Returns the share of dead units of each site (K,) once a window was seen, None before."""
-        silent = self._counters(sites, peaks)
+        key = tuple(sites)
+        silent = self._together.get(key)
+        settled = silent is not None and silent.shape == peaks.shape and silent.device == peaks.device
+        if silent is None or not settled:
+            silent = self._counters(sites, peaks)
         silent.add_(1.0 / batches).mul_(peaks <= 0)
-        for site in sites:
-            self._seen[site] += 1.0 / batches
-        if min(self._seen[site] for site in sites) < FULL:
-            return None
-        return (silent >= FULL).to(torch.float32).mean(dim=1)
+        if not settled:
+            for site in sites:
+                self._seen[site] += 1.0 / batches
+            if min(self._seen[site] for site in sites) < FULL:
+                return None
+            self._together[key] = silent
+        return torch.mean(silent >= FULL, dim=1, dtype=torch.float32)
 
     @property
     def nbytes(self) -> int:
@@ -64,5 +71,6 @@ class SilentUnits:
                 rows.append(torch.zeros(peaks.shape[1], device=peaks.device))
                 self._seen[site] = 0.0
         silent = torch.stack(rows)
+        self._together = {key: held for key, held in self._together.items() if not set(key) & set(sites)}
         self._home.update({site: (silent, k) for k, site in enumerate(sites)})
         return silent

@@ -5,6 +5,7 @@ Every row is written twice, one capacity apart, so that the last n rows are alwa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Sites = npt.NDArray[np.intp]
+KEPT = 16  # sets of arrays of sites whose columns are kept: sampled steps have two or three
 
 
 class Columns:
@@ -31,27 +33,40 @@ class Columns:
         self._numbers: Array = np.full((2 * capacity, 0), np.nan)
         self._seen: Mask = np.zeros((2 * capacity, 0), dtype=np.bool_)
         self._born: Array = np.full(0, np.nan)
-
-    def blank(self, row: int) -> None:
-        """Begin a row: nothing in it was measured."""
-        for at in (row, row + self.capacity):
-            self._numbers[at] = np.nan
-            self._seen[at] = False
+        self._unborn = 0  # columns without a finite number so far
+        self._rank: dict[str, int] = {}  # signal -> its place among those in use, from left to right
+        self._starts: Sites = np.empty(0, dtype=np.intp)  # the first column of each of them
+        self._low: Array = np.empty((2 * capacity, 0))  # of each row and signal the least number,
+        self._high: Array = np.empty((2 * capacity, 0))  # and the greatest
+        self._fresh: Array = np.empty(0)  # a row being written
+        self._there: Mask = np.empty(0, dtype=np.bool_)
+        self._known: dict[tuple[Any, ...], tuple[Sites, list[Sites]]] = {}  # signals and arrays of sites -> their columns; the arrays are held
 
     def put(self, row: int, values: Mapping[str, tuple[Sites, npt.NDArray[Any]]], widths: Mapping[str, int] | None = None) -> None:
-        """Write numbers of several signals into a row; a signal is as wide as its largest site, or as ``widths`` says."""
-        if not values:
-            return
-        for signal, (sites, _) in values.items():
-            self._place(signal, (widths or {}).get(signal, 0), int(sites.max(initial=-1)) + 1)
-        columns = np.concatenate([sites + self.places[signal][0] for signal, (sites, _) in values.items()])
-        numbers = np.concatenate([numbers for _, numbers in values.values()]).astype(np.float64)
+        """Write a whole row; what is not in it was not measured. A signal is as wide as its largest site, or as ``widths`` says."""
+        columns = self._columns(values, widths or {})
+        self._fresh.fill(np.nan)
+        there = self._there
+        there.fill(False)
+        if columns.size:
+            numbers = np.concatenate([numbers for _, numbers in values.values()])
+            self._fresh[columns] = numbers
+            there[columns] = True
+            self._bear(numbers, columns)
         for at in (row, row + self.capacity):
-            self._numbers[at, columns] = numbers
-            self._seen[at, columns] = True
-        new = np.isnan(self._born[columns]) & np.isfinite(numbers)
-        if new.any():
-            self._born[columns[new]] = numbers[new]
+            self._numbers[at] = self._fresh
+            self._seen[at] = there
+        if self._starts.size:
+            self._low[row] = self._low[row + self.capacity] = np.fmin.reduceat(self._fresh, self._starts)
+            self._high[row] = self._high[row + self.capacity] = np.fmax.reduceat(self._fresh, self._starts)
+
+    def extremes(self, signal: str, rows: slice) -> tuple[float, float]:
+        """The least and the greatest measured number of a signal in these rows; (inf, -inf) if there is none."""
+        at = self._rank.get(signal)
+        if at is None or rows.start == rows.stop:
+            return math.inf, -math.inf
+        low, high = float(np.fmin.reduce(self._low[rows, at])), float(np.fmax.reduce(self._high[rows, at]))
+        return (math.inf, -math.inf) if math.isnan(low) else (low, high)
 
     def values(self, signal: str, rows: slice) -> Array:
         """The numbers of a signal in these rows, a view: (rows, sites); (0, 0) if it was never written."""
@@ -82,6 +97,43 @@ class Columns:
         self.places = {name: (first, width) for name, (first, width) in state["places"].items()}
         self._numbers, self._seen, self._born = state["numbers"], state["seen"], state["born"]
         self.capacity = len(self._numbers) // 2
+        self._widened()
+
+    def _columns(self, values: Mapping[str, tuple[Sites, npt.NDArray[Any]]], widths: Mapping[str, int]) -> Sites:
+        """The columns of these sites of these signals, end to end; found again by the arrays' identity."""
+        key = tuple([(name, id(sites)) for name, (sites, _) in values.items()])
+        known = self._known.get(key)
+        if known is not None and not any(name in self.places and self.places[name][1] < width for name, width in widths.items()):
+            return known[0]
+        for signal, (sites, _) in values.items():
+            self._place(signal, widths.get(signal, 0), int(sites.max(initial=-1)) + 1)
+        found = [sites + self.places[signal][0] for signal, (sites, _) in values.items()]
+        columns = np.concatenate(found) if found else np.empty(0, dtype=np.intp)
+        if len(self._known) >= KEPT:
+            self._known.clear()
+        self._known[key] = columns, [sites for sites, _ in values.values()]
+        return columns
+
+    def _bear(self, numbers: Array, columns: Sites) -> None:
+        """Keep the first finite number of each column."""
+        if not self._unborn:
+            return
+        new = np.isnan(self._born[columns]) & np.isfinite(numbers)
+        self._born[columns[new]] = numbers[new]
+        self._unborn = int(np.isnan(self._born).sum())
+
+    def _widened(self) -> None:
+        """The matrix has other columns than before."""
+        self._known.clear()
+        width = self._numbers.shape[1]
+        self._fresh, self._there = np.empty(width), np.empty(width, dtype=np.bool_)
+        self._unborn = int(np.isnan(self._born).sum())
+        used = sorted((first, name) for name, (first, width) in self.places.items() if width)
+        self._rank = {name: k for k, (_, name) in enumerate(used)}
+        self._starts = np.array([first for first, _ in used], dtype=np.intp)
+        if used:
+            self._low = np.fmin.reduceat(self._numbers, self._starts, axis=1)
+            self._high = np.fmax.reduceat(self._numbers, self._starts, axis=1)
 
     def _place(self, signal: str, least: int, needed: int) -> None:
         """A place for the signal, at the end of the matrix; one that has become too narrow moves there."""
@@ -96,6 +148,7 @@ class Columns:
         self.places[signal] = first, width
         if held is not None:
             self._move(signal, held)
+        self._widened()
 
     def _move(self, signal: str, held: tuple[int, int]) -> None:
         """Take the old numbers along, then close the gap they leave."""

@@ -1,60 +1,101 @@
-"""From numbers and their meaning to a ``Sample``: true scale, clipping, learning rates. Pure numpy; no torch."""
+"""From numbers and their meaning to a ``Sample``: true scale, clipping, learning rates. Pure numpy; no torch.
+
+Rows of one layout come again and again, so what a layout means is worked out once and kept.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lossguard.host.history import Param, Sample
 
-Values = dict[str, tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]]
+Sites = npt.NDArray[np.intp]
+Numbers = tuple[Sites, npt.NDArray[np.float64]]
+Values = dict[str, Numbers]
+KEPT = 16  # layouts whose meaning is kept: sampled steps have two or three
 
 
-def decode(step: int, parts: Iterable[tuple[npt.NDArray[np.float32], Sequence[Any]]], facts: Mapping[str, Any], params: Sequence[Param]) -> Sample:
-    """One sampled step from the rows of all its devices. Of numbers for the same site the later one counts.
-
-    Gradient norms are divided by the loss scale; ``clip_coefficient`` is the norm of a few gradients at the update over
-    their norm after the backward pass, per optimizer; learning rates that live on the device become the fact ``lr``.
-    """
-    collected = _collect(parts)
-    known = dict(facts)
-    _unscale(collected, known)
-    _clip(collected, known, params)
-    rates = collected.pop("lr", None)
-    if rates is not None:
-        known["lr"] = max(float(rates[1].max()), known.get("lr", -np.inf))
-    return Sample(step, collected, known)
+class _Segment(Protocol):
+    @property
+    def signal(self) -> str: ...
+    @property
+    def sites(self) -> Sites: ...
+    @property
+    def scale(self) -> npt.NDArray[np.float64] | None: ...
 
 
-def _collect(parts: Iterable[tuple[npt.NDArray[np.float32], Sequence[Any]]]) -> Values:
-    """Sites and numbers of each signal, in true units, without padding; where a site comes twice the later number stays."""
-    pieces: dict[str, dict[bytes, tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]]] = {}
-    for numbers, segments in parts:
-        first = 0
-        for segment in segments:
-            sites = segment.sites
-            part = numbers[first : first + len(sites)].astype(np.float64)
-            first += len(sites)
-            if segment.scale is not None:
-                part *= segment.scale
-            if len(sites) and sites.min() < 0:
-                sites, part = sites[sites >= 0], part[sites >= 0]
-            if len(sites):
-                of = pieces.setdefault(segment.signal, {})
-                of.pop(sites.tobytes(), None)  # a later row of the same sites: dictionaries keep the order of insertion
-                of[sites.tobytes()] = sites, part
-    collected: Values = {}
-    for name, of in pieces.items():
-        sites, part = np.concatenate([s for s, _ in of.values()]), np.concatenate([v for _, v in of.values()])
-        if len(of) > 1 and np.unique(sites).size < sites.size:
-            last = {int(site): k for k, site in enumerate(sites)}
-            sites, part = sites[list(last.values())], part[list(last.values())]
-        collected[name] = sites, part
-    return collected
+class _Layout(Protocol):
+    @property
+    def segments(self) -> Sequence[_Segment]: ...
+
+
+Parts = Sequence[tuple[npt.NDArray[np.float32], _Layout]]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the numbers of a sample's rows, end to end, become signals: taken in ``order`` and scaled, each signal is a run."""
+
+    layouts: tuple[_Layout, ...]  # held, so that their identity stays theirs
+    order: npt.NDArray[np.intp]
+    scale: npt.NDArray[np.float64]
+    runs: tuple[tuple[str, Sites, int, int], ...]  # signal, sites, first, end
+
+
+class Decoder:
+    """Turns the rows of all devices of one sampled step into a sample. Of numbers for the same site the later one counts."""
+
+    def __init__(self) -> None:
+        self._plans: dict[tuple[int, ...], _Plan] = {}
+
+    def decode(self, step: int, parts: Parts, facts: Mapping[str, Any], params: Sequence[Param]) -> Sample:
+        """Gradient norms are divided by the loss scale; ``clip_coefficient`` is the norm of a few gradients at the update
+        over their norm after the backward pass, per optimizer; learning rates that live on the device become the fact ``lr``.
+        """
+        collected, known = self._collect(parts), dict(facts)
+        _unscale(collected, known)
+        _clip(collected, known, params)
+        rates = collected.pop("lr", None)
+        if rates is not None:
+            known["lr"] = max(float(rates[1].max()), known.get("lr", -np.inf))
+        return Sample(step, collected, known)
+
+    def _collect(self, parts: Parts) -> Values:
+        key = tuple(id(layout) for _, layout in parts)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= KEPT:
+                self._plans.clear()
+            plan = self._plans[key] = _plan(tuple(layout for _, layout in parts))
+        numbers = parts[0][0] if len(parts) == 1 else np.concatenate([n for n, _ in parts])
+        numbers = numbers[plan.order] * plan.scale
+        return {signal: (sites, numbers[first:end]) for signal, sites, first, end in plan.runs}
+
+
+def _plan(layouts: tuple[_Layout, ...]) -> _Plan:
+    places: dict[str, dict[int, tuple[int, float]]] = {}  # signal -> site -> (where its number stands, scale)
+    first = 0
+    for segment in (segment for layout in layouts for segment in layout.segments):
+        of = places.setdefault(segment.signal, {}) if (segment.sites >= 0).any() else {}
+        for k, site in enumerate(segment.sites.tolist()):
+            if site >= 0:  # else padding
+                of[site] = first + k, 1.0 if segment.scale is None else float(segment.scale[k])
+        first += len(segment.sites)
+    arrays: dict[bytes, Sites] = {}  # signals of the same sites share one array
+    runs, order, scale = [], [], []
+    for signal, of in places.items():
+        sites = np.array(list(of), dtype=np.intp)
+        runs.append((signal, arrays.setdefault(sites.tobytes(), sites), len(order), len(order) + len(of)))
+        order += [place for place, _ in of.values()]
+        scale += [factor for _, factor in of.values()]
+    return _Plan(layouts, np.array(order, dtype=np.intp), np.array(scale, dtype=np.float64), tuple(runs))
 
 
 def _unscale(collected: Values, facts: dict[str, Any]) -> None:
@@ -70,16 +111,27 @@ def _unscale(collected: Values, facts: dict[str, Any]) -> None:
 
 
 def _clip(collected: Values, facts: dict[str, Any], params: Sequence[Param]) -> None:
-    after, before = collected.pop("clipped_norm", None), collected.get("grad_norm")
+    found = dict.fromkeys(facts.pop("unclipped", ()), 1.0)
     facts.pop("probes_unscaled", None)
-    if after is None or before is None:
-        return
+    after, before = collected.pop("clipped_norm", None), collected.get("grad_norm")
+    if after is not None and before is not None:
+        found.update(_coefficients(after, before, params))
+    if found:
+        collected["clip_coefficient"] = _sites(tuple(found)), np.array(list(found.values()))
+
+
+def _coefficients(after: Numbers, before: Numbers, params: Sequence[Param]) -> dict[int, float]:
+    """Optimizer -> norm of its probed gradients now over their norm before."""
     norms = dict(zip(before[0].tolist(), before[1].tolist(), strict=True))
     sums: dict[int, tuple[float, float]] = {}
     for site, value in zip(after[0].tolist(), after[1].tolist(), strict=True):
         if site in norms:
             old = sums.get(params[site].optimizer, (0.0, 0.0))
             sums[params[site].optimizer] = old[0] + value**2, old[1] + norms[site] ** 2
-    found = {o: math.sqrt(a / b) for o, (a, b) in sums.items() if b > 0 and math.isfinite(a / b)}
-    if found:
-        collected["clip_coefficient"] = np.array(list(found), dtype=np.intp), np.array(list(found.values()))
+    return {o: math.sqrt(a / b) for o, (a, b) in sums.items() if b > 0 and math.isfinite(a / b)}
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _sites(indices: tuple[int, ...]) -> Sites:
+    """The same array for the same sites, as for those of a layout: what is known of it is found again."""
+    return np.array(indices, dtype=np.intp)

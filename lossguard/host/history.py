@@ -20,6 +20,9 @@ __all__ = ["PER_PARAMETER", "ZERO_BORN_RMS", "Array", "History", "Mask", "Param"
 # Signals with one site per parameter: their arrays are always as wide as ``History.params``.
 PER_PARAMETER = ("grad_norm", "grad_rms", "weight_norm", "update_norm", "update_ratio")
 
+# Signals that are not kept, since only what follows from them means something: ``sample_variance``, ``label_nll``, ``confident_wrong``.
+PARTS = ("sample_spread", "sample_size", "labelled_fraction", "nll_part", "wrong_part")
+
 # A tensor born with a root mean square below this is zero-born (zero-gamma, LoRA B, zero heads and biases): detectors measure it as a role.
 ZERO_BORN_RMS = 1e-3
 
@@ -98,7 +101,7 @@ class History:
         self._capacity = samples
         self._steps = np.full(2 * samples, -1, dtype=np.int64)  # written twice, as the columns are
         self._signals = Columns(samples)
-        self._noted = Columns(samples)  # the numeric facts
+        self._noted: dict[str, Array] = {}  # the numeric facts, written twice as well
         self._facts: list[dict[str, Any]] = []
         self._count = 0
         self._validations: list[tuple[float, float]] = []
@@ -118,16 +121,14 @@ class History:
         self._loss_count += 1
 
     def add_sample(self, sample: Sample) -> None:
-        """One sampled step; derived signals (``update_ratio``, ``grad_total``, ``grad_rms``) are filled in here."""
+        """One sampled step; derived signals (``update_ratio``, ``grad_total``, ``grad_rms``, those of PARTS) are filled in here."""
         row = self._count % self._capacity
         self.memo.clear()
         self._steps[row] = self._steps[row + self._capacity] = sample.step
         widths = dict.fromkeys(PER_PARAMETER, len(self.params))
-        self._signals.blank(row)
-        self._signals.put(row, sample.values, widths)
-        self._signals.put(row, self._derived(row), widths)
-        self._noted.blank(row)
-        self._noted.put(row, {name: (_ONLY, np.array([value])) for name, value in sample.facts.items() if isinstance(value, (int, float))})
+        kept = {name: numbers for name, numbers in sample.values.items() if name not in PARTS}
+        self._signals.put(row, {**kept, **self._derived(sample.values)}, dict.fromkeys(PER_PARAMETER, len(self.params)))
+        self._note(row, sample.facts)
         self._facts.append(sample.facts)
         del self._facts[: max(0, len(self._facts) - self._capacity)]
         self._count += 1
@@ -167,14 +168,18 @@ class History:
         """Where :meth:`last` holds measured numbers."""
         return self._signals.seen(signal, self._rows(n))
 
+    def extremes(self, signal: str, n: int) -> tuple[float, float]:
+        """The least and the greatest measured number of the last n samples of a signal; (inf, -inf) if there is none."""
+        return self._signals.extremes(signal, self._rows(n))
+
     def born(self, signal: str) -> Array:
         """The first finite number seen at each site of a signal, however long ago: (sites,)."""
         return self._signals.born(signal)
 
     def fact(self, name: str, n: int | None = None, default: float = np.nan) -> Array:
         """A numeric host-known fact of the last n samples: (at most n,), ``default`` where a sample lacks it."""
-        held = self._noted.values(name, self._rows(n))
-        values = held[:, 0] if held.size else np.full(self.samples if n is None else max(0, min(n, self.samples)), np.nan)
+        held, rows = self._noted.get(name), self._rows(n)
+        values = np.full(rows.stop - rows.start, np.nan) if held is None else held[rows]
         return values if np.isnan(default) else np.where(np.isnan(values), default, values)
 
     def facts(self, back: int = 1) -> dict[str, Any]:
@@ -223,7 +228,7 @@ class History:
     @property
     def nbytes(self) -> int:
         """Host bytes held."""
-        return self._losses.nbytes + sum(a.nbytes for a in self._terms.values()) + self._signals.nbytes + self._noted.nbytes
+        return self._losses.nbytes + sum(a.nbytes for a in self._terms.values()) + sum(a.nbytes for a in self._noted.values()) + self._signals.nbytes
 
     def observed(self) -> dict[str, int]:
         """How many sites of each signal were ever seen with a finite number."""
@@ -246,6 +251,7 @@ class History:
         self._params = tuple(params)
         self.memo.clear()
         self.numels = np.array([max(p.numel, 1) for p in params], dtype=np.float64)  # elements of each, at least 1
+        self._roots = np.sqrt(self.numels)
         self.held = np.array([p.optimizer >= 0 and not p.cancelled for p in params], dtype=np.bool_)  # by an optimizer, with a gradient of their own
         self._kinds = np.array([p.kind for p in params], dtype=object)
 
@@ -276,9 +282,9 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to give the alarms of an uninterrupted one; plain types and numpy arrays."""
-        keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "_validations", "lr_peak")
+        keys = ("_losses", "_terms", "_loss_count", "_steps", "_facts", "_count", "_judged_losses", "_validations", "_noted", "lr_peak")
         state: dict[str, Any] = {key: getattr(self, key) for key in keys}
-        state.update(signals=self._signals.state_dict(), noted=self._noted.state_dict())
+        state.update(signals=self._signals.state_dict())
         units = [(u.name, u.kind, u.width) for u in self.units]
         return {**state, "units": units, "heads": self.heads, "params": [p.name for p in self.params], "loss_family": self.loss_family}
 
@@ -289,8 +295,8 @@ class History:
             theirs = list(state["params"])[:3]
             raise ValueError(f"the state is of a model with parameters {theirs}..., this one has {names[:3]}...; load it into the guard of the same model")
         for key, value in state.items():
-            if key in ("signals", "noted"):
-                getattr(self, f"_{key}").load_state_dict(value)
+            if key == "signals":
+                self._signals.load_state_dict(value)
             elif key == "units":
                 self.units = [Unit(*u) for u in value]
             elif key != "params":
@@ -313,22 +319,47 @@ class History:
     def _loss_rows(self, n: int | None) -> Array:
         return self._losses[self._loss_index(n)]
 
-    def _derived(self, row: int) -> dict[str, tuple[npt.NDArray[np.intp], Array]]:
+    def _note(self, row: int, facts: Mapping[str, Any]) -> None:
+        """Keep the numeric facts of a sample."""
+        for name, value in facts.items():
+            if name not in self._noted and isinstance(value, (int, float)):
+                self._noted[name] = np.full(2 * self._capacity, np.nan)
+        for name, ring in self._noted.items():
+            value = facts.get(name, np.nan)
+            ring[row] = ring[row + self._capacity] = value if isinstance(value, (int, float)) else np.nan
+
+    def _derived(self, values: Mapping[str, tuple[npt.NDArray[np.intp], Array]]) -> dict[str, tuple[npt.NDArray[np.intp], Array]]:
         """The signals that follow from others of the same sample."""
-        rows, found = slice(row, row + 1), {}
-        update, weight = self._signals.values("update_norm", rows), self._signals.values("weight_norm", rows)
-        if update.size and weight.size:
-            sites = np.flatnonzero(self._signals.seen("update_norm", rows)[0] & self._signals.seen("weight_norm", rows)[0])
-            moved, size = update[0, sites], weight[0, sites]
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                found["update_ratio"] = sites, np.where((moved == 0.0) & (size == 0.0), 0.0, moved / size)
-        sites = np.flatnonzero(self._signals.seen("grad_norm", rows)[0]) if "grad_norm" in self._signals.places else _ONLY[:0]
-        if sites.size:
-            norms = self._signals.values("grad_norm", rows)[0, sites]
-            with np.errstate(over="ignore"):
-                found["grad_total"] = _ONLY, np.sqrt(np.array([np.sum(np.square(norms))]))
-            found["grad_rms"] = sites, norms / np.sqrt(self.numels[sites])
+        found: dict[str, tuple[npt.NDArray[np.intp], Array]] = {}
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            if "update_norm" in values and "weight_norm" in values:
+                sites, moved, size = _both(values["update_norm"], values["weight_norm"])
+                found["update_ratio"] = sites, _share(moved, size)
+            if "sample_spread" in values and "sample_size" in values:
+                sites, spread, size = _both(values["sample_spread"], values["sample_size"])
+                found["sample_variance"] = sites, np.square(_share(spread, size))
+            if "labelled_fraction" in values:
+                for name, part in (("label_nll", "nll_part"), ("confident_wrong", "wrong_part")):
+                    sites, numbers, counted = _both(values[part], values["labelled_fraction"])
+                    found[name] = sites, _share(numbers, counted)
+            if "grad_norm" in values:
+                sites, norms = values["grad_norm"][0], np.asarray(values["grad_norm"][1], dtype=np.float64)
+                found["grad_total"] = _ONLY, np.sqrt(np.array([np.dot(norms, norms)]))
+                found["grad_rms"] = sites, norms / self._roots[sites]
         return found
+
+
+def _share(part: Array, whole: Array) -> Array:
+    """part / whole, 0 where both are 0: nothing moved, nothing differs."""
+    return np.where((part == 0.0) & (whole == 0.0), 0.0, part / whole)
+
+
+def _both(a: tuple[npt.NDArray[np.intp], Array], b: tuple[npt.NDArray[np.intp], Array]) -> tuple[npt.NDArray[np.intp], Array, Array]:
+    """The sites that two signals share, and the numbers of each there."""
+    if a[0] is b[0]:
+        return a[0], a[1], b[1]
+    sites, at, bt = np.intersect1d(a[0], b[0], assume_unique=True, return_indices=True)
+    return sites, a[1][at], b[1][bt]
 
 
 _ONLY = np.zeros(1, dtype=np.intp)  # the site of a signal that has one

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lossguard.host.decode import decode
+from lossguard.host.decode import Decoder
 from lossguard.host.handover import Handover, Numbers
 from lossguard.host.history import History, Sample
 
@@ -44,7 +44,7 @@ class Intake:
     """Receives blocks of losses and rows of samples; rows of one step from several devices become one sample."""
 
     def __init__(self, history: History, handover: Handover) -> None:
-        self._history, self._handover = history, handover
+        self._history, self._handover, self._decoder = history, handover, Decoder()
         self._parts: list[tuple[Numbers, Any]] = []
 
     def receive(self, now: int, *, everything: bool = False) -> Iterator[News]:
@@ -63,13 +63,13 @@ class Intake:
                     news.validation = meaning[1], float(numbers[0])
                     self._history.add_validation(*news.validation)
                 continue
-            _, step, segments, facts, last = meaning
+            _, step, layout, facts, last = meaning
             if numbers is not None:
-                self._parts.append((numbers.copy(), segments))
+                self._parts.append((numbers.copy(), layout))
             if last:
                 parts, self._parts = self._parts, []
                 if parts:
-                    news.sample = decode(step, parts, facts, self._history.params)
+                    news.sample = self._decoder.decode(step, parts, facts, self._history.params)
                     self._history.add_sample(news.sample)
                     yield news
                 news = News()
