@@ -9,6 +9,8 @@ TARGETS = ("labels", "label", "targets", "target", "y")  # keys under which a di
 
 
 class _Shown(Protocol):
+    @property
+    def history(self) -> Any: ...
     def _show(self, inputs: Any, targets: Any, *, handed: bool) -> None: ...
 
 
@@ -32,6 +34,7 @@ class Batches:
         self._guard, self._loader = guard, loader
 
     def __iter__(self) -> Iterator[Any]:
+        self._guard.history.notes["loader_workers"] = getattr(self._loader, "num_workers", None)
         for batch in self._loader:
             self._guard._show(*split(batch), handed=True)
             yield batch

@@ -42,6 +42,11 @@ class Fingerprints:
         self._before = None if leaf is None else weakref.ref(leaf)
         self._leaf = None if again and not handed else leaf
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a batch was shown that has no number yet."""
+        return self._leaf is not None
+
     def write(self, cell: Tensor, host: npt.NDArray[np.float32] | None, looked: int) -> bool:
         """Put the number into ``cell`` (``host[0]`` where it lies in host memory). looked: how many sums stand there already.
 

@@ -158,7 +158,6 @@ class Guard:
     def batches(self, loader: Iterable[Any]) -> batches.Batches:
         """The loader's batches, each shown to the guard: ``for x, y in guard.batches(loader)``. Keeps ``len``."""
         self._check_open()
-        self._history.notes["loader_workers"] = getattr(loader, "num_workers", None)
         return batches.Batches(self, loader)
 
     def batch(self, inputs: Any, targets: Any = None) -> None:

@@ -68,18 +68,15 @@ class Recorder:
 
     def begin(self, sampled: bool, *, every_module: bool = True) -> None:
         """A new step starts. every_module: look at modules too whose output shows in the activation that follows."""
-        self.on = sampled
-        self._dense = every_module
+        self.on, self._dense = sampled, every_module
         self.asked = self.modules if every_module else self._needed()
         self.facts = {}
         if sampled:
             self.facts, self._carried = self._carried, {}
         self.targets = None
         self._head_seen, self._first_module = False, True
-        self._producers.clear()
-        self._missing.clear()
-        self._kept_before.clear()
-        self._updated.clear()
+        for held in (self._producers, self._missing, self._kept_before, self._updated):
+            held.clear()
         self.forward.begin()
         self.extras.begin()
         for row in self._rows.values():
@@ -137,14 +134,13 @@ class Recorder:
 
     def after_update(self, index: int) -> None:
         """Optimizer ``index`` stepped. From a sampled step's on it shows whether gradients are cleared."""
-        if self.on:
-            for bank in self.banks:
-                if bank.optimizer == index:
-                    self._versions.update({s: v for s, p in bank.probes if (v := version(p)) is not None})
-            if len(self.optimizers) > 1:
-                self._passes[index] = 0
-        else:
+        if not self.on:
             return
+        for bank in self.banks:
+            if bank.optimizer == index:
+                self._versions.update({s: v for s, p in bank.probes if (v := version(p)) is not None})
+        if len(self.optimizers) > 1:
+            self._passes[index] = 0
         with torch.no_grad():
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
@@ -166,8 +162,7 @@ class Recorder:
             for k in sorted(self._kept_before):
                 self.banks[k].lay(self.row(self.banks[k].device))
             self.forward.finish(self.row)
-            if "forced" in self.facts:
-                self.facts["loss_is_safe"] = graph.safe(losses)
+            self.facts.update({"loss_is_safe": graph.safe(losses)} if "forced" in self.facts else {})
             if self.graph is None and any(loss.grad_fn is not None for loss in losses):
                 self._read_graph(losses)
         self._producers.clear()
