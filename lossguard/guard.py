@@ -23,6 +23,7 @@ from lossguard.coverage import Coverage, survey
 from lossguard.device import gate as gates
 from lossguard.device.recorder import Recorder
 from lossguard.device.taps import Taps
+from lossguard.faults import Faults
 from lossguard.findings import Finding, Severity, check_names
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
@@ -35,7 +36,6 @@ from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
-OFF = "is switched off for this run"
 
 _watching: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Guard]] = weakref.WeakKeyDictionary()
 
@@ -101,11 +101,12 @@ class Guard:
         self._on_cuda = any(p.device.type == "cuda" for p in parameters)
         lag = (0 if on_host else LAG) if lag is None else arguments.at_least(0, lag, "lag")
         self._record = None if record is None else Record(record, {"torch": torch.__version__, "model": type(model).__name__, "every": every})
+        self._faults = Faults()
         self._gates = gates.armed(self.optimizers) if skipped else []
         self._recorder = Recorder(model, self.optimizers, scaler)
         self._history = History(loss_family=loss_family or "unknown", optimizers=len(self.optimizers))
         self._introduction = Introduction(self._history, self._recorder, declared=loss_family is not None)
-        self._judge = Judge(chosen, self._muted, halts=self._policy.halts, on_fault=self._rule_failed)
+        self._judge = Judge(chosen, self._muted, halts=self._policy.halts, on_fault=self._faults.of_rule)
         self._handover = Handover(lag)
         self._intake = Intake(self._history, self._handover)
         self._pulses = Pulses(self._handover, min(self.every, 10))
@@ -114,11 +115,10 @@ class Guard:
         self._explicit = phases == "explicit"
         self._schedule = Schedule(self.every, self.dense, accumulate=accumulate, may_skip=scaler is not None and not self._explicit)
         self._overdue: actions.TrainingHalted | None = None
-        self._silenced: set[str] = set()
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
         self._skipped: deque[int] = deque(maxlen=1024)  # sampled steps whose update was left out
         _take_over(model, self)
-        self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._watch, backward=phases == "hooks")
+        self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
         self._open_step()
 
     # ---- what a loop calls
@@ -142,7 +142,7 @@ class Guard:
         sampled = self._recorder.on
         if sick:
             self._schedule.alarm(now)
-            self._watch(self._recorder.post_mortem)
+            self._faults.watch(self._recorder.post_mortem)
         if sick or (sampled and self._schedule.complete(bool(self._recorder.facts.get("stepped")))):
             self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits)
         elif self._pulses.full:
@@ -220,21 +220,21 @@ class Guard:
         if self.closed or self._quiet:
             return
         self._schedule.update_tried = self._explicit
-        self._watch(self._recorder.backward_done, unscaled=unscaled)
+        self._faults.watch(self._recorder.backward_done, unscaled=unscaled)
         for gate in self._gates:
             gate.judge()
 
     def before_update(self, index: int = 0) -> None:
         """Optimizer ``index`` is about to step on gradients as they are now, clipped or not. Its own hook says so too."""
         if not self.closed and not self._quiet:
-            self._watch(self._recorder.before_update, index)
+            self._faults.watch(self._recorder.before_update, index)
 
     def after_update(self, index: int = 0) -> None:
         """Optimizer ``index`` stepped. Its own hook says so too."""
         if self.closed or self._quiet:
             return
         self._schedule.update_seen = True
-        self._watch(self._recorder.after_update, index)
+        self._faults.watch(self._recorder.after_update, index)
 
     # ---- what was found
 
@@ -256,7 +256,7 @@ class Guard:
     @property
     def coverage(self) -> Coverage:
         """What is observed and what is not, and why."""
-        return survey(self._recorder, self._history, self._handover, self.steps, self._taps.backward_seen, self._silenced)
+        return survey(self._recorder, self._history, self._handover, self.steps, self._taps.backward_seen, self._faults.silenced)
 
     @property
     def memory(self) -> int:
@@ -312,7 +312,7 @@ class Guard:
                 self._quiet = self._schedule.next_due(self.steps) - self.steps - 1
             return
         if sampled and self._recorder.outdated:
-            self._watch(self._recorder.build)
+            self._faults.watch(self._recorder.build)
             self._taps.rehook()
         self._recorder.begin(sampled, every_module=self._schedule.settling(self.steps))
         self._taps.watch_forward(sampled)
@@ -323,7 +323,7 @@ class Guard:
             row = self._recorder.row(gate.device)
             row.add_scalars("consecutive_skips", np.array([k]), [gate.in_a_row])
             row.add_scalars("total_skips", np.array([k]), [gate.total])
-        parts = self._watch(self._recorder.finish, losses, logits)
+        parts = self._faults.watch(self._recorder.finish, losses, logits)
         self._pulses.send()
         if parts is None:
             return
@@ -346,14 +346,14 @@ class Guard:
                 self._schedule.alarm(self.steps)
                 self._quiet = 0
             if self._record:
-                self._watch(news.write, self._record, self._history)
+                self._faults.watch(news.write, self._record, self._history)
             if news.sample is not None and "consecutive_skips" in news.sample.values and news.sample.values["consecutive_skips"][1].any():
                 self._skipped.append(news.sample.step)
             heard += self._judge.observe(self._history, new_sample=news.sample is not None)
         heard = [self._with_gate(f) for f in heard]
         for finding in heard:
             for sink in self._sinks:
-                self._watch(sink, finding)
+                self._faults.watch(sink, finding)
         halting = [f for f in heard if self._policy.halts(f)]
         if halting:
             raise actions.TrainingHalted(max(halting, key=lambda f: f.severity))
@@ -368,22 +368,6 @@ class Guard:
         if finding.diagnosis.startswith("nonfinite") and finding.step in self._skipped:
             return replace(finding, note="the update of this step was skipped on the device: weights and moments are those before it")
         return finding
-
-    def _watch(self, call: Any, *args: Any, part: str | None = None, **keywords: Any) -> Any:
-        """Our own faults never end a run: one warning for each place, then that part stays silent."""
-        name = str(part or getattr(call, "__qualname__", type(call).__name__))
-        if name in self._silenced:
-            return None
-        try:
-            return call(*args, **keywords)
-        except Exception as error:
-            self._silenced.add(name)
-            warnings.warn(f"lossguard: {name} failed and {OFF} ({type(error).__name__}: {error}); training goes on", RuntimeWarning, stacklevel=3)
-            return None
-
-    def _rule_failed(self, diagnosis: str, error: Exception) -> None:
-        self._silenced.add(f"rule {diagnosis}")
-        warnings.warn(f"lossguard: the rule {diagnosis} failed and {OFF} ({type(error).__name__}: {error})", RuntimeWarning, stacklevel=3)
 
     def _check_open(self) -> None:
         if self.closed:

@@ -27,7 +27,7 @@ LAYERS = [
     ("readings.py", "obstacles.py"),
     ("verdict.py",),
     ("rules/",),
-    ("actions.py", "resume.py", "batches.py"),
+    ("actions.py", "resume.py", "batches.py", "faults.py"),
     ("sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "preflight.py"),
     ("guard.py",),
     ("integrations/", "report.py", "explain.py", "demo.py"),

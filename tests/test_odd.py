@@ -31,7 +31,7 @@ def train(model, batches, *, optimizer=None, loss_of=None, steps=6, guard=None, 
             optimizer.zero_grad()
             guard.step(loss)
     assert len(guard._history.losses()) == steps
-    assert not guard._silenced, guard._silenced
+    assert not guard._faults.silenced, guard._faults.silenced
     return guard
 
 
@@ -540,7 +540,7 @@ def test_group_added_and_frozen_and_thawed():
             if i not in (10, 20, 30):  # seen from the step after the change on
                 found = last(guard, "grad_norm")
                 assert {n: found.get(n, math.nan) for n in expected} == pytest.approx(expected, nan_ok=True, rel=1e-5), i
-    assert not guard._silenced
+    assert not guard._faults.silenced
 
 
 def test_validation_in_between():

@@ -122,7 +122,7 @@ class Bank:
         """Measure what was kept: norms of all three of one size are one operation."""
         taps = TAPS if self._moved else TAPS[:2]
         for first, count, size, sites in self._layout:
-            kept = self._kept[: len(taps), first : first + count * size].unflatten(1, (count, size))
+            kept = self._kept[: len(taps), first : first + count * size].view(len(taps), count, size)
             own = np.array([-1 if s in self._missing else s for s in sites], dtype=np.intp) if self._missing else sites
             row.add_block(NORMS[: len(taps)], [own, sites, sites], signals.norms(kept))
             for tap, numbers, those in zip(taps, kept, [own, sites, sites], strict=False):
@@ -194,7 +194,7 @@ class Bank:
                 rows = torch.stack([_spread(g.contiguous(), self._runs).reshape(-1) for g in there]).to(torch.float32)
                 for chosen in others:
                     row.add(chosen.name, self._norms[0], chosen.measure(rows))
-        samples = self._sampled[: len(taps) - 1].unflatten(1, (len(self._large), -1))
+        samples = self._sampled[: len(taps) - 1].view(len(taps) - 1, len(self._large), -1)
         row.add_block(NORMS[1 : len(taps)], [self._large_sites] * 2, signals.norms(samples), self._scale)
         for tap, rows in zip(taps[1:], samples, strict=True):
             for chosen in _others(tap):

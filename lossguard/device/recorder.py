@@ -22,7 +22,7 @@ from lossguard.device.forward import Forward, Site
 from lossguard.device.functional import GradientRows
 from lossguard.device.logits import logits_numbers
 from lossguard.device.outputs import first_tensor, float_tensors, watched
-from lossguard.device.tape import Row, Segment
+from lossguard.device.tape import Layout, Row
 
 MAX_HEADS = 16  # explicit softmax modules watched besides the one at the loss
 SOFTMAXES = ("Softmax", "LogSoftmax")
@@ -150,7 +150,7 @@ class Recorder:
         self.facts["stepped"] = 1.0
         self._read_rates()
 
-    def finish(self, losses: Sequence[Tensor], logits: Tensor | None) -> list[tuple[Tensor, list[Segment]]]:
+    def finish(self, losses: Sequence[Tensor], logits: Tensor | None) -> list[tuple[Tensor, Layout]]:
         """The step is over: lay every device's numbers down."""
         if not self.banks:
             self.build()

@@ -89,7 +89,9 @@ def _plan(layouts: tuple[_Layout, ...]) -> _Plan:
                 of[site] = first + k, 1.0 if segment.scale is None else float(segment.scale[k])
         first += len(segment.sites)
     arrays: dict[bytes, Sites] = {}  # signals of the same sites share one array
-    runs, order, scale = [], [], []
+    runs: list[tuple[str, Sites, int, int]] = []
+    order: list[int] = []
+    scale: list[float] = []
     for signal, of in places.items():
         sites = np.array(list(of), dtype=np.intp)
         runs.append((signal, arrays.setdefault(sites.tobytes(), sites), len(order), len(order) + len(of)))

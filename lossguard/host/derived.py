@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ ONLY: Sites = np.zeros(1, dtype=np.intp)  # the site of a signal that has one
 Values = dict[str, tuple[Sites, Array]]
 
 
-def derive(values: Mapping[str, tuple[Sites, npt.NDArray[np.floating]]], roots: Array) -> Values:
+def derive(values: Mapping[str, tuple[Sites, npt.NDArray[Any]]], roots: Array) -> Values:
     """The values that are kept, and those that follow. roots: square roots of the parameters' elements.
 
     update_ratio: |dw| / |w|; grad_rms: |g| / sqrt(n); grad_total: the norm over all parameters; sample_variance: variance
@@ -39,7 +40,7 @@ def derive(values: Mapping[str, tuple[Sites, npt.NDArray[np.floating]]], roots: 
     return found
 
 
-def _share(values: Mapping[str, tuple[Sites, npt.NDArray[np.floating]]], part: str, whole: str) -> tuple[Sites, Array]:
+def _share(values: Mapping[str, tuple[Sites, npt.NDArray[Any]]], part: str, whole: str) -> tuple[Sites, Array]:
     """One signal over another where both were measured; 0 where both are 0: nothing moved, nothing differs."""
     (sites, a), (others, b) = values[part], values[whole]
     if sites is not others:
