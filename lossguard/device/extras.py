@@ -53,6 +53,10 @@ class Extras:
         self.halves.output(site, kind, output, row)
         self.attention.module_called(site, name, kind, args, output, row)
 
+    def wants(self, site: int, output: Tensor) -> bool:
+        """Whether this module's outputs must go on being shown here."""
+        return output.dtype == torch.float16 or site in self.attention.sites
+
     def backward_done(self, row_of: RowOf, *, scaled: bool) -> None:
         """Gradients are there. scaled: by a loss scaler, which seeks the end of float16 by design."""
         if not scaled:

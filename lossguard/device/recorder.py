@@ -271,7 +271,7 @@ class Recorder:
             self._producers[tensor.grad_fn] = site.name
         elif self.graph is not None and self.graph.head == site.name and not self._criterion_seen:
             self._logits(tensor, self.graph.head_dim if tensor.dim() > 1 else 0, self.targets)
-        elif self.graph is not None and not first and kind not in SOFTMAXES and site.name == name:
+        elif self.graph is not None and not first and kind not in SOFTMAXES and site.name == name and not self.extras.wants(site.index, tensor):
             self._ordinary[id(module)] = site
         if kind in SOFTMAXES and args and isinstance(args[0], Tensor) and args[0].dim():
             self._softmax_module(site.name, args[0], getattr(module, "dim", -1))
