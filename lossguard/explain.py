@@ -8,6 +8,7 @@ import re
 import textwrap
 
 from lossguard.findings import DIAGNOSES, check_names
+from lossguard.preflight import CHECKS
 from lossguard.rules import RULES
 
 
@@ -25,15 +26,16 @@ def page(name: str) -> str:
     """
     check_names({name}, "explain")
     severity, summary = DIAGNOSES[name]
-    cls = RULES.get(name)
+    cls = RULES.get(name) or CHECKS.get(name)
     parts = [f"{name} ({severity.label}): {summary}"]
     if cls is not None:
         parts.append(inspect.cleandoc(cls.__doc__ or ""))
-        parts.append("It reads " + ", ".join(cls.reads) + ".")
+        parts.append("It reads " + ", ".join(cls.reads) + "." if name in RULES else "It is asked before the first step, by lossguard.preflight.")
         parts.append("Limits\n" + "\n".join(f"  {field} = {value}" + (f"    {why}" if why else "") for field, value, why in fields(cls)))
         first = next((f for f, value, _ in fields(cls) if isinstance(value, float)), None)
-        tune = f"    Guard(..., rules=[{cls.__name__}({first}=...)])\n" if first else ""
-        parts.append(f"Silence or tune\n    Guard(..., mute={{{name!r}}})\n{tune}    from {cls.__module__} import {cls.__name__}")
+        call, argument = ("Guard", "rules") if name in RULES else ("preflight", "checks")
+        tune = f"    {call}(..., {argument}=[{cls.__name__}({first}=...)])\n" if first else ""
+        parts.append(f"Silence or tune\n    {call}(..., mute={{{name!r}}})\n{tune}    from {cls.__module__} import {cls.__name__}")
     return "\n\n".join(parts)
 
 

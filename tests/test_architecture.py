@@ -26,7 +26,7 @@ LAYERS = [
     ("advice.py", "verdict.py"),
     ("rules/",),
     ("actions.py", "resume.py", "batches.py"),
-    ("sinks.py", "coverage.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "preflight.py"),
+    ("sinks.py", "coverage.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "preflight/"),
     ("guard.py",),
     ("integrations/", "report.py", "explain.py", "demo.py"),
     ("__init__.py", "__main__.py", "cli.py"),

@@ -1,0 +1,282 @@
+"""Checks that train copies: one tiny batch to the end, and a sweep of learning rates. The bench flows in, answers flow out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lossguard.findings import Cause, Evidence, Finding, Remedy, number
+from lossguard.preflight.bench import Bench, Twin, told
+from lossguard.preflight.chance import chance, constant, floor, right
+from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
+from lossguard.preflight.listen import BINARY, CLASSIFIES, REGRESSES, LossCall
+from lossguard.preflight.loss import data_call
+from lossguard.preflight.take import chosen, sizes, tensors
+from lossguard.preflight.trial import trial
+
+
+@check
+@dataclass(frozen=True)
+class CannotOverfitBatch:
+    """cannot_overfit_batch: the model cannot learn even a few samples by heart (detectors A, cannot_overfit_batch; SYMPTOMS E3).
+
+    A copy is trained by Adam on a few samples of the first batch, dropout off, without weight decay, at several learning rates in turn until one
+    brings the loss near the least it can reach on these targets, or the labels right. The yardstick is the best constant answer: a model
+    that gives all samples the same output stays there.
+
+    Why: gradients that do not reach the weights, dead or symmetric units, a wrong output activation, inputs or targets out of scale,
+        labels that do not belong to their inputs, a model too small.
+    Do: first what the other checks found; else follow the gradient from the loss to the first layer; look at the samples and their labels.
+    False alarm: the number of samples follows the number of weights, equal inputs are left out, soft labels have their own floor. Losses whose
+        least value is not known, random losses and models too slow for the time budget are not judged.
+    """
+
+    diagnosis: ClassVar[str] = "cannot_overfit_batch"
+    near: float = 0.05  # of the best constant answer's loss above the floor: learned; detectors A
+    right: float = 0.95  # share of right labels: learned; detectors A
+    far: float = 0.3  # of the best constant answer's loss above the floor: not learned; our own choice, between is "cannot tell"
+    steps: int = 300  # for each learning rate; detectors A
+    rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1e-4)  # of Adam; detectors A has 1e-3 with a retry
+    samples: int = 8  # at most; detectors A has 16 to 32, fewer are easier for a healthy model and as hard for a broken one
+    dense_samples: int = 2  # where a sample has many targets: sequences with equal beginnings contradict each other; our own choice
+    weights: int = 50  # trainable elements per sample; our own choice
+    share: float = 0.45  # of the time budget
+
+    def look(self, bench: Bench) -> Answer:
+        """The law of the class docstring."""
+        if not bench.sound:
+            return unknown(bench.why_no_pass)
+        call = data_call(bench.sound[0])
+        if call is None or call.family not in (*CLASSIFIES, *BINARY, *REGRESSES) or call.input.shape != call.target.shape and call.family in REGRESSES:
+            return unknown("the least value of this loss is not known")
+        if any(not math.isfinite(p.loss) for p in bench.sound):
+            return unknown("the first loss is not finite")
+        batch = self._tiny(bench, call)
+        end = bench.deadline(self.share)
+        best, said = math.inf, ""
+        reference = base = math.nan
+        for rate in self.rates:
+            with bench.twin() as twin:
+                first = [twin.try_run(batch), twin.try_run(batch)]
+                tiny = data_call(first[0])
+                if tiny is None or abs(first[0].loss - first[1].loss) > 1e-3 * abs(first[0].loss):
+                    return unknown(first[0].error or "the loss is random: two equal passes differ")
+                base, reference = floor(tiny), _constant_answer(tiny)
+                if reference - base <= 1e-6:
+                    return unknown("these samples all have the same target")
+                excess, said = self._train(twin, batch, rate, end, base, reference)
+            best = min(best, excess)
+            if excess <= self.near:
+                return passed(said)
+            if time.monotonic() > end:
+                return unknown(f"the time was over with {best:.0%} of the best constant answer's loss left")
+        if best <= self.far:
+            return unknown(f"{best:.0%} of the best constant answer's loss are left after {self.steps} steps")
+        return failed(self._finding(bench, batch, best, base, reference))
+
+    def _tiny(self, bench: Bench, call: LossCall) -> Any:
+        """A few samples with different inputs, of as many classes as there are; the whole batch where it cannot be divided."""
+        batch = bench.kept[0]
+        found = sizes(batch)
+        elements = sum(trial(bench).elements.values())
+        if len(found) != 1:
+            return batch
+        n = next(iter(found))
+        dense = call.target.numel() > n and call.family in CLASSIFIES
+        most = self.dense_samples if dense else max(2, min(self.samples, elements // self.weights))
+        inputs = [t for _, t in tensors(batch if not isinstance(batch, (list, tuple)) else batch[0]) if t.dim() and t.shape[0] == n]
+        order = list(range(n))
+        if call.target.numel() == n and call.family in (*CLASSIFIES, *BINARY):
+            labels = call.target.reshape(-1).tolist()
+            turn: dict[Any, int] = {}
+            rank = [_next(turn, label) for label in labels]
+            order = sorted(order, key=lambda i: (rank[i], i))
+        picked: list[int] = []
+        for i in order:
+            if len(picked) < most and not any(all(torch.equal(t[i], t[j]) for t in inputs) for j in picked if inputs):
+                picked.append(i)
+        return chosen(batch, picked)
+
+    def _train(self, twin: Twin, batch: Any, rate: float, end: float, base: float, reference: float) -> tuple[float, str]:
+        """The least share of the constant answer's loss that was left, and in words what was reached."""
+        parameters = list(twin.trainable.values())
+        optimizer = torch.optim.Adam(parameters, lr=rate)
+        best = math.inf
+        for step in range(self.steps):
+            done = twin.run(batch, grad=True)
+            call = data_call(done)
+            if call is None or done.value is None or not math.isfinite(done.loss) or not done.value.requires_grad:
+                return best, "the loss is not finite"
+            excess = (float(call.value) - base) / (reference - base) if call.value is not None else math.inf
+            best = min(best, excess)
+            share = right(call)
+            if excess <= self.near or share >= self.right and excess <= 1.0:
+                return min(excess, self.near), f"learned by heart in {step} steps of Adam at {rate:g}: loss {number(done.loss)}"
+            if time.monotonic() > end:
+                break
+            _step(optimizer, done.value)
+        return best, ""
+
+    def _finding(self, bench: Bench, batch: Any, best: float, base: float, reference: float) -> Finding:
+        n = next(iter(sizes(batch)), 1)
+        evidence = [Evidence("share of the best constant answer's loss that is left", best, self.near), Evidence("best constant answer's loss", reference),
+                    Evidence("samples", n), Evidence("learning rates tried", len(self.rates))]  # fmt: skip
+        advice = []
+        for root in bench.found:
+            if root.diagnosis != self.diagnosis and root.severity > 0 and root.diagnosis not in ("class_imbalance", "unshuffled_data", "validation_mismatch"):
+                name = root.causes[0].name if root.causes else root.diagnosis
+                advice.append((Cause(name, 0.9, f"see {root.diagnosis}: {root.message}"), list(root.remedies[:1])))
+        if not advice:
+            if best > 0.9:
+                because = f"{best:.0%} of the constant answer's loss are left: the output hardly depends on the input"
+                advice.append((Cause("the same output for every sample", 0.7, because), [Remedy("initialise by He, and look for units that are dead for all samples", {"init": "he"})]))
+            else:
+                advice.append((Cause("too small a model, or gradients cut on the way", 0.5, f"{best:.0%} of the constant answer's loss are left"),
+                               [Remedy("look for detach() and for layers without a gradient; else twice the width", {"width_factor": 2})]))  # fmt: skip
+            advice.append((Cause("labels that do not belong to their inputs", 0.3, "inputs that differ little have different targets"), [Remedy(f"look at the {n} samples by eye", {"look_at": n})]))
+        return finding(self.diagnosis, f"{n} samples of the first batch", "a copy could not learn them by heart", evidence, advice)
+
+
+def _next(turn: dict[Any, int], label: Any) -> int:
+    """How many samples of this label came before."""
+    turn[label] = turn.get(label, -1) + 1
+    return turn[label]
+
+
+def _step(optimizer: Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def _constant_answer(call: LossCall) -> float:
+    """The loss of the best answer that is the same for every sample; chance where that is not known."""
+    even = chance(call)
+    known = math.inf if even is None else even
+    if call.hard and call.reduction == "mean" and call.given.get("weight") is None:
+        valid = call.target[call.target != call.given.get("ignore_index", -100)]
+        p = torch.unique(valid, return_counts=True)[1].double() / max(valid.numel(), 1)
+        return min(known, max(float(-(p * p.log()).sum()), floor(call)))
+    if call.family in BINARY:
+        mean = constant(call.target.float()).clamp(1e-4, 1 - 1e-4)
+        return float(call.again(input=torch.logit(mean) if call.family == "bce_logits" else mean))
+    return known
+
+
+@check
+@dataclass(frozen=True)
+class LearningRateRange:
+    """learning_rate_range: the learning rate lies at an edge of the range that works, or outside (SYMPTOMS E11; detectors A, update_ratio).
+
+    A short sweep in the log domain: copies are trained for a few steps by a fresh optimizer of the same kind at half decades around the
+    chosen rate, all groups by the same factor. The good range is where the loss falls by a good part of the best fall. It is an info: few
+    steps say little about the end of a long run, but a rate at which the loss rises at once is too high without a warm-up.
+
+    Why: a rate copied from another model, optimizer or batch size; SGD's rate given to Adam.
+    Do: take the rate given, a third of the one with the fastest fall; search further in the log domain.
+    False alarm: with warm-up the run does not begin at this rate; then the upper edge is not reached. Schedules are not simulated.
+    """
+
+    diagnosis: ClassVar[str] = "learning_rate_range"
+    steps: int = 12  # of each rate; our own choice: a rate far too high shows within 10 (detectors A, update_ratio_high)
+    decades: float = 2.0  # searched on either side of the chosen rate, in half decades; our own choice
+    good: float = 0.2  # of the best fall of the loss; our own choice
+    low: float = 30.0  # the chosen rate is too low if only rates this many times higher are good; our own choice: one and a half decades
+    blown: float = 1.5  # loss over the first loss that counts as diverged; our own choice: plain noise stays below
+    share: float = 0.25  # of the time budget
+
+    def look(self, bench: Bench) -> Answer:
+        """The law of the class docstring."""
+        if not bench.optimizers:
+            return unknown("no optimizer was given")
+        if not bench.sound or any(not math.isfinite(p.loss) for p in bench.sound):
+            return unknown(bench.why_no_pass if not bench.sound else "the first loss is not finite")
+        chosen_rate = max(_rate(g) for o in bench.optimizers for g in o.param_groups)
+        if not chosen_rate > 0:
+            return unknown("the learning rate is 0")
+        end = bench.deadline(self.share)
+        after: dict[float, float] = {}
+        first = math.nan
+        for factor in self._factors():
+            if time.monotonic() > end:
+                return unknown("the time was over before the sweep was done")
+            try:
+                first, after[factor] = self._run(bench, factor)
+            except Exception as error:
+                return unknown(f"the optimizer could not be tried on a copy: {told(error)}")
+        return self._judge(chosen_rate, first, after)
+
+    def _factors(self) -> Iterator[float]:
+        n = round(2 * self.decades)
+        for k in sorted(range(-n, n + 1), key=abs):
+            yield 10 ** (k / 2)
+
+    def _run(self, bench: Bench, factor: float) -> tuple[float, float]:
+        """The loss of the first batches before and after some steps at this rate."""
+        with bench.twin() as twin:
+            names = {id(p): n for n, p in Twin(bench.model, bench.criterion, bench.forward).trainable.items()}
+            optimizers = [rebuilt(o, names, twin.trainable, factor) for o in bench.optimizers]
+            batches = bench.kept[:2]
+            before = sum(twin.run(batch).loss for batch in batches) / len(batches)
+            for step in range(self.steps):
+                done = twin.run(bench.kept[step % len(bench.kept)], mode="train", grad=True)
+                if done.value is None or not math.isfinite(done.loss):
+                    return before, math.inf
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                done.value.backward()  # type: ignore[no-untyped-call]
+                for optimizer in optimizers:
+                    optimizer.step()
+            last = sum(twin.run(batch).loss for batch in batches) / len(batches)
+        return before, last if math.isfinite(last) else math.inf
+
+    def _judge(self, rate: float, first: float, after: dict[float, float]) -> Answer:
+        falls = {f: first - loss for f, loss in after.items()}
+        best = max(falls, key=lambda f: falls[f])
+        if not falls[best] > 1e-3 * abs(first):
+            return unknown(f"no rate from {number(rate * min(after))} to {number(rate * max(after))} lowers the loss in {self.steps} steps")
+        good = sorted(f for f, fall in falls.items() if fall >= self.good * falls[best])
+        span = f"{number(rate * good[0])} to {number(rate * good[-1])}"
+        up = min(f for f in after if f > 1)
+        limit = first + (self.blown - 1) * abs(first)
+        message = ""
+        if after[1.0] > limit:
+            message, name = f"at the chosen rate {number(rate)} the loss rises at once; the good range is {span}", "learning rate too high"
+        elif after[up] > limit:
+            message, name = f"the chosen rate {number(rate)} is at the upper edge: {number(rate * up)} diverges; the good range is {span}", "learning rate at the upper edge"
+        elif good[0] > self.low:
+            message, name = f"the chosen rate {number(rate)} is below the good range, {span}", "learning rate too low"
+        if not message:
+            return passed(f"{number(rate)} lies within the good range, {span}")
+        new = float(f"{rate * best / 3:.1g}")
+        evidence = [Evidence("loss after the sweep's steps at the chosen rate", after[1.0], limit), Evidence("first loss", first), Evidence("rate with the fastest fall", rate * best)]
+        pair = (Cause(name, 0.6, f"loss {number(first)} -> {number(after[1.0])} in {self.steps} steps; at {number(rate * best)} -> {number(after[best])}"),
+                [Remedy(f"learning rate {number(rate)} -> {number(new)}", {"lr": new})])  # fmt: skip
+        return failed(finding(self.diagnosis, "learning rate", message, evidence, [pair]))
+
+
+def _rate(group: dict[str, Any]) -> float:
+    """A group's learning rate, before a scheduler's warm-up if one is at work."""
+    return float(group.get("initial_lr", group.get("lr", 0.0)))
+
+
+def rebuilt(optimizer: Optimizer, names: dict[int, str], parameters: dict[str, Any], factor: float) -> Optimizer:
+    """A fresh optimizer of the same kind over the copy's parameters, its rates times a factor."""
+    groups = []
+    for group in optimizer.param_groups:
+        held = [parameters[names[id(p)]] for p in group["params"] if names.get(id(p)) in parameters]
+        if held:
+            settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            groups.append({**settings, "params": held, "lr": _rate(group) * factor})
+    if not groups:
+        raise ValueError("it holds no parameter of the model")
+    accepted = type(optimizer).__init__.__code__.co_varnames
+    fresh: Optimizer = type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items() if k in accepted and k != "lr"}, lr=max(g["lr"] for g in groups))  # type: ignore[arg-type, call-arg]
+    return fresh
