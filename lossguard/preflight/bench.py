@@ -142,7 +142,6 @@ class Bench:
     ) -> None:
         self.model, self.criterion, self.optimizers, self.sample = model, criterion, list(optimizers), sample
         self.forward = default_forward if forward is None else forward
-        self.own_forward = forward is not None
         self.seconds, self._started, self._roots = seconds, time.monotonic(), roots
         self.found: list[Finding] = []
 

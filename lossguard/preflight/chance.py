@@ -19,7 +19,7 @@ def chance(call: LossCall) -> float | None:
 
     >>> import torch.nn.functional as F
     >>> from lossguard.preflight.listen import LastOp
-    >>> call = LossCall("cross_entropy", F.cross_entropy, {"input": torch.randn(4, 10), "target": torch.tensor([1, 2, 3, 4])}, LastOp())
+    >>> call = LossCall("cross_entropy", F.cross_entropy, {"input": torch.randn(4, 10), "target": torch.tensor([1, 2, 3, 4])}, LastOp(), value=torch.tensor(2.5))
     >>> f"{chance(call):.4f}"
     '2.3026'
     """

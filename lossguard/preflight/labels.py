@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lossguard.batches import split
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.preflight.bench import Bench
 from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
@@ -30,16 +31,16 @@ def calls(bench: Bench) -> list[LossCall]:
 def same_labels(bench: Bench) -> bool:
     """The loader's targets are the numbers that the loss function got."""
     heard = calls(bench)
-    if not heard or not bench.sample.labels:
+    targets = split(bench.kept[0])[1] if bench.kept else None
+    if not heard or not isinstance(targets, Tensor) or targets.numel() != heard[0].target.numel():
         return False
-    target, first = heard[0].target, bench.sample.labels[0]
-    return target.numel() == first.numel() and bool((target.reshape(-1).to(device="cpu", dtype=torch.float64) == first.double()).all())
+    return bool((heard[0].target.reshape(-1).to("cpu", torch.float64) == targets.reshape(-1).to("cpu", torch.float64)).all())
 
 
 def in_order(bench: Bench) -> list[Tensor]:
     """One class number per sample, batch by batch; empty where the targets are something else."""
     heard = calls(bench)
-    if bench.sample.dense or not same_labels(bench):
+    if bench.sample.dense or not bench.sample.labels or not same_labels(bench):
         return []
     return bench.sample.labels if heard[0].hard or heard[0].family in BINARY else []
 
@@ -84,7 +85,7 @@ class InvalidLabels:
         counts: Counter[int] = Counter()
         for one in heard:
             counts.update(one.target.reshape(-1).tolist())
-        if same_labels(bench) or (bench.sample.counts and set(counts) <= set(bench.sample.counts) and not bench.own_forward):
+        if bench.sample.counts and same_labels(bench):
             counts = bench.sample.counts
         ignored = call.given.get("ignore_index", -100)
         bad = {value: n for value, n in counts.items() if value != ignored and not 0 <= value < call.classes}
@@ -117,7 +118,7 @@ class InvalidLabels:
     def _where(self, bench: Bench, bad: dict[int, int], heard: list[LossCall]) -> str:
         """The first sample that has such a label."""
         place = 0
-        for labels in bench.sample.labels if same_labels(bench) else [call.target.reshape(-1) for call in heard]:
+        for labels in in_order(bench) or [call.target.reshape(-1) for call in heard]:
             hits = [i for i, value in enumerate(labels.tolist()) if value in bad]
             if hits:
                 return f"targets, first at sample {place + hits[0]}"
