@@ -484,8 +484,7 @@ def eval_dropout():
 def wrong_statistics():
     """Batch-norm statistics of other data."""
     model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
-    model[1].running_var.fill_(1e-5)
-    model[1].running_mean.fill_(3.0)
+    model[1].running_var.fill_(1e-6)
     model[1].num_batches_tracked.fill_(1000)
     return with_digits(model)
 
@@ -518,6 +517,21 @@ class Deaf(nn.Module):
 
 def deaf():
     return with_digits(Deaf())
+
+
+class Blurred(nn.Module):
+    """Every sample is replaced by the mean of its batch, in training mode only; the rest is sound."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp(64, 10)
+
+    def forward(self, x):
+        return self.body(x.mean(0, keepdim=True).expand_as(x) + 1e-3 * x if self.training else x)
+
+
+def blurred():
+    return with_digits(Blurred())
 
 
 def pixels():
@@ -689,7 +703,7 @@ ILL = [
     (own_sum, "initial_loss_off", "sum reduction"), (raw_targets, "initial_loss_off", "targets not standardised"),
     (huge_penalty, "initial_loss_off", "over-regularised"), (eval_dropout, "validation_mismatch", "train/eval mismatch"),
     (wrong_statistics, "validation_mismatch", "train/eval mismatch"), (detached, "unchanged_weights", "detached graph"),
-    (deaf, "cannot_overfit_batch", "dead units"), (pixels, "unnormalized_input", "raw pixels"),
+    (deaf, "cannot_overfit_batch", "dead units"), (blurred, "cannot_overfit_batch", "the same output for every sample"), (pixels, "unnormalized_input", "raw pixels"),
     (kilometres, "unnormalized_input", "features in different units"), (twice_divided, "unnormalized_input", "normalised twice, or in too small a unit"),
     (from_one, "invalid_labels", "labels start at 1"), (minus_one, "invalid_labels", "padding value"), (float_labels, "invalid_labels", "wrong dtype"),
     (broadcast, "invalid_labels", "shapes are broadcast"), (signs, "invalid_labels", "labels are -1 and 1"), (rare_class, "class_imbalance", "rare class"),

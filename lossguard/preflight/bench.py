@@ -22,10 +22,12 @@ from lossguard.device import graph
 from lossguard.findings import Finding
 from lossguard.preflight.keep import Keeper
 from lossguard.preflight.listen import Listener, LossCall, total_of
-from lossguard.preflight.take import Sample, fresh, mapped
+from lossguard.preflight.take import Sample, chosen, fresh, mapped, sizes
 
 PASSES = 3  # batches whose first loss is looked at; detectors A, initial_loss_off
 STOCHASTIC = ("DropPath", "StochasticDepth", "DropBlock")  # modules that drop at random without torch's own dropout
+SLOW = 1 / 200  # of the time budget for one pass, from which batches are cut: some 200 passes are made
+FEW = 8  # samples to which they are cut
 SAME = 1e-4  # relative difference up to which two losses are called equal: float32 sums of some thousand terms
 Forward = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -144,6 +146,8 @@ class Bench:
         self.forward = default_forward if forward is None else forward
         self.seconds, self._started, self._roots = seconds, time.monotonic(), roots
         self.found: list[Finding] = []
+        self._copies = True
+        self._prepare()
 
     @property
     def kept(self) -> list[Any]:
@@ -155,6 +159,26 @@ class Bench:
         """Seconds left of the budget."""
         return self.seconds - (time.monotonic() - self._started)
 
+    def _prepare(self) -> None:
+        """Find out whether copies can be made and are used by ``forward``; cut the batches of a slow model."""
+        try:
+            copy.deepcopy((self.model, self.criterion))
+        except Exception:
+            self._copies = False
+        if not self.kept:
+            return
+        called: list[str] = []
+        with self.twin() as twin:
+            handles = [m.register_forward_pre_hook(lambda *_: called.append("")) for m in twin.model.modules()]
+            began = time.monotonic()
+            done = twin.try_run(self.kept[0])
+            took = time.monotonic() - began
+            for handle in handles:
+                handle.remove()
+        self._copies &= bool(called) or bool(done.error)
+        if took > SLOW * self.seconds:
+            self.sample.kept = [_cut(batch) for batch in self.kept]
+
     def deadline(self, share: float) -> float:
         """When a check must stop that may use this share of the budget, on the monotonic clock."""
         return time.monotonic() + min(share * self.seconds, max(self.left, 0.0))
@@ -162,13 +186,13 @@ class Bench:
     @contextmanager
     def twin(self, *, thawed: bool = False, flush: bool = True) -> Iterator[Twin]:
         """A copy of model and criterion; or the originals, put back afterwards, where they cannot be copied."""
-        keeper = None
-        try:
+        model, criterion, keeper = self.model, self.criterion, None
+        if self._copies:
             model, criterion = copy.deepcopy((self.model, self.criterion))
-        except Exception:
-            model, criterion, keeper = self.model, self.criterion, Keeper(self._roots)
+        else:
+            keeper = Keeper(self._roots)
         twin = Twin(model, criterion, self.forward)
-        torch.manual_seed(0)  # the same answer whatever came before; the user's random state is put back at the end
+        _seed()
         try:
             if flush:
                 for p in model.parameters():
@@ -210,6 +234,22 @@ class Bench:
     def has(self, diagnosis: str, cause: str = "") -> bool:
         """Whether an earlier check found this."""
         return any(f.diagnosis == diagnosis and (not cause or any(cause in c.name for c in f.causes)) for f in self.found)
+
+
+def _cut(batch: Any) -> Any:
+    """The first few samples of a batch, the whole where samples cannot be told apart."""
+    found = sizes(batch)
+    return chosen(batch, list(range(min(FEW, *found)))) if len(found) == 1 and min(found) > FEW else batch
+
+
+def _seed() -> None:
+    """The same answer whatever came before; the user's random state is put back at the end.
+
+    Not torch.manual_seed: on a CUDA that is not awake yet it leaves a seed behind that comes into force later.
+    """
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 def told(error: BaseException) -> str:

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.findings import Cause, Evidence, Finding, Remedy, number
+from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.preflight.bench import Bench, Twin, told
 from lossguard.preflight.chance import chance, constant, floor, right
 from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
 from lossguard.preflight.listen import BINARY, CLASSIFIES, REGRESSES, LossCall
 from lossguard.preflight.loss import data_call
-from lossguard.preflight.take import chosen, sizes, tensors
+from lossguard.preflight.take import chosen, joined, sizes, tensors
 from lossguard.preflight.trial import trial
+
+
+ROOTS = ("invalid_labels", "unnormalized_input", "wrong_output_activation", "poor_initialization", "unchanged_weights", "initial_loss_off")
+FALL = 1e-3  # of the first loss: a smaller fall in some steps is none
 
 
 @check
@@ -84,6 +88,13 @@ class CannotOverfitBatch:
     def _tiny(self, bench: Bench, call: LossCall) -> Any:
         """A few samples with different inputs, of as many classes as there are; the whole batch where it cannot be divided."""
         batch = bench.kept[0]
+        alike = call.target.numel() < 2 or bool((call.target == call.target.reshape(-1)[0]).all())
+        if alike and len(bench.kept) > 1:
+            try:
+                batch = joined(bench.kept)
+            except (ValueError, KeyError, IndexError):
+                return batch
+            call = self._call(bench, batch) or call
         found = sizes(batch)
         elements = sum(trial(bench).elements.values())
         if len(found) != 1:
@@ -103,6 +114,10 @@ class CannotOverfitBatch:
             if len(picked) < most and not any(all(torch.equal(t[i], t[j]) for t in inputs) for j in picked if inputs):
                 picked.append(i)
         return chosen(batch, picked)
+
+    def _call(self, bench: Bench, batch: Any) -> LossCall | None:
+        with bench.twin() as twin:
+            return data_call(twin.try_run(batch))
 
     def _train(self, twin: Twin, batch: Any, rate: float, end: float, base: float, reference: float) -> tuple[float, str]:
         """The least share of the constant answer's loss that was left, and in words what was reached."""
@@ -187,8 +202,9 @@ class LearningRateRange:
     diagnosis: ClassVar[str] = "learning_rate_range"
     steps: int = 12  # of each rate; our own choice: a rate far too high shows within 10 (detectors A, update_ratio_high)
     decades: float = 2.0  # searched on either side of the chosen rate, in half decades; our own choice
+    further: float = 5.0  # decades searched where no rate within the first ones works; our own choice
     good: float = 0.2  # of the best fall of the loss; our own choice
-    low: float = 30.0  # the chosen rate is too low if only rates this many times higher are good; our own choice: one and a half decades
+    low: float = 90.0  # the chosen rate is too low if only rates this many times higher are good; our own choice: a few steps favour high rates
     blown: float = 1.5  # loss over the first loss that counts as diverged; our own choice: plain noise stays below
     share: float = 0.25  # of the time budget
 
@@ -198,6 +214,9 @@ class LearningRateRange:
             return unknown("no optimizer was given")
         if not bench.sound or any(not math.isfinite(p.loss) for p in bench.sound):
             return unknown(bench.why_no_pass if not bench.sound else "the first loss is not finite")
+        roots = [f.diagnosis for f in bench.found if f.severity > Severity.INFO and f.diagnosis in ROOTS]
+        if roots:
+            return unknown(f"repair first what was found: {roots[0]}")
         chosen_rate = max(_rate(g) for o in bench.optimizers for g in o.param_groups)
         if not chosen_rate > 0:
             return unknown("the learning rate is 0")
@@ -205,6 +224,8 @@ class LearningRateRange:
         after: dict[float, float] = {}
         first = math.nan
         for factor in self._factors():
+            if abs(math.log10(factor)) > self.decades + 0.1 and not self._lost(first, after, factor):
+                continue
             if time.monotonic() > end:
                 return unknown("the time was over before the sweep was done")
             try:
@@ -217,6 +238,15 @@ class LearningRateRange:
         n = round(2 * self.decades)
         for k in sorted(range(-n, n + 1), key=abs):
             yield 10 ** (k / 2)
+        for k in range(round(self.decades) + 1, round(self.further) + 1):
+            yield from (10.0**-k, 10.0**k)
+
+    def _lost(self, first: float, after: dict[float, float], factor: float) -> bool:
+        """No rate works yet, and this one lies on the side that may."""
+        if any(first - loss > FALL * abs(first) for loss in after.values()):
+            return False
+        blown = any(loss > first + (self.blown - 1) * abs(first) for f, loss in after.items() if f <= 1)
+        return blown if factor < 1 else not blown
 
     def _run(self, bench: Bench, factor: float) -> tuple[float, float]:
         """The loss of the first batches before and after some steps at this rate."""
@@ -240,7 +270,7 @@ class LearningRateRange:
     def _judge(self, rate: float, first: float, after: dict[float, float]) -> Answer:
         falls = {f: first - loss for f, loss in after.items()}
         best = max(falls, key=lambda f: falls[f])
-        if not falls[best] > 1e-3 * abs(first):
+        if not falls[best] > FALL * abs(first):
             return unknown(f"no rate from {number(rate * min(after))} to {number(rate * max(after))} lowers the loss in {self.steps} steps")
         good = sorted(f for f, fall in falls.items() if fall >= self.good * falls[best])
         span = f"{number(rate * good[0])} to {number(rate * good[-1])}"

@@ -86,7 +86,8 @@ class UnreachedWeights:
         absent = [n for n in done.absent if n.rpartition(".")[0] in layers]
         # The recurrent weights of sequences of one step, and vectors such as a bias before a batch-norm, are zero by nature.
         zero = [n for n in done.zero if n.rpartition(".")[0] in layers and "weight_hh" not in n and "bias" not in n]
-        names = absent or zero
+        roots = ("poor_initialization", "wrong_output_activation", "unnormalized_input")
+        names = absent or ([] if any(bench.has(root) for root in roots) else zero)  # a zero gradient follows from these
         if not names:
             return None
         share = sum(done.elements[n] for n in names) / sum(done.elements.values())
@@ -98,8 +99,7 @@ class UnreachedWeights:
                       (Cause("output not used", 0.4, "their output may not enter the loss"), [Remedy("requires_grad_(False) for them, or leave them out", {"freeze": True})])]  # fmt: skip
         else:
             message = f"the gradient of {len(names)} weights is exactly zero for {STEPS} steps"
-            poor = bench.has("poor_initialization")
-            advice = [(Cause("initial weights" if poor else "dead units", 0.8, "see poor_initialization" if poor else "no sample passes through these layers"),
+            advice = [(Cause("dead units", 0.8, "no sample passes through these layers"),
                        [Remedy("initialise weights by He and biases by zero", {"init": "he"})])]  # fmt: skip
         return finding(self.diagnosis, names[0], message, evidence, advice, Severity.WARNING if share > self.share else Severity.INFO)
 

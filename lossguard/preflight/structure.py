@@ -176,14 +176,16 @@ class PoorInitialization:
         hidden = [layer for layer in seen.layers[:-1] if not layer.zero and not math.isnan(layer.spread)]
         if len(hidden) < self.layers - 1 or not hidden[0].input_spread > 0 or bench.has("nonfinite_input"):
             return None
+        end = seen.layers[-1]
+        if end.spread == 0 and not end.zero and trial(bench).zero:
+            return self._uneven([*hidden, end], 0.0, 0.0, "shrink", self.shrinks, "units dead at the start")
         last = hidden[-1]
         total = last.spread / hidden[0].input_spread
         mean = total ** (1 / len(hidden)) if total > 0 else 0.0
         if mean > self.grows and total > self.grown or not math.isfinite(total):
             return self._uneven(hidden, total, mean, "grow", self.grows, "weights too large")
         if total < self.lost or (mean < self.shrinks and total < self.shrunk):
-            dead = next((layer for layer in hidden if layer.spread == 0), None)
-            return self._uneven(hidden, total, mean, "shrink", self.shrinks, "units dead at the start" if dead is not None else "weights too small")
+            return self._uneven(hidden, total, mean, "shrink", self.shrinks, "units dead at the start" if total == 0 else "weights too small")
         return None
 
     def _uneven(self, hidden: list[Layer], total: float, mean: float, way: str, limit: float, cause: str) -> Finding:

@@ -45,7 +45,8 @@ class Bad:
 class Sample:
     """What was taken. labels: the class numbers of single-label targets in the order of the loader, empty if there are none."""
 
-    kept: list[Any] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)  # those without NaN or Inf, if there are any
+    spare: list[Any] = field(default_factory=list)  # those with
     looked_at: int = 0
     samples: int = 0
     complete: bool = False
@@ -136,6 +137,24 @@ def chosen(batch: Any, indices: list[int]) -> Any:
     return mapped(lists(batch), pick)
 
 
+def joined(batches: list[Any]) -> Any:
+    """Batches of one nesting as one batch; ``ValueError`` where they do not fit together.
+
+    >>> joined([(torch.ones(1), ["a"]), (torch.zeros(2), ["b", "c"])])
+    (tensor([1., 0., 0.]), ['a', 'b', 'c'])
+    """
+    first = batches[0]
+    if isinstance(first, Tensor) and first.dim() and len({t.shape[1:] for t in batches}) == 1:
+        return torch.cat(batches)
+    if type(first) is tuple or (type(first) is list and any(isinstance(v, (Tensor, list, tuple, dict)) for v in first)):
+        return type(first)(joined([b[i] for b in batches]) for i in range(len(first)))
+    if type(first) is dict:
+        return {k: joined([b[k] for b in batches]) for k in first}
+    if type(first) is list:
+        return [v for b in batches for v in b]
+    raise ValueError(f"batches of {type(first).__name__} cannot be joined")
+
+
 def take(batches: Any, seconds: float) -> Sample:
     """Go through the loader once, for so many seconds at most."""
     sample = Sample()
@@ -161,6 +180,7 @@ def take(batches: Any, seconds: float) -> Sample:
             sample.complete = sample.looked_at < limit or sample.looked_at == sample.total
     except Exception as error:
         sample.stopped = f"batch {sample.looked_at} could not be read: {type(error).__name__}: {error}"
+    sample.kept = sample.kept or sample.spare
     sample.rest = itertools.chain(taken, iterator) if sample.once else batches
     return sample
 
@@ -194,13 +214,15 @@ def _look(sample: Sample, batch: Any) -> None:
     """Take down what one batch says."""
     found = sizes(batch)
     n = next(iter(found)) if len(found) == 1 else next((t.shape[0] for _, t in tensors(batch) if t.dim()), 1)
-    if len(sample.kept) < KEEP:
-        sample.kept.append(fresh(batch))
+    sick = sample.bad_samples
     inputs, targets = split(batch)
     for part, tree in (("inputs", inputs), ("targets", None if targets is inputs else targets)):
         for name, t in tensors(tree):
             if t.is_floating_point() or t.is_complex():
                 _nonfinite(sample, batch, part, name, t)
+    place = sample.kept if sample.bad_samples == sick else sample.spare
+    if len(place) < KEEP:
+        place.append(fresh(batch))
     if isinstance(targets, Tensor):
         _labels(sample, targets.detach(), n)
     sample.looked_at += 1
