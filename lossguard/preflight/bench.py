@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lossguard.device import graph
 from lossguard.findings import Finding
 from lossguard.preflight.keep import Keeper
-from lossguard.preflight.listen import Listener, LossCall, total_of
+from lossguard.preflight.listen import LabelFault, Listener, LossCall, total_of
 from lossguard.preflight.take import Sample, chosen, fresh, mapped, sizes
 
 PASSES = 3  # batches whose first loss is looked at; detectors A, initial_loss_off
@@ -255,4 +255,6 @@ def _seed() -> None:
 def told(error: BaseException) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines()
+    if isinstance(error, LabelFault):
+        return str(error)
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

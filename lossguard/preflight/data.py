@@ -104,7 +104,7 @@ class UnnormalizedInput:
     def look(self, bench: Bench) -> Answer:
         """The law of the class docstring."""
         done = survey(bench)
-        if done.error:
+        if done.error and not done.roots:
             return unknown(f"the model could not be run: {done.error}")
         raw = [layer for layer in done.layers if layer.raw and layer.inputs]
         if not raw:

@@ -203,6 +203,7 @@ class LearningRateRange:
     steps: int = 12  # of each rate; our own choice: a rate far too high shows within 10 (detectors A, update_ratio_high)
     decades: float = 2.0  # searched on either side of the chosen rate, in half decades; our own choice
     further: float = 5.0  # decades searched where no rate within the first ones works; our own choice
+    works: float = 0.05  # of the first loss: a smaller fall at every rate sends the sweep further; our own choice
     good: float = 0.2  # of the best fall of the loss; our own choice
     low: float = 90.0  # the chosen rate is too low if only rates this many times higher are good; our own choice: a few steps favour high rates
     blown: float = 1.5  # loss over the first loss that counts as diverged; our own choice: plain noise stays below
@@ -243,7 +244,7 @@ class LearningRateRange:
 
     def _lost(self, first: float, after: dict[float, float], factor: float) -> bool:
         """No rate works yet, and this one lies on the side that may."""
-        if any(first - loss > FALL * abs(first) for loss in after.values()):
+        if any(first - loss > self.works * abs(first) for loss in after.values()):
             return False
         blown = any(loss > first + (self.blown - 1) * abs(first) for f, loss in after.items() if f <= 1)
         return blown if factor < 1 else not blown
