@@ -10,4 +10,5 @@ from lossguard.preflight import Preflight, preflight
 from lossguard.rules import Rule, rule
 
 __version__ = "0.1.0"
-__all__ = ["Cause", "Coverage", "Evidence", "Finding", "Guard", "History", "Preflight", "Remedy", "Rule", "Severity", "TrainingHalted", "preflight", "rule", "signal"]
+__all__ = ["Cause", "Coverage", "Evidence", "Finding", "Guard", "History", "Preflight", "Remedy", "Rule", "Severity", "TrainingHalted", "preflight", "rule",
+           "signal"]  # fmt: skip

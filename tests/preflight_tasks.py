@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from models import convnet, make_batch, transformer
+from models import criterion as lm_loss
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from models import convnet, transformer
-from models import criterion as lm_loss
-from models import make_batch
 
 
 def loader(x, y, size=32, shuffle=True):
@@ -34,9 +32,6 @@ def mlp(inputs, outputs, width=32, act=nn.ReLU):
     return nn.Sequential(nn.Linear(inputs, width), act(), nn.Linear(width, width), act(), nn.Linear(width, outputs))
 
 
-# ---------------------------------------------------------------------------------------------------------------- healthy
-
-
 def digits_mlp():
     """Images in [0, 1], flat."""
     model = mlp(64, 10)
@@ -46,7 +41,17 @@ def digits_mlp():
 def digits_convnet():
     """Batch-norm, in-place and functional ReLU, SGD."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
     return model, loader(*digits(images=True)), nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), {}
 
 
@@ -398,7 +403,11 @@ def multiclass_transformer():
     class Classifier(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.encoder, self.head = nn.Embedding(40, 16, padding_idx=0), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 3)
+            self.embed, self.encoder, self.head = (
+                nn.Embedding(40, 16, padding_idx=0),
+                nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+                nn.Linear(16, 3),
+            )
 
         def forward(self, tokens):
             return self.head(self.encoder(self.embed(tokens), src_key_padding_mask=tokens == 0).mean(1))
@@ -428,9 +437,6 @@ HEALTHY = [
     penalised, dict_batches, normalises_inside, contrastive, vae, deep_batch_norm, plain_depth, sigmoid_net, white_images, weighted_sampler,
     multiclass_transformer, graph_nodes,
 ]  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------------------------------------- ill
 
 
 def with_digits(model, criterion=None, x=None, y=None, **words):
@@ -548,7 +554,7 @@ def kilometres():
 
 
 def twice_divided():
-    x, y = digits()
+    x, _ = digits()
     return with_digits(mlp(64, 10), x=x / 255)
 
 
@@ -703,7 +709,8 @@ ILL = [
     (own_sum, "initial_loss_off", "sum reduction"), (raw_targets, "initial_loss_off", "targets not standardised"),
     (huge_penalty, "initial_loss_off", "over-regularised"), (eval_dropout, "validation_mismatch", "train/eval mismatch"),
     (wrong_statistics, "validation_mismatch", "train/eval mismatch"), (detached, "unchanged_weights", "detached graph"),
-    (deaf, "cannot_overfit_batch", "dead units"), (blurred, "cannot_overfit_batch", "the same output for every sample"), (pixels, "unnormalized_input", "raw pixels"),
+    (deaf, "cannot_overfit_batch", "dead units"), (blurred, "cannot_overfit_batch", "the same output for every sample"),
+    (pixels, "unnormalized_input", "raw pixels"),
     (kilometres, "unnormalized_input", "features in different units"), (twice_divided, "unnormalized_input", "normalised twice, or in too small a unit"),
     (from_one, "invalid_labels", "labels start at 1"), (minus_one, "invalid_labels", "padding value"), (float_labels, "invalid_labels", "wrong dtype"),
     (broadcast, "invalid_labels", "shapes are broadcast"), (signs, "invalid_labels", "labels are -1 and 1"), (rare_class, "class_imbalance", "rare class"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import preflight_tasks
@@ -14,14 +15,22 @@ from torch import nn
 from lossguard import Preflight, Severity, explain, preflight
 from lossguard.findings import DIAGNOSES
 from lossguard.preflight import CHECKS, Check
+from lossguard.preflight.balance import ClassImbalance
 from lossguard.preflight.chance import chance, floor
-from lossguard.preflight.fit import CannotOverfitBatch, LearningRateRange
-from lossguard.preflight.labels import ClassImbalance
+from lossguard.preflight.fit import CannotOverfitBatch
 from lossguard.preflight.listen import LastOp, LossCall
+from lossguard.preflight.rates import LearningRateRange
 from lossguard.preflight.run import ORDER
 
 
+@functools.cache
+def flown_plainly(task):
+    return flown(task, mute=())
+
+
 def flown(task, **words):
+    if not words:
+        return flown_plainly(task)
     torch.manual_seed(0)
     model, batches, criterion, optimizers, keywords = task()
     return preflight(model, batches, criterion, optimizers, **keywords, **words)

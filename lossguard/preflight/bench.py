@@ -78,7 +78,7 @@ class Twin:
         """One pass. mode: "train" as training does, "calm" the same without dropout, "eval". Raises what the user's code raises."""
         self.set(mode)
         done = Pass() if into is None else into
-        with torch.inference_mode(False), torch.enable_grad(), Listener(quiet=mode == "calm" if quiet is None else quiet) as listener:
+        with Listener(quiet=mode == "calm" if quiet is None else quiet) as listener:
             done.calls = listener.calls
             done.outputs, done.targets = self._forward(self.model, fresh(batch))
             value = total_of(self.criterion(done.outputs, done.targets))
@@ -194,6 +194,8 @@ class Bench:
         twin = Twin(model, criterion, self.forward)
         _seed()
         try:
+            if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+                self._materialise(twin)
             if flush:
                 for p in model.parameters():
                     p.grad = None
@@ -203,6 +205,12 @@ class Bench:
         finally:
             if keeper is not None:
                 keeper.restore()
+
+    def _materialise(self, twin: Twin) -> None:
+        """Lazy layers learn their sizes from a first pass; only a copy can take that."""
+        if not self._copies:
+            raise ValueError("the model cannot be copied, and its lazy layers have no sizes yet")
+        twin.run(self.kept[0])
 
     @cached_property
     def passes(self) -> list[Pass]:
@@ -248,7 +256,7 @@ def _seed() -> None:
     Not torch.manual_seed: on a CUDA that is not awake yet it leaves a seed behind that comes into force later.
     """
     torch.default_generator.manual_seed(0)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(0)
 
 

@@ -19,7 +19,8 @@ def chance(call: LossCall) -> float | None:
 
     >>> import torch.nn.functional as F
     >>> from lossguard.preflight.listen import LastOp
-    >>> call = LossCall("cross_entropy", F.cross_entropy, {"input": torch.randn(4, 10), "target": torch.tensor([1, 2, 3, 4])}, LastOp(), value=torch.tensor(2.5))
+    >>> given = {"input": torch.randn(4, 10), "target": torch.tensor([1, 2, 3, 4])}
+    >>> call = LossCall("cross_entropy", F.cross_entropy, given, LastOp(), value=torch.tensor(2.5))
     >>> f"{chance(call):.4f}"
     '2.3026'
     """
@@ -58,7 +59,7 @@ def floor(call: LossCall, steps: int = 300) -> float:
     for _ in range(steps):
         optimizer.zero_grad()
         value = call.again(input=logits)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return float(value.detach())
 

@@ -50,7 +50,7 @@ def failed(*findings: Finding) -> Answer:
 class Check(Protocol):
     """The protocol of a check.
 
-    >>> from lossguard.preflight.labels import ClassImbalance
+    >>> from lossguard.preflight.balance import ClassImbalance
     >>> isinstance(ClassImbalance(ratio=50.0), Check), ClassImbalance.diagnosis
     (True, 'class_imbalance')
     """

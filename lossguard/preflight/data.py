@@ -51,14 +51,31 @@ class NonfiniteInput:
     def _finding(self, bench: Bench, bad: Bad) -> Finding:
         named = ", ".join(str(i) for i in bad.samples[: self.named]) + (" ..." if len(bad.samples) > self.named else "")
         where = f"batch {bad.batch}, {bad.part}{f' {bad.tensor!r}' if bad.tensor else ''}"
-        evidence = [Evidence("values that are NaN or Inf in this batch", bad.values, 0), Evidence("samples with such values in all", bench.sample.bad_samples, 0)]
+        evidence = [
+            Evidence("values that are NaN or Inf in this batch", bad.values, 0),
+            Evidence("samples with such values in all", bench.sample.bad_samples, 0),
+        ]
         first = bad.first_sample + bad.samples[0]
         advice = [
-            (Cause("missing or corrupt values in the data", 0.9, f"{bench.sample.bad_samples} of {bench.sample.samples} samples hold NaN or Inf before any layer"),
-             [Remedy(f"look at sample {first} of the loader's order and repair or drop it", {"labels" if bad.part == "targets" else "look_at": "repair" if bad.part == "targets" else 1}),
-              Remedy(f"drop batch {bad.batch} until it is repaired", {"drop_batch": bad.batch})]),
-            (Cause("preprocessing divides by zero or takes the logarithm of zero", 0.3, "whole features are hit where it is"), [Remedy("add 1e-8 before dividing", {"eps": 1e-8})]),
-        ]  # fmt: skip
+            (
+                Cause(
+                    "missing or corrupt values in the data",
+                    0.9,
+                    f"{bench.sample.bad_samples} of {bench.sample.samples} samples hold NaN or Inf before any layer",
+                ),
+                [
+                    Remedy(
+                        f"look at sample {first} of the loader's order and repair or drop it",
+                        {"labels" if bad.part == "targets" else "look_at": "repair" if bad.part == "targets" else 1},
+                    ),
+                    Remedy(f"drop batch {bad.batch} until it is repaired", {"drop_batch": bad.batch}),
+                ],
+            ),
+            (
+                Cause("preprocessing divides by zero or takes the logarithm of zero", 0.3, "whole features are hit where it is"),
+                [Remedy("add 1e-8 before dividing", {"eps": 1e-8})],
+            ),
+        ]
         return finding(self.diagnosis, where, f"samples {named} of the batch hold NaN or Inf", evidence, advice)
 
 
@@ -145,12 +162,16 @@ class UnnormalizedInput:
         what = [evidence, Evidence("mean", s.mean), Evidence("standard deviation", s.std), Evidence("largest magnitude", s.peak)]
         if "another scale" in message:
             cause = Cause("features in different units", 0.9, f"feature {s.worst} spreads {number(s.ratio)} times as much as the median feature")
-            remedies = [Remedy("divide each feature by its own standard deviation over the training set, after subtracting its mean", {"normalize_input": True})]
+            remedies = [
+                Remedy("divide each feature by its own standard deviation over the training set, after subtracting its mean", {"normalize_input": True})
+            ]
         elif s.std < self.low:
             cause = Cause("normalised twice, or in too small a unit", 0.8, f"standard deviation {number(s.std)}")
             remedies = [Remedy(f"multiply the input by {number(1 / s.std)} (divide by its standard deviation {number(s.std)})", {"normalize_input": True})]
         else:
-            cause = Cause("raw pixels" if s.pixels else "raw units", 0.9, f"values reach {number(s.peak)}, mean {number(s.mean)}, standard deviation {number(s.std)}")
+            cause = Cause(
+                "raw pixels" if s.pixels else "raw units", 0.9, f"values reach {number(s.peak)}, mean {number(s.mean)}, standard deviation {number(s.std)}"
+            )
             remedies = [Remedy(f"subtract {number(s.mean)} and divide by {number(s.std)}", {"normalize_input": True})]
             remedies = [Remedy("divide the input by 255", {"normalize_input": True}), *remedies] if s.pixels else remedies
         return finding(self.diagnosis, f"input of {layer.name}", message, what, [(cause, remedies)], Severity.WARNING)

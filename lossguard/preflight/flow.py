@@ -54,8 +54,10 @@ class UnreachedWeights:
         return passed(f"{len(done.arrived)} of {len(done.elements)} trainable parameters get a gradient{unused}")
 
     def _cut(self) -> Finding:
-        pair = (Cause("detached graph", 0.95, "the loss needs no gradient although parameters do"),
-                [Remedy("look for detach(), .data, argmax, torch.no_grad or a new tensor made from the outputs on the way to the loss", {})])  # fmt: skip
+        pair = (
+            Cause("detached graph", 0.95, "the loss needs no gradient although parameters do"),
+            [Remedy("look for detach(), .data, argmax, torch.no_grad or a new tensor made from the outputs on the way to the loss", {})],
+        )
         return finding(self.diagnosis, "loss", "the loss depends on no trainable parameter", [Evidence("parameters reached", 0.0)], [pair])
 
     def _missing(self, bench: Bench, done: Trial) -> Finding | None:
@@ -67,10 +69,17 @@ class UnreachedWeights:
         if isinstance(bench.criterion, nn.Module):
             held = {id(p) for o in bench.optimizers for g in o.param_groups for p in g["params"]}
             own = {id(p) for p in bench.model.parameters()}
-            names += [f"criterion.{n}" for n, p in bench.criterion.named_parameters() if p.requires_grad and id(p) not in held | own and f"criterion.{n}" in done.arrived]
+            names += [
+                f"criterion.{n}"
+                for n, p in bench.criterion.named_parameters()
+                if p.requires_grad and id(p) not in held | own and f"criterion.{n}" in done.arrived
+            ]
         if not names:
             return None
-        evidence = [Evidence("trainable parameters in no optimizer", len(names), 0), Evidence("parameters in the optimizer that are not the model's", roster.foreign)]
+        evidence = [
+            Evidence("trainable parameters in no optimizer", len(names), 0),
+            Evidence("parameters in the optimizer that are not the model's", roster.foreign),
+        ]
         remedy = Remedy("give model.parameters() to the optimizer, after the model is complete and on its device", {"optimizer_parameters": True})
         if roster.foreign and len(roster.missing) == len(roster.trained):
             cause = Cause("the optimizer holds another model's parameters", 0.9, f"none of its {roster.foreign} parameters belong to this model")
@@ -94,13 +103,21 @@ class UnreachedWeights:
         evidence = [Evidence("share of the trainable elements", share, self.share), Evidence("parameters without a gradient", len(names), 0)]
         if absent:
             message = f"no gradient reaches {len(names)} parameters of layers that run"
-            advice = [(Cause("detached graph", 0.8, "the layers run, but nothing leads back from the loss to them"),
-                       [Remedy(f"look for detach(), .data or torch.no_grad after {absent[-1].rpartition('.')[0]!r}", {"parameter": absent[-1]})]),
-                      (Cause("output not used", 0.4, "their output may not enter the loss"), [Remedy("requires_grad_(False) for them, or leave them out", {"freeze": True})])]  # fmt: skip
+            advice = [
+                (
+                    Cause("detached graph", 0.8, "the layers run, but nothing leads back from the loss to them"),
+                    [Remedy(f"look for detach(), .data or torch.no_grad after {absent[-1].rpartition('.')[0]!r}", {"parameter": absent[-1]})],
+                ),
+                (
+                    Cause("output not used", 0.4, "their output may not enter the loss"),
+                    [Remedy("requires_grad_(False) for them, or leave them out", {"freeze": True})],
+                ),
+            ]
         else:
             message = f"the gradient of {len(names)} weights is exactly zero for {STEPS} steps"
-            advice = [(Cause("dead units", 0.8, "no sample passes through these layers"),
-                       [Remedy("initialise weights by He and biases by zero", {"init": "he"})])]  # fmt: skip
+            advice = [
+                (Cause("dead units", 0.8, "no sample passes through these layers"), [Remedy("initialise weights by He and biases by zero", {"init": "he"})])
+            ]
         return finding(self.diagnosis, names[0], message, evidence, advice, Severity.WARNING if share > self.share else Severity.INFO)
 
     def _leak(self, bench: Bench) -> Finding | None:
@@ -111,7 +128,10 @@ class UnreachedWeights:
             return None
         m = min(n, self.samples)
         with bench.twin() as twin:
-            plain = [_output(twin.try_run(chosen(bench.kept[0], order), mode="eval", quiet=True).outputs, m) for order in (list(range(m)), list(range(m)), [m - 1, *range(1, m)])]
+            plain = [
+                _output(twin.try_run(chosen(bench.kept[0], order), mode="eval", quiet=True).outputs, m)
+                for order in (list(range(m)), list(range(m)), [m - 1, *range(1, m)])
+            ]
         base, again, changed = plain
         if base is None or again is None or changed is None or not torch.equal(base, again) or not bool(torch.isfinite(base).all()):
             return None
@@ -125,7 +145,9 @@ class UnreachedWeights:
             cause = Cause("samples leak into each other", 0.9, f"{wrong[0]!r} has batch_first=False, and the batch is the first dimension here")
             remedies = [Remedy(f"batch_first=True in {wrong[0]!r}", {"batch_first": True, "parameter": wrong[0]})]
         else:
-            cause = Cause("samples leak into each other", 0.7, "an operation runs over the batch dimension (softmax, mean, reshape or attention over dimension 0)")
+            cause = Cause(
+                "samples leak into each other", 0.7, "an operation runs over the batch dimension (softmax, mean, reshape or attention over dimension 0)"
+            )
             remedies = [Remedy("look for dim=0, and for views that mix the batch with another dimension", {})]
         return finding(self.diagnosis, wrong[0] if wrong else "model", "exchanging one sample changes the outputs of the others", evidence, [(cause, remedies)])
 

@@ -43,7 +43,7 @@ class Keeper:
     def __init__(self, roots: Iterable[Any]) -> None:
         roots = list(roots)
         self._random = _random_states()
-        self._generators: list[Callable[[], None]] = []
+        self._generators: list[Callable[[], Any]] = []
         self._shapes: list[tuple[Any, Any]] = []  # object -> shallow copy of its attributes or elements
         self._loaders: list[tuple[Any, Any]] = []
         self._tensors = [_Kept(t) for t in _tensors(roots)]
@@ -173,11 +173,11 @@ def _same(now: Any, then: Any) -> bool:
     return all(a is b for a, b in zip(now, then))
 
 
-def _generator(thing: Any) -> Callable[[], None] | None:
+def _generator(thing: Any) -> Callable[[], Any] | None:
     """How to put a random generator back, None for anything else."""
     if isinstance(thing, torch.Generator):
         state = thing.get_state().clone()
-        return lambda: thing.set_state(state) and None
+        return lambda: thing.set_state(state)
     if isinstance(thing, np.random.Generator):
         bits = copy.deepcopy(thing.bit_generator.state)
         return lambda: setattr(thing.bit_generator, "state", bits)
@@ -192,7 +192,7 @@ def _generator(thing: Any) -> Callable[[], None] | None:
 
 def _random_states() -> dict[str, Any]:
     states: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = torch.cuda.get_rng_state_all()
     if "torch.mps" in sys.modules and torch.backends.mps.is_available():
         states["mps"] = torch.mps.get_rng_state()

@@ -143,9 +143,9 @@ def why_not(call: LossCall) -> str:
     if call.hard and call.target.numel():
         valid = call.target[call.target != call.given.get("ignore_index", -100)]
         if valid.numel():
-            low, high = int(valid.min()), int(valid.max())
-            if low < 0 or high >= call.classes:
-                return f"labels reach from {low} to {high}, but the output has {call.classes} classes"
+            least, most = int(valid.min()), int(valid.max())
+            if least < 0 or most >= call.classes:
+                return f"labels reach from {least} to {most}, but the output has {call.classes} classes"
     if call.family in CLASSIFIES and call.target.is_floating_point() and call.target.dim() == call.input.dim() - 1:
         return f"class labels are {str(call.target.dtype).removeprefix('torch.')}, expected int64"
     if call.family == "bce":

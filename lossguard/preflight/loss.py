@@ -67,7 +67,10 @@ class InitialLossOff:
         if bench.has("nonfinite_input"):
             return unknown("the first loss is not finite, and neither is the input")
         first = next(p.loss for p in bench.sound if not math.isfinite(p.loss))
-        pair = (Cause("loss function or initialisation", 0.6, "the input is finite"), [Remedy("scale the last layer's initial weights by 0.1", {"head_scale": 0.1})])
+        pair = (
+            Cause("loss function or initialisation", 0.6, "the input is finite"),
+            [Remedy("scale the last layer's initial weights by 0.1", {"head_scale": 0.1})],
+        )
         return failed(finding(self.diagnosis, "first loss", "the first loss is not finite", [Evidence("first loss", first)], [pair]))
 
     def _expected(self, bench: Bench) -> tuple[float, float | None]:
@@ -88,9 +91,16 @@ class InitialLossOff:
             return None
         single = call is not None or not all(any(a in type(o).__name__.lower() for a in ADAPTIVE) for o in bench.optimizers) or not bench.optimizers
         n = next(iter(sizes(bench.kept[0])), 1)
-        evidence = [Evidence("loss of the batch twice over the loss of the batch", 2.0 if growth is None else growth, 1.0), Evidence("first loss", bench.sound[0].loss)]
-        advice: Advice = [(Cause("sum reduction", 0.95, "the same samples twice give twice the loss" if growth else 'the loss function was called with reduction="sum"'),
-                           [Remedy('reduction="mean"', {"loss_reduction": "mean"}), Remedy(f"or divide the learning rate by the batch size ({n})", {"lr_factor": 1 / n})])]  # fmt: skip
+        evidence = [
+            Evidence("loss of the batch twice over the loss of the batch", 2.0 if growth is None else growth, 1.0),
+            Evidence("first loss", bench.sound[0].loss),
+        ]
+        advice: Advice = [
+            (
+                Cause("sum reduction", 0.95, "the same samples twice give twice the loss" if growth else 'the loss function was called with reduction="sum"'),
+                [Remedy('reduction="mean"', {"loss_reduction": "mean"}), Remedy(f"or divide the learning rate by the batch size ({n})", {"lr_factor": 1 / n})],
+            )
+        ]
         severity = Severity.WARNING if single else Severity.INFO
         return finding(self.diagnosis, "loss", "the loss grows with the batch size", evidence, advice, severity)
 
@@ -101,8 +111,12 @@ class InitialLossOff:
             return None
         evidence = [Evidence("penalty over the loss of the data", extra / value, self.penalty), Evidence("loss of the data", value), Evidence("penalty", extra)]
         factor = float(f"{value / (10 * extra):.1g}")
-        advice: Advice = [(Cause("over-regularised", 0.8, "a term that is the same for every batch outweighs the data"),
-                           [Remedy(f"multiply the penalty's factor by {number(factor)}", {"penalty_factor": factor})])]  # fmt: skip
+        advice: Advice = [
+            (
+                Cause("over-regularised", 0.8, "a term that is the same for every batch outweighs the data"),
+                [Remedy(f"multiply the penalty's factor by {number(factor)}", {"penalty_factor": factor})],
+            )
+        ]
         return finding(self.diagnosis, "loss", f"a penalty makes {extra / (extra + value):.0%} of the first loss", evidence, advice)
 
     def _first(self, bench: Bench) -> Finding | None:
@@ -129,7 +143,10 @@ class InitialLossOff:
             [Remedy(f"scale the last layer's initial weights by {number(factor)}", {"head_scale": factor})],
         )
         if call.family not in REGRESSES:
-            wrong = (Cause("trained on other labels", 0.3, "trained weights that are certain and wrong look like this"), [Remedy("a new last layer, default initialisation", {"init": "default"})])
+            wrong = (
+                Cause("trained on other labels", 0.3, "trained weights that are certain and wrong look like this"),
+                [Remedy("a new last layer, default initialisation", {"init": "default"})],
+            )
             return [head, wrong] if rms > 1 else [wrong]
         target = call.target.float()
         zero = float(call.again(input=torch.zeros_like(target), target=target))
@@ -139,9 +156,15 @@ class InitialLossOff:
         if peak <= self.bounded or not (abs(mean) > self.offset * std or math.hypot(mean, std) > self.large):
             return []
         evidence += [Evidence("mean of the targets", mean), Evidence("standard deviation of the targets", std)]
-        return [(Cause("targets not standardised", 0.9, f"they have mean {number(mean)} and standard deviation {number(std)}, the outputs begin near zero"),
-                 [Remedy(f"train on (targets - {number(mean)}) / {number(std)}", {"standardize_targets": True}),
-                  Remedy(f"or set the last layer's bias to {number(mean)}", {"bias": mean})])]  # fmt: skip
+        return [
+            (
+                Cause("targets not standardised", 0.9, f"they have mean {number(mean)} and standard deviation {number(std)}, the outputs begin near zero"),
+                [
+                    Remedy(f"train on (targets - {number(mean)}) / {number(std)}", {"standardize_targets": True}),
+                    Remedy(f"or set the last layer's bias to {number(mean)}", {"bias": mean}),
+                ],
+            )
+        ]
 
     def _dropout(self, bench: Bench) -> Finding | None:
         """Regularisation turned on."""
@@ -152,10 +175,22 @@ class InitialLossOff:
             return None
         rates = {name: m.p for name, m in bench.model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
         worst = max(rates, key=lambda name: rates[name], default="")
-        evidence = [Evidence("loss with dropout over the loss without", on / calm, self.rise), Evidence("loss with dropout", on), Evidence("loss without", calm)]
-        advice: Advice = [(Cause("over-regularised", 0.8, f"dropout {number(rates[worst])} at {worst!r}" if worst else "random masks in training mode"),
-                           [Remedy("halve the dropout rate" if not worst else f"dropout {number(rates[worst])} -> {number(rates[worst] / 2)}",
-                                   {"dropout": rates[worst] / 2} if worst else {})])]  # fmt: skip
+        evidence = [
+            Evidence("loss with dropout over the loss without", on / calm, self.rise),
+            Evidence("loss with dropout", on),
+            Evidence("loss without", calm),
+        ]
+        advice: Advice = [
+            (
+                Cause("over-regularised", 0.8, f"dropout {number(rates[worst])} at {worst!r}" if worst else "random masks in training mode"),
+                [
+                    Remedy(
+                        "halve the dropout rate" if not worst else f"dropout {number(rates[worst])} -> {number(rates[worst] / 2)}",
+                        {"dropout": rates[worst] / 2} if worst else {},
+                    )
+                ],
+            )
+        ]
         return finding(self.diagnosis, worst or "model", "the loss rises a lot with dropout on", evidence, advice)
 
 
@@ -219,8 +254,10 @@ class TrainEvalMismatch:
         if calm:
             return unknown("the model is random by design: two equal passes differ")
         if loud:
-            pair = (Cause("train/eval mismatch", 0.9, "dropout drops in eval mode: two equal passes differ, and do not with dropout taken out"),
-                    [Remedy("F.dropout(x, p, training=self.training), or nn.Dropout", {"dropout": "eval off"})])  # fmt: skip
+            pair = (
+                Cause("train/eval mismatch", 0.9, "dropout drops in eval mode: two equal passes differ, and do not with dropout taken out"),
+                [Remedy("F.dropout(x, p, training=self.training), or nn.Dropout", {"dropout": "eval off"})],
+            )
             return failed(finding(self.diagnosis, "eval mode", "dropout is active in eval mode", [], [pair]))
         return self._compare(bench)
 
@@ -244,13 +281,20 @@ class TrainEvalMismatch:
         if gap <= self.apart or small:
             return passed(f"train and eval mode differ by {gap:.1%}")
         layer, drift = max(drifts.items(), key=lambda item: item[1], default=("", 0.0))
-        evidence = [Evidence("difference of the losses over the larger", gap, self.apart), Evidence("loss in training mode", trains[0]), Evidence("loss in eval mode", evals[0])]
+        evidence = [
+            Evidence("difference of the losses over the larger", gap, self.apart),
+            Evidence("loss in training mode", trains[0]),
+            Evidence("loss in eval mode", evals[0]),
+        ]
         if layer:
             evidence.append(Evidence(f"drift of {layer!r}, in standard deviations of the batch", drift))
             because = f"statistics of {layer!r} are {number(drift)} standard deviations from the batch's"
             remedies = [Remedy("run 100 batches in training mode before evaluating, or reset_running_stats()", {"steps": 100})]
         else:
-            because, remedies = "no batch-norm layer and no dropout explains it: the model branches on self.training", [Remedy("do the same preprocessing in both modes", {})]
+            because, remedies = (
+                "no batch-norm layer and no dropout explains it: the model branches on self.training",
+                [Remedy("do the same preprocessing in both modes", {})],
+            )
         pair = (Cause("train/eval mismatch", 0.8, because), remedies)
         return failed(finding(self.diagnosis, layer or "model", "the same batch has another loss in eval mode", evidence, [pair]))
 
@@ -258,7 +302,11 @@ class TrainEvalMismatch:
 def learn_statistics(twin: Twin, bench: Bench) -> dict[str, float]:
     """Let batch-norm layers that have seen nothing learn from the kept batches; for the others, how far theirs are off."""
     norms = {n: m for n, m in twin.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None and twin.flags[m]}
-    stored = {n: m.running_mean.clone() for n, m in norms.items() if m.running_mean is not None and m.num_batches_tracked is not None and int(m.num_batches_tracked) > 0}
+    stored = {
+        n: m.running_mean.clone()
+        for n, m in norms.items()
+        if m.running_mean is not None and m.num_batches_tracked is not None and int(m.num_batches_tracked) > 0
+    }
     state = {n: {k: v.clone() for k, v in norms[n].state_dict().items()} for n in stored}
     if not norms:
         return {}

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,8 +20,20 @@ from lossguard.preflight.take import take
 
 SCAN = 0.25  # share of the time budget for going through the loader
 # Roots before what follows from them; checks of your own come last.
-ORDER = ("nonfinite_input", "invalid_labels", "unnormalized_input", "wrong_output_activation", "poor_initialization", "unchanged_weights", "initial_loss_off",
-         "validation_mismatch", "cannot_overfit_batch", "class_imbalance", "unshuffled_data", "learning_rate_range")  # fmt: skip
+ORDER = (
+    "nonfinite_input",
+    "invalid_labels",
+    "unnormalized_input",
+    "wrong_output_activation",
+    "poor_initialization",
+    "unchanged_weights",
+    "initial_loss_off",
+    "validation_mismatch",
+    "cannot_overfit_batch",
+    "class_imbalance",
+    "unshuffled_data",
+    "learning_rate_range",
+)
 
 
 class Preflight(list[Finding]):
@@ -85,7 +98,7 @@ def preflight(
     answers: dict[str, Answer] = {}
     findings: list[Finding] = []
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
             warnings.simplefilter("ignore")  # what the user's code warns of, it warns of again in training
             sample = take(batches, SCAN * seconds)
             bench = Bench(model, criterion, held, forward, sample, seconds, roots)
@@ -123,6 +136,7 @@ def _a_model(model: Any) -> nn.Module:
         raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}; give the model first: preflight(model, loader, criterion)")
     while type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
         model = getattr(model, "_orig_mod", None) or model.module
+    assert isinstance(model, nn.Module)
     if next(model.parameters(), None) is None:
         raise ValueError(f"{type(model).__name__} has no parameters, so there is no training to prepare; give the module that holds the weights")
     return model

@@ -188,7 +188,7 @@ def take(batches: Any, seconds: float) -> Sample:
 def reader(batches: Any) -> Iterable[Any]:
     """The loader, or a copy of it that has no workers and no iterator of its own under way."""
     if not isinstance(batches, DataLoader) or hasattr(batches, "load_state_dict"):
-        return batches  # type: ignore[no-any-return]
+        return batches
     twin = copy.copy(batches)
     vars(twin).update(num_workers=0, prefetch_factor=None, timeout=0, pin_memory=False, _iterator=None)
     vars(twin)["persistent_workers"] = False

@@ -50,7 +50,7 @@ def _train(bench: Bench, done: Trial) -> None:
             raise ValueError("no trainable parameter" if bench.kept else bench.why_no_pass)
         done.elements = {n: p.numel() for n, p in parameters.items()}
         suspects = {n: p for n, p in parameters.items() if _equal_rows(twin.model, n, p)}
-        handles = [m.register_forward_hook(lambda *_, name=n: done.called.add(name)) for n, m in twin.model.named_modules()]  # type: ignore[misc]
+        handles = [m.register_forward_hook(lambda *_, name=n: done.called.add(name)) for n, m in twin.model.named_modules()]
         optimizer = torch.optim.Adam(parameters.values(), lr=RATE)
         seen: set[str] = set()
         moved: set[str] = set()
@@ -81,7 +81,11 @@ def _train(bench: Bench, done: Trial) -> None:
         done.arrived = moved
         done.absent = [n for n in parameters if n not in seen]
         done.zero = [n for n in parameters if n in seen and n not in moved]
-        done.symmetric = [(n, float(p.detach().reshape(-1)[0]) if _constant(suspects[n]) else math.nan) for n, p in suspects.items() if n in seen and _equal_rows(twin.model, n, p)]
+        done.symmetric = [
+            (n, float(p.detach().reshape(-1)[0]) if _constant(suspects[n]) else math.nan)
+            for n, p in suspects.items()
+            if n in seen and _equal_rows(twin.model, n, p)
+        ]
 
 
 def _constant(p: torch.Tensor) -> bool:
