@@ -431,7 +431,99 @@ def graph_nodes():
     return model, [batch], nn.CrossEntropyLoss(), adam(model), {"forward": lambda m, b: (adjacency @ m(b[0]), b[1])}
 
 
+class Cosine(nn.Module):
+    """Both sides normalised, scaled up: the first loss is far above chance by design."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.weight = mlp(64, 16), nn.Parameter(torch.randn(10, 16))
+
+    def forward(self, x):
+        return 64 * F.normalize(self.body(x), dim=1) @ F.normalize(self.weight, dim=1).T
+
+
+def cosine_head():
+    model = Cosine()
+    return model, loader(*digits()), nn.CrossEntropyLoss(), adam(model), {}
+
+
+def packed_recurrent():
+    """Packed sequences, dropout between the layers, dict batches with names in them."""
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(20, 16), nn.Linear(16, 3)
+            self.rnn = nn.LSTM(16, 16, 2, batch_first=True, dropout=0.3)
+
+        def forward(self, tokens, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(self.embed(tokens), lengths, batch_first=True, enforce_sorted=False)
+            return self.head(self.rnn(packed)[1][0][-1])
+
+    model, batches = Packed(), []
+    for _ in range(12):
+        tokens = torch.randint(1, 20, (16, 9))
+        batches.append({"tokens": tokens, "lengths": torch.randint(2, 10, (16,)), "y": tokens[:, 0] % 3, "names": [str(i) for i in range(16)]})
+    return model, batches, nn.CrossEntropyLoss(), adam(model), {"forward": lambda m, b: (m(b["tokens"], b["lengths"]), b["y"])}
+
+
+def sparse_embeddings():
+    """Sparse gradients, two optimizers."""
+
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(500, 16, sparse=True), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.bag(x))
+
+    model, x = Bag(), torch.randint(500, (400, 12))
+    return model, loader(x, x[:, 0] % 3), nn.CrossEntropyLoss(), [torch.optim.SparseAdam(model.bag.parameters(), lr=1e-2), adam(model.head)], {}
+
+
+def forecast():
+    """A smooth series in order, one step ahead."""
+
+    class Forecaster(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.RNN(1, 16, batch_first=True), nn.Linear(16, 1)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    series = (torch.arange(500) / 9).sin()
+    model = Forecaster()
+    x = torch.stack([series[i : i + 10] for i in range(480)]).unsqueeze(-1)
+    return model, loader(x, series[10:490].unsqueeze(1), shuffle=False), nn.MSELoss(), adam(model, lr=1e-2), {}
+
+
+class Mixture(nn.Module):
+    """Each sample goes to one of eight experts; some see nothing in a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(64, 8), nn.ModuleList(mlp(64, 10, 16) for _ in range(8))
+
+    def forward(self, x):
+        gates = self.router(x).softmax(1)
+        choice = gates.argmax(1)
+        out = torch.zeros(len(x), 10)
+        for i, expert in enumerate(self.experts):
+            rows = (choice == i).nonzero()[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]) * gates[rows, i : i + 1])
+        return out
+
+
+def mixture():
+    model = Mixture()
+    return model, loader(*digits()), nn.CrossEntropyLoss(), adam(model), {}
+
+
 HEALTHY = [
+    cosine_head, packed_recurrent, sparse_embeddings, forecast, mixture,
     digits_mlp, digits_convnet, house_convnet, tied_transformer, heavy_dropout, iris_linear, table_binary, table_regression, offset_regression, multi_label,
     gaussian_nll, ctc, segmentation, autoencoder, bce_autoencoder, gan, fine_tuned, lora, single_samples, six_samples, imbalanced, time_series, deep_residual,
     penalised, dict_batches, normalises_inside, contrastive, vae, deep_batch_norm, plain_depth, sigmoid_net, white_images, weighted_sampler,

@@ -179,7 +179,7 @@ def last_op(tensor: Tensor) -> LastOp:
 
 def _without_dropout(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of a recurrent layer with its dropout at 0; packed sequences have one argument more before it."""
-    place = 5 if len(args) > 2 and isinstance(args[2], (list, tuple)) else 6
+    place = 5 if len(args) > 3 and isinstance(args[3], bool) else 6
     return (*args[:place], 0.0, *args[place + 1 :]) if len(args) > place and isinstance(args[place], float) else args
 
 

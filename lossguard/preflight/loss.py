@@ -18,6 +18,7 @@ from lossguard.preflight.listen import REGRESSES, LossCall
 from lossguard.preflight.take import chosen, sizes
 
 ADAPTIVE = ("adam", "adagrad", "rmsprop", "adafactor", "lion", "lamb", "muon")  # optimizers whose updates do not grow with the loss's scale
+HALVED = 1e-4  # relative change of the loss when a normalised weight is halved: rounding only
 Advice = list[tuple[Cause, list[Remedy]]]
 
 
@@ -37,8 +38,8 @@ class InitialLossOff:
     """
 
     diagnosis: ClassVar[str] = "initial_loss_off"
-    high: float = 2.0  # first loss over chance; detectors A
-    trained: float = 3.0  # the same where the weights were trained before; detectors A
+    high: float = 2.0  # first loss over chance, an info from there; detectors A
+    trained: float = 3.0  # the same, a warning from there, and nothing below where the weights were trained before; detectors A
     offset: float = 10.0  # |mean| of regression targets over their standard deviation; our own choice: prices at 3 train well
     large: float = 10.0  # root mean square of regression targets; detectors A (unnormalized_input)
     bounded: float = 1.05  # magnitude up to which targets are healthy whatever their mean: images in [0, 1]; our own choice
@@ -127,12 +128,15 @@ class InitialLossOff:
         if expected is None or call is None or first <= limit * expected:
             return None
         evidence = [Evidence("first loss", first, limit * expected), Evidence("chance", expected)]
-        advice = self._scaled(bench, call, evidence, first, limit)
+        advice = [] if _scale_free(bench) else self._scaled(bench, call, evidence, first, limit)
         if not advice:
             return None
         if bench.has("unnormalized_input"):
             advice.append((Cause("inputs out of scale", 0.95, "see unnormalized_input"), [Remedy("normalise the input first", {"normalize_input": True})]))
-        return finding(self.diagnosis, "first loss", f"{number(first)} is {number(first / expected)} times chance ({number(expected)})", evidence, advice)
+        severity = Severity.WARNING if first > self.trained * expected else Severity.INFO
+        return finding(
+            self.diagnosis, "first loss", f"{number(first)} is {number(first / expected)} times chance ({number(expected)})", evidence, advice, severity
+        )
 
     def _scaled(self, bench: Bench, call: LossCall, evidence: list[Evidence], first: float, limit: float) -> Advice:
         rms = float(call.input.float().square().mean().sqrt())
@@ -207,6 +211,19 @@ def penalty(passes: list[Pass]) -> tuple[float | None, float]:
     if len(pairs) < 2 or min(extras) <= 0 or max(extras) - min(extras) > 1e-3 * max(extras):
         return None, math.nan
     return median(extras), median(value for _, value in pairs)
+
+
+def _scale_free(bench: Bench) -> bool:
+    """Half the last weight matrix gives the same loss: the head normalises it, and the outputs have the scale that was chosen for them."""
+    with bench.twin() as twin:
+        matrices = [p for p in twin.trainable.values() if p.dim() > 1]
+        if not matrices:
+            return False
+        before = twin.try_run(bench.kept[0]).loss
+        with torch.no_grad():
+            matrices[-1].mul_(0.5)
+        after = twin.try_run(bench.kept[0]).loss
+    return abs(before - after) <= HALVED * abs(before)
 
 
 def _growth(bench: Bench, samples: int, within: float) -> float | None:

@@ -66,7 +66,7 @@ class LearningRateRange:
                 first, after[factor] = self._run(bench, factor)
             except Exception as error:
                 return unknown(f"the optimizer could not be tried on a copy: {told(error)}")
-        return self._judge(chosen_rate, first, after)
+        return self._judge(chosen_rate, first, after, bounded=bench.sound[0].call is not None)
 
     def _factors(self) -> Iterator[float]:
         n = round(2 * self.decades)
@@ -101,7 +101,7 @@ class LearningRateRange:
             last = sum(twin.run(batch).loss for batch in batches) / len(batches)
         return before, last if math.isfinite(last) else math.inf
 
-    def _judge(self, rate: float, first: float, after: dict[float, float]) -> Answer:
+    def _judge(self, rate: float, first: float, after: dict[float, float], *, bounded: bool) -> Answer:
         falls = {f: first - loss for f, loss in after.items()}
         best = max(falls, key=lambda f: falls[f])
         if not falls[best] > FALL * abs(first):
@@ -118,7 +118,7 @@ class LearningRateRange:
                 f"the chosen rate {number(rate)} is at the upper edge: {number(rate * up)} diverges; the good range is {span}",
                 "learning rate at the upper edge",
             )
-        elif good[0] > self.low:
+        elif good[0] > self.low and bounded:  # a loss without a floor falls fastest where it is torn apart
             message, name = f"the chosen rate {number(rate)} is below the good range, {span}", "learning rate too low"
         if not message:
             return passed(f"{number(rate)} lies within the good range, {span}")
