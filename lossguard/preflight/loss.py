@@ -14,11 +14,11 @@ from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, numbe
 from lossguard.preflight.bench import Bench, Pass, Twin
 from lossguard.preflight.chance import chance
 from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
-from lossguard.preflight.listen import REGRESSES, LossCall
+from lossguard.preflight.listen import CLASSIFIES, REGRESSES, LossCall
 from lossguard.preflight.take import chosen, sizes
 
 ADAPTIVE = ("adam", "adagrad", "rmsprop", "adafactor", "lion", "lamb", "muon")  # optimizers whose updates do not grow with the loss's scale
-HALVED = 1e-4  # relative change of the loss when a normalised weight is halved: rounding only
+QUARTERED = 0.75  # of the outputs' scale that is left when all weights are quartered: a plain head leaves a quarter, a normalised one all
 Advice = list[tuple[Cause, list[Remedy]]]
 
 
@@ -128,7 +128,7 @@ class InitialLossOff:
         if expected is None or call is None or first <= limit * expected:
             return None
         evidence = [Evidence("first loss", first, limit * expected), Evidence("chance", expected)]
-        advice = [] if _scale_free(bench) else self._scaled(bench, call, evidence, first, limit)
+        advice = [] if call.family in CLASSIFIES and _scale_free(bench) else self._scaled(bench, call, evidence, first, limit)
         if not advice:
             return None
         if bench.has("unnormalized_input"):
@@ -214,16 +214,17 @@ def penalty(passes: list[Pass]) -> tuple[float | None, float]:
 
 
 def _scale_free(bench: Bench) -> bool:
-    """Half the last weight matrix gives the same loss: the head normalises it, and the outputs have the scale that was chosen for them."""
+    """With all weights at a quarter the outputs are as large as before: the head normalises, and their scale is the one chosen for them."""
     with bench.twin() as twin:
-        matrices = [p for p in twin.trainable.values() if p.dim() > 1]
-        if not matrices:
-            return False
-        before = twin.try_run(bench.kept[0]).loss
+        before = data_call(twin.try_run(bench.kept[0]))
         with torch.no_grad():
-            matrices[-1].mul_(0.5)
-        after = twin.try_run(bench.kept[0]).loss
-    return abs(before - after) <= HALVED * abs(before)
+            for p in twin.model.parameters():
+                if p.numel() > 1 and p.is_floating_point():  # a lone number is a temperature
+                    p.mul_(0.25)
+        after = data_call(twin.try_run(bench.kept[0]))
+    if before is None or after is None:
+        return False
+    return float(after.input.float().norm()) > QUARTERED * float(before.input.float().norm())
 
 
 def _growth(bench: Bench, samples: int, within: float) -> float | None:
