@@ -121,6 +121,7 @@ def _scales(layer: Layer, module: nn.Module, given: Tensor, output: Any) -> None
 def between(values: Tensor) -> float:
     """Root mean square over all elements of the standard deviation between samples (dimension 0); NaN of one sample.
 
+    >>> import torch
     >>> between(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     1.0
     """
