@@ -122,7 +122,7 @@ def between(values: Tensor) -> float:
     """Root mean square over all elements of the standard deviation between samples (dimension 0); NaN of one sample.
 
     >>> import torch
-    >>> between(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    >>> between(torch.tensor([[1.0, 5.0], [3.0, 7.0]]))
     1.0
     """
     if values.dim() < 1 or values.shape[0] < 2:
