@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import inspect
 import re
 import textwrap
@@ -17,30 +16,28 @@ from typing import Any
 
 from lossguard.device.signals import SIGNALS
 from lossguard.findings import DIAGNOSES, check_names
+from lossguard.preflight import CHECKS
 from lossguard.rules import RULES
 
+CHECKED = "by lossguard.preflight, on a copy of the model or on weights that are put back, before the first step"
 SECTIONS = ("Why", "Do", "False alarm")
-# Other registries of classes that find diagnoses, each a mapping from names: (module, attribute). Absent ones are passed over.
-REGISTRIES = (("lossguard.preflight", "CHECKS"),)
 # What rules read beside the registered signals.
 DERIVED = {
     "loss": "the training loss, at every step", "validation": "validation losses and accuracies, once an evaluation",
     "activation_rms": "root mean square of a module's output", "input_rms": "root mean square of an input tensor",
     "dead_fraction": "share of units that are silent for a whole window of batches", "clip_coefficient": "clip value over gradient norm, at most 1",
     "consecutive_skips": "updates left out in a row by the guard's gate", "confident_wrong": "share of rows with p > 0.99 for another class than the label",
+    "sample_variance": "variance over the samples of a batch over the mean square of a module's output",
+    "activation_reach": "largest magnitude of a float16 output over 65504", "gradient_reach": "largest magnitude of a float16 gradient over 65504",
+    "frozen_update": "largest change of a sample of parameters that do not require a gradient", "weight_range": "largest less smallest weight of a tensor",
+    "attention_logit": "largest logit of sampled queries and keys of an attention",
     "label_nll": "mean negative log-likelihood of the labels", "update_ratio": "update norm over weight norm",
 }  # fmt: skip
 
 
 def registries() -> list[Mapping[str, Any]]:
-    """Every registry of classes that find diagnoses: the rules, and the checks before the first step where they exist."""
-    found: list[Mapping[str, Any]] = [RULES]
-    for module, attribute in REGISTRIES:
-        try:
-            found.append(getattr(importlib.import_module(module), attribute))
-        except (ModuleNotFoundError, AttributeError):
-            continue
-    return found
+    """Every registry of classes that find diagnoses: the rules, and the checks before the first step."""
+    return [RULES, CHECKS]
 
 
 def finders(name: str) -> list[type]:
@@ -90,14 +87,16 @@ def chapters(name: str) -> list[tuple[str, list[str]]]:
         before = " (before the first step)" if len(classes) > 1 and cls is not classes[0] else ""
         text = sections(cls)
         found.append((f"What it means{before}", [text[""], *([text["Law"]] if text["Law"] else [])]))
-        found.append((f"How it is measured{before}", [f"{signal}: {meaning}" for signal, meaning in measured(cls).items()]))
+        how = [f"{signal}: {meaning}" for signal, meaning in measured(cls).items()] if cls is RULES.get(name) else [CHECKED]
+        found.append((f"How it is measured{before}", how))
         found.append((f"Limits{before}", [f"{field} = {_value(value)}" + (f"    {why}" if why else "") for field, value, why in fields(cls)]))
         titles = {"Why": "Why it happens", "Do": "What to do", "False alarm": "When it is a false alarm"}
         found += [(f"{title}{before}", [text[key]]) for key, title in titles.items() if text[key]]
-    tune = [f"Guard(..., mute={{{name!r}}})"]
+    tune = [f"{call}(..., mute={{{name!r}}})" for call, registry in (("Guard", RULES), ("preflight", CHECKS)) if name in registry]
     for cls in classes[:1]:
         first = next((f for f, value, _ in fields(cls) if isinstance(value, float)), None)
-        tune += [f"Guard(..., rules=[{cls.__name__}({first}=...)])"] if first and cls is RULES.get(name) else []
+        call = "Guard(..., rules=" if cls is RULES.get(name) else "preflight(..., checks="
+        tune += [f"{call}[{cls.__name__}({first}=...)])"] if first else []
         tune += [f"from {cls.__module__} import {cls.__name__}"]
     return [*((title, lines) for title, lines in found if lines), ("Silence or tune", tune)]
 

@@ -79,6 +79,14 @@ DIAGNOSES: dict[str, tuple[Severity, str]] = {
     "overflow_risk": (Severity.WARNING, "activations or gradients come near the largest number of float16"),
     "poor_initialization": (Severity.WARNING, "the weights begin so that layers cannot learn"),
     "attention_logit_growth": (Severity.WARNING, "attention logits grow out of scale"),
+    "initial_loss_off": (Severity.WARNING, "the first loss is far from what chance gives"),
+    "cannot_overfit_batch": (Severity.WARNING, "the model cannot learn a few samples by heart"),
+    "unnormalized_input": (Severity.WARNING, "inputs are far from zero mean and unit scale"),
+    "invalid_labels": (Severity.WARNING, "the loss cannot take the labels as they are"),
+    "class_imbalance": (Severity.WARNING, "some classes are starved"),
+    "unshuffled_data": (Severity.WARNING, "samples come sorted by label"),
+    "wrong_output_activation": (Severity.WARNING, "the last operation does not fit the loss"),
+    "learning_rate_range": (Severity.INFO, "the learning rate lies at an edge of the range that works"),
 }
 
 
@@ -163,6 +171,8 @@ CHANGES: dict[str, str] = {
     "rewind_before": "step of the checkpoint to go back to",
     "master_weights": "True: float32 copies",
     "seed_workers": "True",
+    "num_workers": "of the data loader",
+    "dtype": "bfloat16, float32",
     "unfreeze": "True: let the gradient reach the weights",
     "freeze": "True",
     "temperature": "divisor of logits",
@@ -189,7 +199,7 @@ class Remedy:
 class Finding:
     """One event: what is ill, since when, where, by which numbers, why, and what to do.
 
-    ``step`` is the guard step (0 for the first ``guard.step``) at which the fault shows in the data; ``count`` and
+    ``step`` is the guard step (0 for the first ``guard.step``) at which the fault shows in the data, -1 where it was found before the first step; ``count`` and
     ``last_step`` grow while the episode lasts. ``consequences`` are later findings that follow from this one.
 
     >>> print(Finding("loss_spike", Severity.WARNING, 12, "loss", "9 times its recent median"))
@@ -218,9 +228,11 @@ class Finding:
         rows += [("try" if i == 0 else "", str(r)) for i, r in enumerate(self.remedies)]
         rows += [("then", "; ".join(f"{f.diagnosis} at step {f.step} ({f.where})" for f in self.consequences))] if self.consequences else []
         rows += [("kept", self.note)] if self.note else []
-        rows += [("more", f'python -m lossguard explain {self.diagnosis}      silence: Guard(mute={{"{self.diagnosis}"}})')]
+        call = "preflight(..., " if self.step < 0 else "Guard("
+        rows += [("more", f'python -m lossguard explain {self.diagnosis}      silence: {call}mute={{"{self.diagnosis}"}})')]
         again = f", {self.count} times until step {self.last_step}" if self.count > 1 else ""
-        head = f"lossguard: {self.severity.label} {self.diagnosis} at step {self.step}{again}"
+        when = "before the first step" if self.step < 0 else f"at step {self.step}"
+        head = f"lossguard: {self.severity.label} {self.diagnosis} {when}{again}"
         return "\n".join([head] + [f"  {label:<10} {text}" for label, text in rows])
 
     def to_dict(self) -> dict[str, Any]:

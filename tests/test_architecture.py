@@ -28,7 +28,7 @@ LAYERS = [
     ("verdict.py",),
     ("rules/",),
     ("actions.py", "resume.py", "batches.py", "faults.py"),
-    ("sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "preflight.py"),
+    ("sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "preflight/"),
     ("guard.py",),
     ("integrations/", "report.py", "explain.py", "demo.py"),
     ("__init__.py", "__main__.py", "cli.py"),

@@ -12,6 +12,7 @@ import torch
 from lossguard import Guard, explain
 from lossguard.cli import main
 from lossguard.findings import DIAGNOSES
+from lossguard.preflight import CHECKS
 from lossguard.rules import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ def test_every_diagnosis_has_a_page(name, capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"{name} (")
     assert f"mute={{'{name}'}}" in text
-    for field, _, why in explain.fields(RULES[name]):
+    for field, _, why in explain.fields(RULES.get(name) or CHECKS[name]):
         assert field in text
         assert why, f"{name}.{field} has no unit and source"
 

@@ -32,7 +32,7 @@ def test_every_rule_has_every_section(name):
 def test_somewhere_what_to_do_has_a_number():
     """Advice names numbers to try, in nearly every page."""
     without = [name for name in RULES if not any(c.isdigit() for c in explain.sections(RULES[name])["Do"])]
-    assert set(without) <= {"missing_zero_grad", "unchanged_weights"}
+    assert set(without) <= {"missing_zero_grad", "unchanged_weights", "frozen_weights_changed"}  # nothing to count there
 
 
 @pytest.mark.parametrize("name", sorted(DIAGNOSES))

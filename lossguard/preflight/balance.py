@@ -1,0 +1,153 @@
+"""Checks of the classes: their balance, and the order in which they come. The bench flows in, answers flow out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lossguard.findings import Cause, Evidence, Remedy, Severity, number
+from lossguard.preflight.bench import Bench
+from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
+from lossguard.preflight.labels import calls, in_order
+
+
+@check
+@dataclass(frozen=True)
+class ClassImbalance:
+    """class_imbalance: some classes are starved (detectors A, class_imbalance; SYMPTOMS E6).
+
+    The largest class over the smallest that occurs, over the labels looked at. Moderate imbalance is an info: 20:1 was measured to be
+    learned all the same. It is a warning where always answering the largest class would be right on more than 99 %.
+
+    Why: rare events (fraud, defects, diseases), a class lost in preprocessing, a filter that removed most of a class.
+    Do: weight the loss by inverse class frequency (the finding gives the weight), or draw with a WeightedRandomSampler; judge by recall, not accuracy.
+    False alarm: vocabularies, pixel labels, class-weighted losses and weighted samplers are known and silent. Imbalance that is meant: raise ``ratio``.
+    """
+
+    diagnosis: ClassVar[str] = "class_imbalance"
+    ratio: float = 20.0  # largest class over smallest, an info above; detectors A
+    starved: float = 100.0  # the same, a warning from there on; our own choice: one answer is then right on over 99 %
+    labels: int = 200  # labels needed; detectors A has 2000 for a stream, a whole pass of a small data set is exact
+    most_classes: int = 1000  # above, the labels are a vocabulary; detectors A
+
+    def look(self, bench: Bench) -> Answer:
+        """The law of the class docstring."""
+        labels = in_order(bench)
+        seen = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
+        if not len(seen):
+            return unknown("the targets are not one class per sample")
+        call = calls(bench)[0]
+        if call.given.get("weight") is not None or call.given.get("pos_weight") is not None or bench.sample.order == "weighted":
+            return passed("the loss or the sampler weighs the classes")
+        seen = seen[seen != call.given.get("ignore_index", -100)] if call.hard else seen
+        values, counts = torch.unique(seen, return_counts=True)
+        if len(seen) < self.labels or not 1 < len(values) <= self.most_classes:
+            return unknown(f"{len(seen)} labels of {len(values)} classes are too few, or no classes")
+        if not bench.sample.complete and bench.sample.order in ("sequential", "unknown", "own") and bench.sample.looked_at < 20:
+            return unknown(f"only {bench.sample.span} were looked at")
+        most, least = int(counts.max()), int(counts.min())
+        if most <= self.ratio * least:
+            return passed(f"largest class over smallest {number(most / least)} in {len(seen)} labels")
+        rare, common = int(values[counts.argmin()]), int(values[counts.argmax()])
+        evidence = [
+            Evidence("largest class over smallest", most / least, self.ratio),
+            Evidence("share of the largest class", most / len(seen)),
+            Evidence(f"samples of class {rare}", least),
+        ]
+        weight = len(seen) / (len(values) * least)
+        advice = [
+            (
+                Cause("rare class", 0.8, f"class {rare} has {least} of {len(seen)} samples, class {common} has {most}"),
+                [
+                    Remedy(f"weight class {rare} by {number(weight)} in the loss (all: samples / (classes x samples of the class))", {"class_weight": weight}),
+                    Remedy("draw with torch.utils.data.WeightedRandomSampler", {"sampler": "weighted"}),
+                ],
+            )
+        ]
+        severity = Severity.WARNING if most >= self.starved * least else Severity.INFO
+        return failed(
+            finding(self.diagnosis, f"class {rare}", f"class {rare} is {most / least:.0f} times rarer than class {common}", evidence, advice, severity)
+        )
+
+
+@check
+@dataclass(frozen=True)
+class UnshuffledData:
+    """unshuffled_data: samples come sorted by label, so that batches hold few classes (detectors A, unshuffled_data; SYMPTOMS E7).
+
+    The entropy of each batch's labels, over what batches of that size drawn at random would have, and the share of neighbours with equal
+    labels, over what chance gives. Sorted data has about as many runs of equal labels as classes.
+
+    Why: a loader without shuffle=True over data stored class by class, or a shuffle buffer smaller than a class.
+    Do: shuffle=True, or shuffle the file once before training.
+    False alarm: time series and grouped recordings have neighbours alike by design, but each class comes again and again: the check then
+        cannot tell. Samplers of your own are believed, and so are vocabularies and pixel labels. Continuous targets are not judged.
+    """
+
+    diagnosis: ClassVar[str] = "unshuffled_data"
+    entropy: float = 0.7  # of a batch's labels, over a random batch's; detectors A; shuffled 1.00 (least 0.97), sorted 0.11
+    sigmas: float = 6.0  # of the share of equal neighbours above chance; detectors A
+    runs: float = 3.0  # runs of equal labels per class up to which the data is sorted; our own choice: sorted data has 1, two files in a row 2
+    labels: int = 50  # labels needed; our own choice
+    batches: int = 4  # batches needed; our own choice
+    most_classes: int = 1000  # above, the labels are a vocabulary; detectors A
+
+    def look(self, bench: Bench) -> Answer:
+        """The law of the class docstring."""
+        if bench.sample.order in ("random", "weighted"):
+            return passed("the sampler draws at random")
+        if bench.sample.order == "own":
+            return unknown("the sampler is your own")
+        labels = [batch for batch in in_order(bench) if len(batch) > 1]
+        if len(labels) < self.batches or sum(map(len, labels)) < self.labels:
+            return unknown("the targets are not one class per sample, or too few batches of more than one")
+        seen = torch.cat(labels)
+        values, counts = torch.unique(seen, return_counts=True)
+        if not 1 < len(values) <= self.most_classes:
+            return unknown(f"{len(values)} classes occur in {bench.sample.span}")
+        p = counts.double() / len(seen)
+        chance = float(p.square().sum())
+        equal = int((seen[1:] == seen[:-1]).sum())
+        sigmas = (equal - (len(seen) - 1) * chance) / math.sqrt(max((len(seen) - 1) * chance * (1 - chance), 1e-12))
+        ratio = _entropy_ratio(labels, p)
+        runs = (len(seen) - equal) / len(values)
+        if sigmas <= self.sigmas or ratio >= self.entropy:
+            return passed(f"batches hold {ratio:.0%} of a random batch's label entropy")
+        if runs > self.runs:
+            return unknown(f"neighbours have equal labels ({number(sigmas)} sigmas above chance), but classes come again and again: by design in time series")
+        single = sum(int(batch.min()) == int(batch.max()) for batch in labels)
+        evidence = [
+            Evidence("label entropy of a batch over a random batch's", ratio, self.entropy),
+            Evidence("equal neighbours, sigmas above chance", sigmas, self.sigmas),
+            Evidence("batches of one class", single),
+        ]
+        advice = [
+            (
+                Cause(
+                    "data sorted by label",
+                    0.9,
+                    f"{len(seen) - equal} runs of equal labels over {len(values)} classes; {single} of {len(labels)} batches hold one class",
+                ),
+                [Remedy("DataLoader(..., shuffle=True)", {"shuffle": True})],
+            )
+        ]
+        return failed(finding(self.diagnosis, "order of samples", "neighbouring samples have the same label", evidence, advice))
+
+
+def _entropy_ratio(labels: list[Tensor], p: Tensor) -> float:
+    """Mean entropy of the batches' labels over the mean entropy of batches of these sizes drawn at random (seeded)."""
+    generator = torch.Generator().manual_seed(0)
+    own = drawn = 0.0
+    for batch in labels:
+        own += _entropy(torch.unique(batch, return_counts=True)[1])
+        drawn += _entropy(torch.bincount(torch.multinomial(p, len(batch), replacement=True, generator=generator)))
+    return own / drawn if drawn > 0 else 1.0
+
+
+def _entropy(counts: Tensor) -> float:
+    p = counts[counts > 0].double() / counts.sum()
+    return float(-(p * p.log()).sum())
