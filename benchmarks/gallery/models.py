@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU, norm: type[nn.Module] | None = None, dropout: float = 0.0) -> nn.Sequential:
     """Linear layers of these widths with activations (and norms, dropout) between them."""
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
         layers.append(nn.Linear(a, b))
         if i < len(widths) - 2:
             layers += [norm(b)] if norm else []

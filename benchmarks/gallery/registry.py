@@ -97,6 +97,7 @@ class Heard:
 
     step: int
     finding: Finding
+    preflight: bool = False
 
 
 @dataclass
@@ -149,7 +150,7 @@ class Job:
             return []
         found = list(check(model, batches, criterion, optimizer, **keywords))
         self.preflights += found
-        self.heard += [Heard(0, f) for f in found]
+        self.heard += [Heard(0, f, preflight=True) for f in found]
         return found
 
     @property
