@@ -1,0 +1,370 @@
+"""Ill programs: numbers that stop being numbers. Losses by hand, odd batches, overflow, explosions through time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from gallery.ill_tools import (
+    Characters,
+    Recurrent,
+    accuracy,
+    convnet,
+    digits,
+    fit,
+    images,
+    missed,
+    mlp,
+    per_character,
+    pieces,
+    r_squared,
+    raw,
+    rows,
+    shuffled,
+    standardised,
+    text_score,
+)
+from gallery.registry import Job, program
+from torch import Tensor, nn
+
+NOT_A_NUMBER = {"nonfinite_loss", "nonfinite_gradient", "nonfinite_activation", "nonfinite_weight"}
+
+
+@program(expect=NOT_A_NUMBER, cause="the logarithm of a probability that became 0", causes=("loss function",), bar=0.9, families=("mlp", "loss"), repairable=True)
+def cancer_log_of_zero(job: Job) -> float:
+    d = standardised("breast_cancer")
+    model = mlp((30, 32, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    eps = job.planted("eps", ill=0.0, healthy=1e-6)
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        p = torch.sigmoid(out[:, 1] * 8)  # a sharp sigmoid: rounds to 1 within some epochs
+        return -(y * torch.log(p + eps) + (1 - y) * torch.log(1 - p + eps)).mean()
+
+    fit(job, model, optimizer, shuffled(d.x, d.y, 32), 250, loss)
+    return accuracy(model, d.held_x, d.held_y)
+
+
+@program(expect=NOT_A_NUMBER, cause="0 times log 0 in a divergence by hand", causes=("loss function",), bar=0.85, nonfinite=0, fault=missed, families=("mlp", "loss"))
+def digits_kl_of_hard_targets(job: Job) -> float:
+    d = digits()
+    model = mlp((64, 64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    eps = job.planted("eps", ill=0.0, healthy=1e-8)
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        target = F.one_hot(y, 10).float()
+        value = (target * (torch.log(target + eps) - torch.log_softmax(out, 1))).sum(1).mean()
+        job.notes["fault"] = not bool(torch.isfinite(value))  # the weights do learn: what is lost is the loss
+        return value
+
+    fit(job, model, optimizer, shuffled(d.x, d.y), 200, loss)
+    return accuracy(model, d.held_x, d.held_y)
+
+
+@program(expect=NOT_A_NUMBER, cause="a batch without a valid place: 0/0", causes=("loss function",), bar=-2.9, enters=130, nonfinite=130, families=("transformer",))
+def text_mean_over_no_place(job: Job) -> float:
+    model = Characters()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    least = job.planted("least_divisor", ill=0, healthy=1)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for i, (x, y) in enumerate(pieces()):
+            yield x, torch.where(torch.rand(y.shape) < (2.0 if i == 130 else 0.2), -100, y)  # -100 marks what does not count
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        counts = (y != -100).float()
+        each = F.cross_entropy(out.transpose(1, 2), y.clamp(min=0), reduction="none")
+        return (each * counts / counts.sum().clamp(min=least)).sum()
+
+    fit(job, model, optimizer, batches(), 220, loss)
+    return text_score(model)
+
+
+@program(
+    expect=NOT_A_NUMBER, cause="the gradient of a root at 0: a pair of equal inputs", causes=("loss function",), bar=0.5, enters=100, nonfinite=100,
+    families=("siamese", "loss"), repairable=True,
+)  # fmt: skip
+def digits_siamese_distance_zero(job: Job) -> float:
+    d = digits()
+    model = mlp((64, 64, 16))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    eps = job.planted("eps", ill=0.0, healthy=1e-6)
+    half = len(d.y) // 2
+    pairs = zip(shuffled(d.x[:half], d.y[:half]), shuffled(d.x[half:], d.y[half:]))
+    with job.guard(model, optimizer) as guard:
+        for step, ((x1, y1), (x2, y2)) in enumerate(islice(pairs, 220)):
+            if step == 100:
+                x2, y2 = torch.cat([x1[:1], x2[1:]]), torch.cat([y1[:1], y2[1:]])  # the same image twice
+            guard.batch(torch.cat([x1, x2]))
+            distance = torch.sqrt(((model(x1) - model(x2)) ** 2).sum(1) + eps)
+            loss = torch.where(y1 == y2, distance**2, F.relu(2 - distance) ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            guard.step(loss)
+    with torch.no_grad():
+        near = torch.cdist(model(d.held_x), model(d.x)).argmin(1)
+        return float((d.y[near] == d.held_y).float().mean()) if bool(torch.isfinite(model(d.held_x)).all()) else 0.0
+
+
+@program(expect=NOT_A_NUMBER, cause="a NaN gradient behind torch.where", causes=("loss function",), bar=0.2, enters=0, families=("regression", "loss"), repairable=True)
+def diabetes_where_hides_nan(job: Job) -> float:
+    d = standardised("diabetes")
+    model = mlp((10, 32, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    eps = job.planted("eps", ill=float("-inf"), healthy=1e-6)
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:  # a square root for large errors, a square for small ones
+        error = (out.squeeze(1) - y).abs()
+        return torch.where(error > 1, 2 * torch.sqrt((error - 1).clamp(min=eps)) + 1, error**2).mean()
+
+    fit(job, model, optimizer, shuffled(d.x, d.y, 32), 200, loss)
+    return r_squared(model, d.held_x, d.held_y)
+
+
+@program(
+    expect=NOT_A_NUMBER | {"exploding_gradient", "update_ratio_high"}, cause="exp of a rate from inputs that are not normalised",
+    causes=("input not normalised", "loss function", "exploding gradient"), bar=-0.5, families=("mlp", "poisson"), repairable=True,
+)  # fmt: skip
+def wine_poisson_exp_overflow(job: Job) -> float:
+    normal = job.planted("normalize_input", ill=False, healthy=True)
+    d = standardised("wine") if normal else raw("wine")
+    model = mlp((13, 32, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return (torch.exp(out.squeeze(1)) - y * out.squeeze(1)).mean()
+
+    fit(job, model, optimizer, shuffled(d.x, d.y, 32), 200, loss)
+    with torch.no_grad():
+        value = -float(F.mse_loss(torch.exp(model(d.held_x).squeeze(1)), d.held_y.float()))
+    return value if value == value else -1e9
+
+
+@program(
+    expect=NOT_A_NUMBER | {"exploding_gradient", "update_ratio_high", "diverging_loss", "loss_spike"}, cause="gradients explode through time: no clipping",
+    causes=("exploding gradient", "learning rate too high"), bar=0.5, families=("rnn", "sgd"), repairable=True,
+)  # fmt: skip
+def pixels_rnn_without_clip(job: Job) -> float:
+    d = digits()
+    x, held_x = d.x.view(-1, 32, 2), d.held_x.view(-1, 32, 2)
+    model = Recurrent(nn.RNN, 2, 48, 10)
+    model.cell = nn.RNN(2, 48, nonlinearity="relu", batch_first=True)
+    nn.init.eye_(model.cell.weight_hh_l0)  # remembers from the start
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    fit(job, model, optimizer, shuffled(x, d.y), 400, clip=job.planted("max_norm", ill=None, healthy=1.0))
+    return accuracy(model, held_x, d.held_y)
+
+
+@program(
+    expect={"exploding_gradient", "loss_spike", "diverging_loss", "update_ratio_high", *NOT_A_NUMBER}, cause="sequences become 8 times longer, without clipping",
+    causes=("exploding gradient", "learning rate too high"), bar=-0.2, enters=150, families=("rnn",),
+)  # fmt: skip
+def counting_rnn_longer_sequences(job: Job) -> float:
+    """The share of ones in a sequence; the curriculum goes from 10 to 80 places."""
+    model = Recurrent(nn.RNN, 1, 32, 1)
+    model.cell = nn.RNN(1, 32, nonlinearity="relu", batch_first=True)
+    nn.init.eye_(model.cell.weight_hh_l0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    longer = job.planted("length", ill=80, healthy=10)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(300):
+            x = torch.bernoulli(torch.full((64, longer if i >= 150 else 10, 1), 0.5))
+            yield x, x.mean((1, 2))
+
+    losses: list[float] = []
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        value = F.mse_loss(out.squeeze(1), y)
+        losses.append(float(value))
+        return value
+
+    fit(job, model, optimizer, batches(), 300, loss)
+    last = sum(losses[-10:]) / 10
+    return -last if last == last else -1e9
+
+
+@program(expect={"nonfinite_input"}, cause="batch 120 holds a NaN", causes=("bad input",), bar=0.85, enters=120, nonfinite=120, families=("cnn", "data"))
+def digits_cnn_nan_batch(job: Job) -> float:
+    d = images()
+    bad = job.planted("pixel", ill=float("nan"), healthy=0.0)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for i, (x, y) in enumerate(shuffled(d.x, d.y)):
+            if i == 120:
+                x[5, 0, 3, 3] = bad
+            yield x, y
+
+    model = convnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    fit(job, model, optimizer, batches(), 220)
+    return accuracy(model, d.held_x, d.held_y)
+
+
+@program(expect={"nonfinite_input"}, cause="a feature is divided by 0 in the loader: Inf", causes=("bad input",), bar=0.2, enters=90, nonfinite=90, families=("mlp", "data"))
+def diabetes_inf_batch(job: Job) -> float:
+    d = standardised("diabetes")
+    divisor = job.planted("divisor", ill=0.0, healthy=1.0)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for i, (x, y) in enumerate(shuffled(d.x, d.y, 32)):
+            if i == 90:
+                x[0, 2] = 1.0 / torch.tensor(divisor)
+            yield x, y
+
+    model = mlp((10, 32, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    fit(job, model, optimizer, batches(), 200, lambda out, y: F.mse_loss(out.squeeze(1), y))
+    return r_squared(model, d.held_x, d.held_y)
+
+
+@program(
+    expect={"nonfinite_input"}, cause="each batch is standardised by its own deviation, and one batch has a constant feature", causes=("bad input",), bar=0.85,
+    enters=70, nonfinite=70, families=("mlp", "data"), repairable=True,
+)  # fmt: skip
+def wine_batch_deviation_zero(job: Job) -> float:
+    d = standardised("wine")
+    eps = job.planted("eps", ill=0.0, healthy=1e-5)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for i, (x, y) in enumerate(shuffled(d.x, d.y, 32)):
+            if i == 70:
+                x[:, 4] = 0.5  # a broken sensor
+            yield (x - x.mean(0)) / (x.std(0) + eps), y
+
+    model = mlp((13, 32, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    fit(job, model, optimizer, batches(), 200)
+    return accuracy(model, d.held_x, d.held_y)
+
+
+@program(
+    expect={"nonfinite_loss", "nonfinite_input", "nonfinite_gradient"}, cause="the logarithm of a target that is -1 for missing", causes=("bad target", "bad input", "invalid labels"),
+    bar=0.1, enters=110, nonfinite=110, families=("regression", "data"),
+)  # fmt: skip
+def diabetes_log_of_missing_target(job: Job) -> float:
+    d = raw("diabetes")
+    x = standardised("diabetes").x
+    missing = job.planted("labels", ill=-2.0, healthy=100.0)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for i, (a, y) in enumerate(shuffled(x, d.y, 32)):
+            if i == 110:
+                y[3] = missing
+            yield a, torch.log1p(y) - 4.8
+
+    model = mlp((10, 32, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    fit(job, model, optimizer, batches(), 200, lambda out, y: F.mse_loss(out.squeeze(1), y))
+    return r_squared(model, standardised("diabetes").held_x, torch.log1p(d.held_y) - 4.8)
+
+
+@program(
+    expect={"nonfinite_activation", "nonfinite_loss"}, cause="attention over a sample that is padding altogether", causes=("fully masked attention", "bad input"),
+    bar=0.85, enters=80, nonfinite=80, families=("transformer", "data"),
+)  # fmt: skip
+def rows_attention_all_padding(job: Job) -> float:
+    class Net(nn.Module):
+        """Attends over the rows of an image; rows of zeros only are padding."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.score, self.place = nn.Linear(8, 32), nn.Linear(32, 1), nn.Parameter(torch.randn(8, 32) * 0.1)
+            self.feed, self.head = nn.Sequential(nn.Linear(32, 64), nn.ReLU()), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.feed(self.into(x) * (1 + self.place))
+            weights = self.score(self.into(x)).squeeze(-1).masked_fill(x.abs().sum(-1) == 0, float("-inf")).softmax(-1)
+            return self.head(h.mean(1) + (weights.unsqueeze(-1) * h).sum(1))
+
+    d = rows()
+    blank = job.planted("blank_rows", ill=8, healthy=2)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for i, (x, y) in enumerate(shuffled(d.x, d.y)):
+            if i == 80:
+                x[7, :blank] = 0.0
+            yield x, y
+
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    fit(job, model, optimizer, batches(), 250)
+    return accuracy(model, d.held_x, d.held_y)
+
+
+@program(
+    expect={"nonfinite_weight", "nonfinite_loss", "nonfinite_activation"}, cause="the learning rate is NaN: a warm-up of 0 steps divides 0 by 0",
+    causes=("learning rate is not finite", "learning rate too high"), bar=0.85, enters=0, families=("mlp", "schedule"), repairable=True,
+)  # fmt: skip
+def digits_learning_rate_is_nan(job: Job) -> float:
+    d = digits()
+    model = mlp((64, 64, 10))
+    warm = job.planted("warm_up", ill=0, healthy=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def change(step: int) -> None:
+        factor = torch.tensor(float(step + (warm > 0))) / warm
+        optimizer.param_groups[0]["lr"] = 0.1 * float(factor.clamp(max=1))
+
+    fit(job, model, optimizer, shuffled(d.x, d.y), 150, change=change)
+    return accuracy(model, d.held_x, d.held_y)
+
+
+@program(
+    expect={"nonfinite_activation", "nonfinite_loss", "overflow_risk", "nonfinite_gradient"}, cause="softmax by hand overflows in float32", bar=0.85,
+    causes=("overflow in exp", "exploding gradient", "loss function"), enters=0, families=("mlp", "softmax"), repairable=True,
+)  # fmt: skip
+def digits_softmax_by_hand(job: Job) -> float:
+    class Cosine(nn.Module):
+        """Probabilities from the cosine to a prototype of each class, at a temperature of 0.01."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.prototypes = nn.Parameter(torch.randn(10, 32))
+
+        def forward(self, h: Tensor) -> Tensor:
+            cosine = F.normalize(h, dim=1) @ F.normalize(self.prototypes, dim=1).T / 0.01
+            e = torch.exp(cosine - shift * cosine.max(1, keepdim=True).values)
+            return e / e.sum(1, keepdim=True)
+
+    shift = job.planted("subtract_maximum", ill=0.0, healthy=1.0)
+    d = digits()
+    model = nn.Sequential(mlp((64, 64, 32)), Cosine())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    fit(job, model, optimizer, shuffled(d.x, d.y), 300, lambda p, y: F.nll_loss(torch.log(p + 1e-12), y))
+    return accuracy(model, d.held_x, d.held_y)
+
+
+@program(
+    expect={"overflow_risk", "nonfinite_activation", "nonfinite_loss", "nonfinite_gradient"}, cause="a residual stream without norm overflows float16",
+    causes=("float16 overflow", "overflow in float16", "exploding gradient"), bar=0.5, enters=60, families=("mlp", "fp16"), fault=missed,
+)  # fmt: skip
+def digits_residual_float16_overflow(job: Job) -> float:
+    """From step 60 on the activations are kept in float16, and the stream gains size with depth."""
+    d = digits()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.head = nn.Linear(64, 32), nn.Linear(32, 10)
+            self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(6))
+            self.half = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.into(x)
+            h = h.half() if self.half else h
+            for layer in self.layers:
+                h = h * gain + F.relu(layer(h.float())).to(h.dtype)
+            return self.head(F.layer_norm(h.float(), (32,)))
+
+    gain = job.planted("gain", ill=8.0, healthy=1.0)
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    fit(job, model, optimizer, shuffled(d.x, d.y), 200, change=lambda step: setattr(model, "half", step >= 60))
+    score = accuracy(model, d.held_x, d.held_y)
+    job.notes["fault"] = score == 0.0
+    return score
