@@ -106,13 +106,13 @@ def digits_momentum_0999(job: Job) -> float:
 
 @program(
     expect={"oscillating_loss", "update_ratio_high", "diverging_loss", "exploding_gradient", "loss_spike"},
-    cause="the loss falls and then bounces at a height: learning rate 20 times too high", causes=TOO_HIGH, bar=-0.4, families=("mlp", "adam"), repairable=True,
+    cause="the loss falls and then bounces at a height: learning rate 15 times too high", causes=TOO_HIGH, bar=-0.4, families=("mlp", "momentum"), repairable=True,
 )  # fmt: skip
-def digits_tanh_adam_bounces(job: Job) -> float:
+def digits_tanh_momentum_bounces(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 64, 10), nn.Tanh)
-    optimizer = torch.optim.Adam(model.parameters(), lr=job.planted("lr", ill=0.06, healthy=3e-3))
-    fit(job, model, optimizer, shuffled(d.x, d.y), 300)
+    optimizer = torch.optim.SGD(model.parameters(), lr=job.planted("lr", ill=0.3, healthy=0.02), momentum=0.9)
+    fit(job, model, optimizer, shuffled(d.x, d.y, 32), 300)
     return -held_loss(model, d.held_x, d.held_y)
 
 
