@@ -181,16 +181,18 @@ def rows_rnn_lr_enters(job: Job) -> float:
     return accuracy(model, held_x, digits().held_y)
 
 
-@program(expect={"nonfinite_input"}, cause="batch 120 holds a NaN", causes=("bad input",), bar=0.85, enters=120, nonfinite=120, families=("cnn", "data"))
+@program(expect={"nonfinite_input"}, cause="batch 120 holds a NaN", causes=("bad input",), bar=0.85, enters=120, nonfinite=120, families=("cnn", "data"),
+         repairable=True)  # fmt: skip
 def digits_cnn_nan_batch(job: Job) -> float:
     d = images()
-    bad = job.planted("pixel", ill=float("nan"), healthy=0.0)
+    drop = job.planted("drop_batch", ill=None, healthy=120)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for i, (x, y) in enumerate(shuffled(d.x, d.y)):
             if i == 120:
-                x[5, 0, 3, 3] = bad
-            yield x, y
+                x[5, 0, 3, 3] = float("nan")
+            if i != drop:
+                yield x, y
 
     model = convnet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -198,16 +200,18 @@ def digits_cnn_nan_batch(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"nonfinite_input"}, cause="a feature is divided by 0 in the loader: Inf", causes=("bad input",), bar=0.2, enters=90, nonfinite=90, families=("mlp", "data"))
+@program(expect={"nonfinite_input"}, cause="a feature is divided by 0 in the loader: Inf", causes=("bad input",), bar=0.2, enters=90, nonfinite=90, families=("mlp", "data"),
+         repairable=True)  # fmt: skip
 def diabetes_inf_batch(job: Job) -> float:
     d = standardised("diabetes")
-    divisor = job.planted("divisor", ill=0.0, healthy=1.0)
+    drop = job.planted("drop_batch", ill=None, healthy=90)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for i, (x, y) in enumerate(shuffled(d.x, d.y, 32)):
             if i == 90:
-                x[0, 2] = 1.0 / torch.tensor(divisor)
-            yield x, y
+                x[0, 2] = 1.0 / torch.zeros(())
+            if i != drop:
+                yield x, y
 
     model = mlp((10, 32, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
