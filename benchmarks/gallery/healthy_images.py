@@ -169,9 +169,9 @@ def vit_zero_head(job: Job) -> float:
     model, criterion = ViT(), nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     loader = data.loader(d.x, d.y, 64, job.generator)
-    schedule = warmup_cosine(optimizer, 40, 15 * len(loader))
+    schedule = warmup_cosine(optimizer, 40, 20 * len(loader))
     guard = job.guard(model, optimizer)
-    for _ in range(15):
+    for _ in range(20):
         for x, y in guard.batches(loader):
             optimizer.zero_grad()
             loss = criterion(model(x), y)
