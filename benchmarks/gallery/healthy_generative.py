@@ -54,10 +54,10 @@ def vae_gaussian_elbo(job: Job) -> float:
     x = data.digits("image").x.flatten(1)
     model = VAE()
     log_sigma = nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.Adam([*model.parameters(), log_sigma], lr=2e-3)
+    optimizer = torch.optim.Adam([*model.parameters(), log_sigma], lr=5e-4)
     guard = job.guard(model, optimizer)
     losses = []
-    for xb, _ in data.draws(x, x, 64, 800, job.generator):
+    for xb, _ in data.draws(x, x, 64, 1200, job.generator):
         out, mean, logvar = model(xb)
         fit = (0.5 * ((torch.sigmoid(out) - xb) / log_sigma.exp()).square() + log_sigma + 0.5 * math.log(2 * math.pi)).sum(1).mean()
         loss = fit - 0.5 * (1 + logvar - mean.square() - logvar.exp()).sum(1).mean()
