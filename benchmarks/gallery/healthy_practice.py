@@ -156,18 +156,18 @@ def forecast_season_and_trend(job: Job) -> float:
         return 1 - (error / vy.var()).item()
 
 
-@program(healthy=True, bar=0.93, families=("conv", "sampling"))
+@program(healthy=True, bar=0.85, families=("conv", "sampling"))
 def weighted_sampler_augmented(job: Job) -> float:
     """A weighted sampler, augmentation, dropout, label smoothing and weight decay at once: the training loss stays high."""
     d = data.digits("image")
     sampler = torch.utils.data.WeightedRandomSampler((1.0 + d.y.float()).tolist(), len(d.y), generator=job.generator)
     loader = data.loader(d.x, d.y, 64, sampler=sampler, shuffle=False)
-    model = nn.Sequential(ConvNet(12, classes=64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10))
+    model = nn.Sequential(ConvNet(12, classes=64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 10))
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [8, 12], 0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [12, 16], 0.1)
     guard = job.guard(model, optimizer)
-    for _ in range(15):
+    for _ in range(18):
         model.train()
         for x, y in guard.batches(loader):
             x = torch.roll(x, torch.randint(-1, 2, (2,)).tolist(), (2, 3))

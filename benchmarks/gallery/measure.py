@@ -93,7 +93,8 @@ def _advised(program: Program, heard: list[Heard]) -> Finding | None:
 
 def _run(program: Program, job: Job, variant: str) -> Outcome:
     outcome = Outcome(program.name, job.seed, variant)
-    logging.getLogger("lossguard").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("lossguard")
+    silent, logger.disabled = logger.disabled, True  # findings are collected, not printed
     random.seed(job.seed)
     np.random.seed(job.seed)
     torch.manual_seed(job.seed)
@@ -109,6 +110,7 @@ def _run(program: Program, job: Job, variant: str) -> Outcome:
             outcome.error = f"{type(error).__name__}: {error} ({place.filename.rpartition('/')[2]}:{place.lineno})"
         finally:
             job.close()
+            logger.disabled = silent
     outcome.seconds = time.perf_counter() - begun
     outcome.steps = max((g.steps for g in job.guards), default=0)
     outcome.heard = [_said(h.finding, h.step, h.preflight) for h in job.heard]
