@@ -20,7 +20,7 @@ def noisy(y: Tensor, share: float) -> Tensor:
     return torch.where(torch.rand(len(y)) < share, torch.randint(10, (len(y),)), y)
 
 
-@program(expect={"overfitting"}, cause="a wide net on 100 samples with a third of wrong labels", causes=OVERFIT, bar=-0.9, families=("mlp", "adam"))
+@program(expect={"overfitting"}, cause="a wide net on 100 samples", causes=OVERFIT, bar=-0.9, families=("mlp", "adam"))
 def digits_100_samples(job: Job) -> float:
     d = digits()
     few = job.planted("samples", ill=100, healthy=len(d.y))
@@ -82,11 +82,11 @@ def digits_loader_shrinks(job: Job) -> float:
     return -held_loss(model, d.held_x, d.held_y)
 
 
-@program(expect={"validation_mismatch"}, cause="validation images are not divided by 16", causes=("preprocessing differs", "train/eval mismatch", "data sets differ"),
+@program(expect={"validation_mismatch"}, cause="validation images are inverted: white is 0 in training and 1 in validation", causes=("preprocessing differs", "train/eval mismatch", "data sets differ"),
          bar=-0.5, families=("mlp", "data"))  # fmt: skip
-def digits_validation_raw(job: Job) -> float:
+def digits_validation_inverted(job: Job) -> float:
     d = digits()
-    held_x = d.held_x * job.planted("pixel_scale", ill=16.0, healthy=1.0) - job.planted("pixel_shift", ill=8.0, healthy=0.0)
+    held_x = 1 - d.held_x if job.planted("inverted", ill=True, healthy=False) else d.held_x
     model = mlp((64, 64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fit(job, model, optimizer, shuffled(d.x, d.y), 300, validate=lambda: held_loss(model, held_x, d.held_y))
@@ -104,11 +104,11 @@ def digits_validation_labels_mixed_up(job: Job) -> float:
     return -held_loss(model, d.held_x, held_y)
 
 
-@program(expect={"validation_mismatch", "validation_below_training"}, cause="nine of ten training labels are random: training stays flat, validation falls",
+@program(expect={"validation_mismatch", "learning_bottleneck", "loss_plateau"}, cause="nine of ten training labels are random: training hardly falls, validation does",
          causes=("data sets differ", "wrong labels"), bar=0.99, fault=missed, families=("cnn", "data"), repairable=True)  # fmt: skip
 def digits_training_set_is_the_wrong_one(job: Job) -> float:
     d = images()
-    y = noisy(d.y, 0.0 if job.planted("labels", ill="random", healthy="repair") == "repair" else 0.8)
+    y = noisy(d.y, 0.0 if job.planted("labels", ill="random", healthy="repair") == "repair" else 0.9)
     model = convnet()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     fit(job, model, optimizer, shuffled(d.x, y), 400, validate=lambda: held_loss(model, d.held_x, d.held_y))
@@ -139,7 +139,7 @@ def digits_eval_forgotten(job: Job) -> float:
     return -validate()
 
 
-@program(expect={"validation_mismatch"}, cause="batch norm with a momentum of 1e-5: its statistics never arrive in evaluation",
+@program(expect={"validation_mismatch", "oscillating_validation"}, cause="batch norm with a momentum of 1e-5: its statistics never arrive in evaluation",
          causes=("train/eval mismatch", "batch norm statistics"), bar=-0.5, families=("cnn", "norm"))  # fmt: skip
 def digits_batch_norm_momentum(job: Job) -> float:
     d = images()
@@ -157,7 +157,7 @@ def swings(job: Job, values: list[float]) -> None:
     late = values[len(values) // 3 :]
     changes = [b - a for a, b in zip(late, late[1:])]
     turns = sum(1 for a, b in zip(changes, changes[1:]) if a * b < 0 and min(abs(a), abs(b)) > 0.1 * min(late))
-    job.notes["fault"] = turns >= 3
+    job.notes["fault"] = turns >= 3 and min(late) > 0.05  # swings near 0 harm nobody
 
 
 @program(expect={"oscillating_validation"}, cause="the validation set is five samples, drawn anew each time", causes=("validation set too small", "few validation samples"),
@@ -179,22 +179,19 @@ def digits_five_validation_samples(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"oscillating_validation", "validation_mismatch"}, cause="batches of 4 with batch-norm momentum 1: each evaluation uses the last batch's statistics",
-         causes=("batch norm statistics", "batch too small", "train/eval mismatch"), bar=0.0, fault=missed, families=("cnn", "norm"))  # fmt: skip
-def digits_last_batch_statistics(job: Job) -> float:
+@program(expect={"oscillating_validation", "oscillating_loss", "update_ratio_high"}, cause="batches of 2 in a net with batch norm", bar=0.0, fault=missed,
+         causes=("batch too small", "batch norm statistics", "learning rate too high"), families=("cnn", "norm"), repairable=True)  # fmt: skip
+def digits_batches_of_two(job: Job) -> float:
     d = images()
     model = convnet()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = job.planted("momentum", ill=1.0, healthy=0.1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     values: list[float] = []
 
     def validate() -> float:
         values.append(held_loss(model, d.held_x, d.held_y))
         return values[-1]
 
-    fit(job, model, optimizer, shuffled(d.x, d.y, 8 if job.twin else 3), 500, validate=validate)
+    fit(job, model, optimizer, shuffled(d.x, d.y, job.planted("batch_size", ill=2, healthy=64)), 400, validate=validate)
     swings(job, values)
     return accuracy(model, d.held_x, d.held_y)
 
@@ -225,7 +222,7 @@ def digits_bottleneck_of_one(job: Job) -> float:
 def digits_decay_holds_the_loss(job: Job) -> float:
     d = images()
     model = convnet(norm=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=job.planted("weight_decay", ill=0.06, healthy=1e-4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=job.planted("weight_decay", ill=0.07, healthy=1e-4))
     fit(job, model, optimizer, shuffled(d.x, d.y), 400, validate=lambda: held_loss(model, d.held_x, d.held_y))
     return -held_loss(model, d.held_x, d.held_y)
 
