@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from gallery.ill_tools import CONTEXT, Characters, accuracy, convnet, digits, fit, held_loss, images, missed, mlp, per_character, shuffled, standardised, text
 from gallery.registry import Job, program
-from torch import Tensor, nn
 
 OVERFIT = ("overfitting", "too little data", "too few samples")
 
@@ -65,8 +66,10 @@ def text_1500_characters(job: Job) -> float:
     return -validate()
 
 
-@program(expect={"overfitting"}, cause="from step 200 the loader repeats its first 64 samples", causes=(*OVERFIT, "the same samples again"), bar=-0.45, enters=200,
-         families=("mlp", "data"))  # fmt: skip
+@program(
+    expect={"overfitting"}, cause="from step 200 the loader repeats its first 64 samples", causes=(*OVERFIT, "the same samples again"), bar=-0.45,
+    enters=200, families=("mlp", "data"),
+)  # fmt: skip
 def digits_loader_shrinks(job: Job) -> float:
     d = digits()
     few = job.planted("samples", ill=64, healthy=len(d.y))
@@ -82,8 +85,10 @@ def digits_loader_shrinks(job: Job) -> float:
     return -held_loss(model, d.held_x, d.held_y)
 
 
-@program(expect={"validation_mismatch"}, cause="validation images are inverted: white is 0 in training and 1 in validation", causes=("preprocessing differs", "train/eval mismatch", "data sets differ"),
-         bar=-0.5, families=("mlp", "data"))  # fmt: skip
+@program(
+    expect={"validation_mismatch"}, cause="validation images are inverted: white is 0 in training and 1 in validation",
+    causes=("preprocessing differs", "train/eval mismatch", "data sets differ"), bar=-0.5, families=("mlp", "data"),
+)  # fmt: skip
 def digits_validation_inverted(job: Job) -> float:
     d = digits()
     held_x = 1 - d.held_x if job.planted("inverted", ill=True, healthy=False) else d.held_x
@@ -93,8 +98,10 @@ def digits_validation_inverted(job: Job) -> float:
     return -held_loss(model, held_x, d.held_y)
 
 
-@program(expect={"validation_mismatch"}, cause="validation labels are sorted and the images are not", causes=("validation labels do not match", "data sets differ"),
-         bar=-1.0, families=("cnn", "data"))  # fmt: skip
+@program(
+    expect={"validation_mismatch"}, cause="validation labels are sorted and the images are not",
+    causes=("validation labels do not match", "data sets differ"), bar=-1.0, families=("cnn", "data"),
+)  # fmt: skip
 def digits_validation_labels_mixed_up(job: Job) -> float:
     d = images()
     held_y = d.held_y.sort().values if job.planted("validation_labels", ill="sorted", healthy="repair") == "sorted" else d.held_y
@@ -104,8 +111,11 @@ def digits_validation_labels_mixed_up(job: Job) -> float:
     return -held_loss(model, d.held_x, held_y)
 
 
-@program(expect={"validation_mismatch", "learning_bottleneck", "loss_plateau"}, cause="nine of ten training labels are random: training hardly falls, validation does",
-         causes=("data sets differ", "wrong labels"), bar=0.99, fault=missed, families=("cnn", "data"), repairable=True)  # fmt: skip
+@program(
+    expect={"validation_mismatch", "learning_bottleneck", "loss_plateau"},
+    cause="nine of ten training labels are random: training hardly falls, validation does", causes=("data sets differ", "wrong labels"), bar=0.99,
+    fault=missed, families=("cnn", "data"), repairable=True,
+)  # fmt: skip
 def digits_training_set_is_the_wrong_one(job: Job) -> float:
     d = images()
     y = noisy(d.y, 0.0 if job.planted("labels", ill="random", healthy="repair") == "repair" else 0.9)
@@ -121,11 +131,15 @@ def validated_in_training_mode(model: nn.Module, x: Tensor, y: Tensor) -> float:
         return float(F.cross_entropy(model(x), y))
 
 
-@program(expect={"validation_mismatch", "oscillating_validation"}, cause="eval() is forgotten: dropout of 0.7 and batches of 4 in validation",
-         causes=("train/eval mismatch", "eval() is not called"), bar=-0.5, families=("mlp", "dropout"))  # fmt: skip
+@program(
+    expect={"validation_mismatch", "oscillating_validation"}, cause="eval() is forgotten: dropout of 0.7 and batches of 4 in validation",
+    causes=("train/eval mismatch", "eval() is not called"), bar=-0.5, families=("mlp", "dropout"),
+)  # fmt: skip
 def digits_eval_forgotten(job: Job) -> float:
     d = digits()
-    model = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.7), nn.Linear(128, 128), nn.ReLU(), nn.Dropout(0.7), nn.Linear(128, 10))
+    model = nn.Sequential(
+        nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.7), nn.Linear(128, 128), nn.ReLU(), nn.Dropout(0.7), nn.Linear(128, 10)
+    )
     forgotten = job.planted("eval_mode", ill=False, healthy=True) is False
 
     def validate() -> float:
@@ -139,8 +153,10 @@ def digits_eval_forgotten(job: Job) -> float:
     return -validate()
 
 
-@program(expect={"validation_mismatch", "oscillating_validation"}, cause="batch norm with a momentum of 1e-5: its statistics never arrive in evaluation",
-         causes=("train/eval mismatch", "batch norm statistics"), bar=-0.5, families=("cnn", "norm"))  # fmt: skip
+@program(
+    expect={"validation_mismatch", "oscillating_validation"}, cause="batch norm with a momentum of 1e-5: its statistics never arrive in evaluation",
+    causes=("train/eval mismatch", "batch norm statistics"), bar=-0.5, families=("cnn", "norm"),
+)  # fmt: skip
 def digits_batch_norm_momentum(job: Job) -> float:
     d = images()
     model = convnet()
@@ -155,13 +171,15 @@ def digits_batch_norm_momentum(job: Job) -> float:
 def swings(job: Job, values: list[float]) -> None:
     """The proof of an unsteady curve: most of the later changes turn and are large."""
     late = values[len(values) // 3 :]
-    changes = [b - a for a, b in zip(late, late[1:])]
-    turns = sum(1 for a, b in zip(changes, changes[1:]) if a * b < 0 and min(abs(a), abs(b)) > 0.1 * min(late))
+    changes = [b - a for a, b in pairwise(late)]
+    turns = sum(1 for a, b in pairwise(changes) if a * b < 0 and min(abs(a), abs(b)) > 0.1 * min(late))
     job.notes["fault"] = turns >= 3 and min(late) > 0.05  # swings near 0 harm nobody
 
 
-@program(expect={"oscillating_validation"}, cause="the validation set is five samples, drawn anew each time", causes=("validation set too small", "few validation samples"),
-         bar=0.0, fault=missed, families=("mlp", "data"), repairable=False)  # fmt: skip
+@program(
+    expect={"oscillating_validation"}, cause="the validation set is five samples, drawn anew each time",
+    causes=("validation set too small", "few validation samples"), bar=0.0, fault=missed, families=("mlp", "data"), repairable=False,
+)  # fmt: skip
 def digits_five_validation_samples(job: Job) -> float:
     d = digits()
     many = job.planted("validation_samples", ill=5, healthy=len(d.held_y))
@@ -179,8 +197,10 @@ def digits_five_validation_samples(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"oscillating_validation", "oscillating_loss", "update_ratio_high"}, cause="batches of 2 in a net with batch norm", bar=0.0, fault=missed,
-         causes=("batch too small", "batch norm statistics", "learning rate too high"), families=("cnn", "norm"), repairable=True)  # fmt: skip
+@program(
+    expect={"oscillating_validation", "oscillating_loss", "update_ratio_high"}, cause="batches of 2 in a net with batch norm", bar=0.0, fault=missed,
+    causes=("batch too small", "batch norm statistics", "learning rate too high"), families=("cnn", "norm"), repairable=True,
+)  # fmt: skip
 def digits_batches_of_two(job: Job) -> float:
     d = images()
     model = convnet()
@@ -196,8 +216,10 @@ def digits_batches_of_two(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"learning_bottleneck", "validation_below_training", "loss_plateau"}, cause="dropout of 0.95", causes=("dropout too high", "too much regularisation"),
-         bar=0.9, families=("mlp", "dropout"), repairable=True)  # fmt: skip
+@program(
+    expect={"learning_bottleneck", "validation_below_training", "loss_plateau"}, cause="dropout of 0.95",
+    causes=("dropout too high", "too much regularisation"), bar=0.9, families=("mlp", "dropout"), repairable=True,
+)  # fmt: skip
 def digits_dropout_095(job: Job) -> float:
     d = digits()
     p = job.planted("dropout", ill=0.95, healthy=0.1)
@@ -217,8 +239,10 @@ def digits_bottleneck_of_one(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"learning_bottleneck", "loss_plateau"}, cause="weight decay holds the loss at two thirds", causes=("weight decay too high", "too much regularisation"),
-         bar=-0.5, families=("cnn", "decay"), repairable=True)  # fmt: skip
+@program(
+    expect={"learning_bottleneck", "loss_plateau"}, cause="weight decay holds the loss at two thirds",
+    causes=("weight decay too high", "too much regularisation"), bar=-0.5, families=("cnn", "decay"), repairable=True,
+)  # fmt: skip
 def digits_decay_holds_the_loss(job: Job) -> float:
     d = images()
     model = convnet(norm=False)
@@ -227,8 +251,10 @@ def digits_decay_holds_the_loss(job: Job) -> float:
     return -held_loss(model, d.held_x, d.held_y)
 
 
-@program(expect={"diverging_loss", "update_ratio_high", "exploding_gradient"}, cause="both curves rise: the rate grows by 3 % in each step",
-         causes=("learning rate too high",), bar=0.9, enters=100, families=("mlp", "schedule"))  # fmt: skip
+@program(
+    expect={"diverging_loss", "update_ratio_high", "exploding_gradient"}, cause="both curves rise: the rate grows by 3 % in each step",
+    causes=("learning rate too high",), bar=0.9, enters=100, families=("mlp", "schedule"),
+)  # fmt: skip
 def digits_rate_grows_without_end(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 64, 10))

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from gallery.ill_tools import (
     Characters,
     Split,
@@ -27,7 +29,6 @@ from gallery.ill_tools import (
     text_score,
 )
 from gallery.registry import Job, program
-from torch import Tensor, nn
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 NOT_LEARNING = {"loss_plateau", "learning_bottleneck"}
@@ -40,8 +41,10 @@ def cut(d: Split, batch: int = 64) -> list[tuple[Tensor, Tensor]]:
     return list(zip(d.x.split(batch), d.y.split(batch)))
 
 
-@program(expect={"unnormalized_input", "update_ratio_high", "dead_relu", "exploding_gradient"}, cause="raw features of up to 4000", causes=INPUT, bar=0.93,
-         families=("mlp", "momentum"), repairable=True)  # fmt: skip
+@program(
+    expect={"unnormalized_input", "update_ratio_high", "dead_relu", "exploding_gradient"}, cause="raw features of up to 4000", causes=INPUT, bar=0.93,
+    families=("mlp", "momentum"), repairable=True,
+)  # fmt: skip
 def cancer_raw_features(job: Job) -> float:
     d = standardised("breast_cancer") if job.planted("normalize_input", ill=False, healthy=True) else raw("breast_cancer")
     model = mlp((30, 32, 32, 2))
@@ -51,8 +54,10 @@ def cancer_raw_features(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"unnormalized_input", "loss_plateau", "update_ratio_low", "learning_bottleneck"}, cause="pixels are divided by 255 twice", causes=INPUT, bar=0.8,
-         families=("cnn", "sgd"), repairable=True)  # fmt: skip
+@program(
+    expect={"unnormalized_input", "loss_plateau", "update_ratio_low", "learning_bottleneck"}, cause="pixels are divided by 255 twice", causes=INPUT,
+    bar=0.8, families=("cnn", "sgd"), repairable=True,
+)  # fmt: skip
 def digits_normalised_twice(job: Job) -> float:
     d = images(16.0 if job.planted("normalize_input", ill=False, healthy=True) else 16.0 * 255)
     model = convnet(norm=False)
@@ -62,8 +67,10 @@ def digits_normalised_twice(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"loss_spike", "diverging_loss", "unnormalized_input", "update_ratio_high", "exploding_gradient"}, bar=0.9, enters=150,
-         cause="from step 150 the loader forgets to divide by 16", causes=(*INPUT, "input changed"), families=("mlp", "data"))  # fmt: skip
+@program(
+    expect={"loss_spike", "diverging_loss", "unnormalized_input", "update_ratio_high", "exploding_gradient"}, bar=0.9, enters=150,
+    cause="from step 150 the loader forgets to divide by 16", causes=(*INPUT, "input changed"), families=("mlp", "data"),
+)  # fmt: skip
 def digits_scale_lost(job: Job) -> float:
     d = digits()
     late = job.planted("pixel_scale", ill=16.0, healthy=1.0)
@@ -78,8 +85,10 @@ def digits_scale_lost(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"exploding_gradient", "update_ratio_high", "initial_loss_off", "nonfinite_loss", "nonfinite_gradient", "diverging_loss"}, bar=0.2,
-         cause="targets of 1e4", causes=("targets not standardised", "target scale"), families=("mlp", "regression"), repairable=True)  # fmt: skip
+@program(
+    expect={"exploding_gradient", "update_ratio_high", "initial_loss_off", "nonfinite_loss", "nonfinite_gradient", "diverging_loss"}, bar=0.2,
+    cause="targets of 1e4", causes=("targets not standardised", "target scale"), families=("mlp", "regression"), repairable=True,
+)  # fmt: skip
 def diabetes_targets_of_10000(job: Job) -> float:
     d = standardised("diabetes")
     scale = 1.0 if job.planted("standardize_targets", ill=False, healthy=True) else 1e4
@@ -101,8 +110,10 @@ def digits_cnn_shuffled_labels(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={*NOT_LEARNING, "loss_spike", "diverging_loss"}, cause="from step 150 labels come in another order than the images", causes=LABELS, bar=0.85,
-         enters=150, families=("mlp", "sgd"))  # fmt: skip
+@program(
+    expect={*NOT_LEARNING, "loss_spike", "diverging_loss"}, cause="from step 150 labels come in another order than the images", causes=LABELS, bar=0.85,
+    enters=150, families=("mlp", "sgd"),
+)  # fmt: skip
 def digits_labels_slip(job: Job) -> float:
     d = digits()
     slip = job.planted("labels", ill="shuffled", healthy="repair") == "shuffled"
@@ -117,8 +128,10 @@ def digits_labels_slip(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"negative_loss", "invalid_labels"}, cause="labels of -1 and 1 in a binary cross entropy for 0 and 1", bar=-0.4,
-         causes=("labels out of range", "labels or sign of the loss"), families=("mlp", "loss"), repairable=True)  # fmt: skip
+@program(
+    expect={"negative_loss", "invalid_labels"}, cause="labels of -1 and 1 in a binary cross entropy for 0 and 1", bar=-0.4,
+    causes=("labels out of range", "labels or sign of the loss"), families=("mlp", "loss"), repairable=True,
+)  # fmt: skip
 def cancer_labels_minus_1(job: Job) -> float:
     d = standardised("breast_cancer")
     y = d.y.float().unsqueeze(1)
@@ -132,8 +145,10 @@ def cancer_labels_minus_1(job: Job) -> float:
     return -held_loss(model, d.held_x, held_y, criterion)
 
 
-@program(expect={"negative_loss", "diverging_loss"}, cause="padding of -1 picks the last class in a loss by hand, with the sign that makes it negative", bar=-3.0,
-         causes=("labels out of range", "labels or sign of the loss"), enters=0, families=("transformer", "loss"), repairable=True)  # fmt: skip
+@program(
+    expect={"negative_loss", "diverging_loss"}, cause="padding of -1 picks the last class in a loss by hand, with the sign that makes it negative",
+    bar=-3.0, causes=("labels out of range", "labels or sign of the loss"), enters=0, families=("transformer", "loss"), repairable=True,
+)  # fmt: skip
 def text_padding_flips_the_sign(job: Job) -> float:
     """The mask is made from the labels: label.sign() is 1 for a character and -1 for padding."""
     model = Characters()
@@ -153,8 +168,10 @@ def text_padding_flips_the_sign(job: Job) -> float:
     return text_score(model)
 
 
-@program(expect={"negative_loss", "diverging_loss", "update_ratio_high", "exploding_gradient"}, cause="the loss has the wrong sign", bar=0.8,
-         causes=("labels or sign of the loss", "sign of the loss"), families=("mlp", "loss"))  # fmt: skip
+@program(
+    expect={"negative_loss", "diverging_loss", "update_ratio_high", "exploding_gradient"}, cause="the loss has the wrong sign", bar=0.8,
+    causes=("labels or sign of the loss", "sign of the loss"), families=("mlp", "loss"),
+)  # fmt: skip
 def digits_wrong_sign(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 10))
@@ -164,8 +181,10 @@ def digits_wrong_sign(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"unshuffled_data", "oscillating_loss", "loss_spike", "diverging_loss"}, cause="the file is sorted by class and read in order", bar=0.85,
-         causes=("data in order of class", "data not shuffled"), families=("mlp", "data"), repairable=True)  # fmt: skip
+@program(
+    expect={"unshuffled_data", "oscillating_loss", "loss_spike", "diverging_loss"}, cause="the file is sorted by class and read in order", bar=0.85,
+    causes=("data in order of class", "data not shuffled"), families=("mlp", "data"), repairable=True,
+)  # fmt: skip
 def digits_sorted_by_class(job: Job) -> float:
     d = digits()
     order = torch.argsort(d.y, stable=True)
@@ -183,8 +202,10 @@ def digits_sorted_by_class(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"unshuffled_data", "oscillating_loss", "oscillating_validation", "loss_spike", "diverging_loss"}, bar=0.9, enters=80,
-         cause="after step 80 each batch holds one class only", causes=("data in order of class", "data not shuffled", "one-class batches"), families=("cnn",))  # fmt: skip
+@program(
+    expect={"unshuffled_data", "oscillating_loss", "oscillating_validation", "loss_spike", "diverging_loss"}, bar=0.9, enters=80,
+    cause="after step 80 each batch holds one class only", causes=("data in order of class", "data not shuffled", "one-class batches"), families=("cnn",),
+)  # fmt: skip
 def digits_one_class_batches(job: Job) -> float:
     d = images()
     alone = job.planted("shuffle", ill=False, healthy=True) is False
@@ -203,7 +224,10 @@ def digits_one_class_batches(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"class_imbalance"}, cause="five classes have four samples each", causes=("starved classes", "class imbalance"), bar=0.85, families=("mlp", "data"))
+@program(
+    expect={"class_imbalance"}, cause="five classes have four samples each", causes=("starved classes", "class imbalance"), bar=0.85,
+    families=("mlp", "data"),
+)  # fmt: skip
 def digits_starved_classes(job: Job) -> float:
     d = digits()
     few = job.planted("samples_of_rare_classes", ill=4, healthy=1000)
@@ -233,8 +257,10 @@ def four_workers(d: Split, same_seed: bool, since: int = 0) -> Batches:
             turn += 1
 
 
-@program(expect={"duplicate_batches"}, cause="four loader workers share one seed", causes=("workers share a seed",), bar=0.0, fault=missed,
-         families=("mlp", "data"), repairable=True)  # fmt: skip
+@program(
+    expect={"duplicate_batches"}, cause="four loader workers share one seed", causes=("workers share a seed",), bar=0.0, fault=missed,
+    families=("mlp", "data"), repairable=True,
+)  # fmt: skip
 def digits_workers_share_a_seed(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 10))
@@ -244,8 +270,10 @@ def digits_workers_share_a_seed(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"duplicate_batches"}, cause="at step 100 the workers are started again with one seed", causes=("workers share a seed",), bar=0.0, enters=100,
-         fault=missed, families=("cnn", "data"))  # fmt: skip
+@program(
+    expect={"duplicate_batches"}, cause="at step 100 the workers are started again with one seed", causes=("workers share a seed",), bar=0.0, enters=100,
+    fault=missed, families=("cnn", "data"),
+)  # fmt: skip
 def digits_workers_restart_with_a_seed(job: Job) -> float:
     d = images()
     model = convnet()
@@ -255,8 +283,10 @@ def digits_workers_restart_with_a_seed(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"collapsed_activation", *NOT_LEARNING}, cause="every image is the same: the buffer is never refilled", bar=0.8,
-         causes=("constant weights or identical inputs", "identical inputs", "input does not matter"), families=("mlp", "data"))  # fmt: skip
+@program(
+    expect={"collapsed_activation", *NOT_LEARNING}, cause="every image is the same: the buffer is never refilled", bar=0.8,
+    causes=("constant weights or identical inputs", "identical inputs", "input does not matter"), families=("mlp", "data"),
+)  # fmt: skip
 def digits_buffer_never_refilled(job: Job) -> float:
     d = digits()
     stale = job.planted("stale_buffer", ill=True, healthy=False)
@@ -271,8 +301,10 @@ def digits_buffer_never_refilled(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"collapsed_activation", "loss_spike", "diverging_loss", *NOT_LEARNING}, cause="from step 140 the decoder returns black images", bar=0.85, enters=140,
-         causes=("constant weights or identical inputs", "identical inputs", "input changed"), families=("cnn", "data"))  # fmt: skip
+@program(
+    expect={"collapsed_activation", "loss_spike", "diverging_loss", *NOT_LEARNING}, cause="from step 140 the decoder returns black images", bar=0.85,
+    enters=140, causes=("constant weights or identical inputs", "identical inputs", "input changed"), families=("cnn", "data"),
+)  # fmt: skip
 def digits_images_turn_black(job: Job) -> float:
     d = images()
     shade = job.planted("decoder", ill=0.0, healthy=1.0)
@@ -287,8 +319,10 @@ def digits_images_turn_black(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect=NOT_LEARNING, cause="targets of shape (N,) against outputs of shape (N, 1): every output is held against every target", bar=0.2,
-         causes=("shapes broadcast", "same output for every sample"), families=("mlp", "regression"))  # fmt: skip
+@program(
+    expect=NOT_LEARNING, cause="targets of shape (N,) against outputs of shape (N, 1): every output is held against every target", bar=0.2,
+    causes=("shapes broadcast", "same output for every sample"), families=("mlp", "regression"),
+)  # fmt: skip
 def diabetes_shapes_broadcast(job: Job) -> float:
     d = standardised("diabetes")
     model = mlp((10, 32, 1))
@@ -298,8 +332,10 @@ def diabetes_shapes_broadcast(job: Job) -> float:
     return r_squared(model, d.held_x, d.held_y)
 
 
-@program(expect={*NOT_LEARNING, "validation_below_training", "unnormalized_input"}, cause="augmentation noise of ten times the signal", bar=0.8,
-         causes=("augmentation too strong", *INPUT), families=("cnn", "data"))  # fmt: skip
+@program(
+    expect={*NOT_LEARNING, "validation_below_training", "unnormalized_input"}, cause="augmentation noise of ten times the signal", bar=0.8,
+    causes=("augmentation too strong", *INPUT), families=("cnn", "data"),
+)  # fmt: skip
 def digits_augmentation_drowns_the_signal(job: Job) -> float:
     d = images()
     noise: Any = job.planted("noise", ill=5.0, healthy=0.05)

@@ -7,32 +7,32 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from gallery.ill_tools import (
     Characters,
     Recurrent,
     accuracy,
-    convnet,
     digits,
     fit,
-    images,
     missed,
     mlp,
-    per_character,
     pieces,
     r_squared,
     raw,
-    rows,
     shuffled,
     standardised,
     text_score,
 )
 from gallery.registry import Job, program
-from torch import Tensor, nn
 
 NOT_A_NUMBER = {"nonfinite_loss", "nonfinite_gradient", "nonfinite_activation", "nonfinite_weight"}
 
 
-@program(expect=NOT_A_NUMBER, cause="the logarithm of a probability that became 0", causes=("loss function",), bar=0.9, families=("mlp", "loss"), repairable=True)
+@program(
+    expect=NOT_A_NUMBER, cause="the logarithm of a probability that became 0", causes=("loss function",), bar=0.9, families=("mlp", "loss"),
+    repairable=True,
+)  # fmt: skip
 def cancer_log_of_zero(job: Job) -> float:
     d = standardised("breast_cancer")
     model = mlp((30, 32, 2))
@@ -47,7 +47,10 @@ def cancer_log_of_zero(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect=NOT_A_NUMBER, cause="0 times log 0 in a divergence by hand", causes=("loss function",), bar=0.85, nonfinite=0, fault=missed, families=("mlp", "loss"))
+@program(
+    expect=NOT_A_NUMBER, cause="0 times log 0 in a divergence by hand", causes=("loss function",), bar=0.85, nonfinite=0, fault=missed,
+    families=("mlp", "loss"),
+)  # fmt: skip
 def digits_kl_of_hard_targets(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 10))
@@ -64,7 +67,10 @@ def digits_kl_of_hard_targets(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect=NOT_A_NUMBER, cause="a batch without a valid place: 0/0", causes=("loss function",), bar=-2.9, enters=130, nonfinite=130, families=("transformer",))
+@program(
+    expect=NOT_A_NUMBER, cause="a batch without a valid place: 0/0", causes=("loss function",), bar=-2.9, enters=130, nonfinite=130,
+    families=("transformer",),
+)  # fmt: skip
 def text_mean_over_no_place(job: Job) -> float:
     model = Characters()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -110,7 +116,10 @@ def digits_siamese_distance_zero(job: Job) -> float:
         return float((d.y[near] == d.held_y).float().mean()) if bool(torch.isfinite(model(d.held_x)).all()) else 0.0
 
 
-@program(expect=NOT_A_NUMBER, cause="a NaN gradient behind torch.where", causes=("loss function",), bar=0.2, enters=0, families=("regression", "loss"), repairable=True)
+@program(
+    expect=NOT_A_NUMBER, cause="a NaN gradient behind torch.where", causes=("loss function",), bar=0.2, enters=0, families=("regression", "loss"),
+    repairable=True,
+)  # fmt: skip
 def diabetes_where_hides_nan(job: Job) -> float:
     d = standardised("diabetes")
     model = mlp((10, 32, 1))
@@ -155,8 +164,8 @@ def elman(strips: int, gain: float) -> tuple[nn.Module, Tensor, Tensor]:
 
 @program(
     expect=NOT_A_NUMBER | {"exploding_gradient", "update_ratio_high", "diverging_loss", "poor_initialization", "initial_loss_off"},
-    cause="gradients explode through time: a recurrent gain of 3 and no clipping", causes=("exploding gradient", "initialisation", "learning rate too high"),
-    bar=0.7, families=("rnn", "sgd"), repairable=True,
+    cause="gradients explode through time: a recurrent gain of 3 and no clipping",
+    causes=("exploding gradient", "initialisation", "learning rate too high"), bar=0.7, families=("rnn", "sgd"), repairable=True,
 )  # fmt: skip
 def strips_rnn_explodes_through_time(job: Job) -> float:
     model, x, held_x = elman(16, job.planted("init_scale", ill=3.0, healthy=1.3))
@@ -179,118 +188,6 @@ def rows_rnn_lr_enters(job: Job) -> float:
 
     fit(job, model, optimizer, shuffled(x, digits().y), 300, change=change)
     return accuracy(model, held_x, digits().held_y)
-
-
-@program(expect={"nonfinite_input"}, cause="batch 120 holds a NaN", causes=("bad input",), bar=0.85, enters=120, nonfinite=120, families=("cnn", "data"),
-         repairable=True)  # fmt: skip
-def digits_cnn_nan_batch(job: Job) -> float:
-    d = images()
-    drop = job.planted("drop_batch", ill=None, healthy=120)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for i, (x, y) in enumerate(shuffled(d.x, d.y)):
-            if i == 120:
-                x[5, 0, 3, 3] = float("nan")
-            if i != drop:
-                yield x, y
-
-    model = convnet()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    fit(job, model, optimizer, batches(), 220)
-    return accuracy(model, d.held_x, d.held_y)
-
-
-@program(expect={"nonfinite_input"}, cause="a feature is divided by 0 in the loader: Inf", causes=("bad input",), bar=0.2, enters=90, nonfinite=90, families=("mlp", "data"),
-         repairable=True)  # fmt: skip
-def diabetes_inf_batch(job: Job) -> float:
-    d = standardised("diabetes")
-    drop = job.planted("drop_batch", ill=None, healthy=90)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for i, (x, y) in enumerate(shuffled(d.x, d.y, 32)):
-            if i == 90:
-                x[0, 2] = 1.0 / torch.zeros(())
-            if i != drop:
-                yield x, y
-
-    model = mlp((10, 32, 1))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    fit(job, model, optimizer, batches(), 200, lambda out, y: F.mse_loss(out.squeeze(1), y))
-    return r_squared(model, d.held_x, d.held_y)
-
-
-@program(
-    expect={"nonfinite_input"}, cause="each batch is standardised by its own deviation, and one batch has a constant feature", causes=("bad input",), bar=0.85,
-    enters=70, nonfinite=70, families=("mlp", "data"), repairable=True,
-)  # fmt: skip
-def wine_batch_deviation_zero(job: Job) -> float:
-    d = standardised("wine")
-    eps = job.planted("eps", ill=0.0, healthy=1e-5)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for i, (x, y) in enumerate(shuffled(d.x, d.y, 32)):
-            if i == 70:
-                x[:, 4] = 0.5  # a broken sensor
-            yield (x - x.mean(0)) / (x.std(0) + eps), y
-
-    model = mlp((13, 32, 3))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    fit(job, model, optimizer, batches(), 200)
-    return accuracy(model, d.held_x, d.held_y)
-
-
-@program(
-    expect={"nonfinite_loss", "nonfinite_input", "nonfinite_gradient"}, cause="the logarithm of a target that is -1 for missing", causes=("bad target", "bad input", "invalid labels"),
-    bar=0.1, enters=110, nonfinite=110, families=("regression", "data"),
-)  # fmt: skip
-def diabetes_log_of_missing_target(job: Job) -> float:
-    d = raw("diabetes")
-    x = standardised("diabetes").x
-    missing = job.planted("labels", ill=-2.0, healthy=100.0)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for i, (a, y) in enumerate(shuffled(x, d.y, 32)):
-            if i == 110:
-                y[3] = missing
-            yield a, torch.log1p(y) - 4.8
-
-    model = mlp((10, 32, 1))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    fit(job, model, optimizer, batches(), 200, lambda out, y: F.mse_loss(out.squeeze(1), y))
-    return r_squared(model, standardised("diabetes").held_x, torch.log1p(d.held_y) - 4.8)
-
-
-@program(
-    expect={"nonfinite_activation", "nonfinite_loss"}, cause="attention over a sample that is padding altogether", causes=("fully masked attention", "bad input"),
-    bar=0.8, enters=80, nonfinite=80, families=("attention", "data"),
-)  # fmt: skip
-def rows_attention_all_padding(job: Job) -> float:
-    class Net(nn.Module):
-        """Attends over the rows of an image; rows of zeros only are padding."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.into, self.score, self.place = nn.Linear(8, 32), nn.Linear(32, 1), nn.Parameter(torch.randn(8, 32) * 0.1)
-            self.feed, self.head = nn.Sequential(nn.Linear(32, 64), nn.ReLU()), nn.Linear(64, 10)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.feed(self.into(x) * (1 + self.place))
-            weights = self.score(self.into(x)).squeeze(-1).masked_fill(x.abs().sum(-1) == 0, float("-inf")).softmax(-1)
-            return self.head(h.mean(1) + (weights.unsqueeze(-1) * h).sum(1))
-
-    d = rows()
-    blank = job.planted("blank_rows", ill=8, healthy=2)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for i, (x, y) in enumerate(shuffled(d.x, d.y)):
-            if i == 80:
-                x[7, :blank] = 0.0
-            yield x, y
-
-    model = Net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    fit(job, model, optimizer, batches(), 300)
-    return accuracy(model, d.held_x, d.held_y)
 
 
 @program(

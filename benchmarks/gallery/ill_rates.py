@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from gallery.ill_tools import (
     Characters,
     Recurrent,
@@ -25,7 +27,6 @@ from gallery.ill_tools import (
     text_score,
 )
 from gallery.registry import Job, program
-from torch import nn
 
 HIGH = {"update_ratio_high", "exploding_gradient", "diverging_loss", "oscillating_loss"}
 LOW = {"update_ratio_low", "loss_plateau"}
@@ -65,8 +66,8 @@ def rows_gru_rmsprop_lr_100x(job: Job) -> float:
 
 
 @program(
-    expect={*HIGH, "attention_logit_growth", "saturated_softmax"}, cause="learning rate 30 times too high, without warm-up", causes=TOO_HIGH,
-    bar=-2.75, families=("transformer", "adamw"), repairable=True,
+    expect={*HIGH, "attention_logit_growth", "saturated_softmax"}, cause="learning rate 30 times too high, without warm-up", causes=TOO_HIGH, bar=-2.75,
+    families=("transformer", "adamw"), repairable=True,
 )  # fmt: skip
 def text_transformer_lr_30x(job: Job) -> float:
     model = Characters()
@@ -106,7 +107,8 @@ def digits_momentum_0999(job: Job) -> float:
 
 @program(
     expect={"oscillating_loss", "update_ratio_high", "diverging_loss", "exploding_gradient", "loss_spike"},
-    cause="the loss falls and then bounces at a height: learning rate 15 times too high", causes=TOO_HIGH, bar=-0.4, families=("mlp", "momentum"), repairable=True,
+    cause="the loss falls and then bounces at a height: learning rate 15 times too high", causes=TOO_HIGH, bar=-0.4, families=("mlp", "momentum"),
+    repairable=True,
 )  # fmt: skip
 def digits_tanh_momentum_bounces(job: Job) -> float:
     d = digits()
@@ -210,8 +212,8 @@ def digits_adam_eps_100(job: Job) -> float:
 
 
 @program(
-    expect={"collapsed_activation", "loss_plateau", "constant_loss", "learning_bottleneck", "vanishing_gradient", "update_ratio_high"}, cause="weight decay 1",
-    causes=("weight decay too high",), bar=0.85, families=("mlp", "decay"), repairable=True,
+    expect={"collapsed_activation", "loss_plateau", "constant_loss", "learning_bottleneck", "vanishing_gradient", "update_ratio_high"},
+    cause="weight decay 1", causes=("weight decay too high",), bar=0.85, families=("mlp", "decay"), repairable=True,
 )  # fmt: skip
 def digits_weight_decay_1(job: Job) -> float:
     d = digits()

@@ -7,6 +7,8 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from gallery.ill_tools import (
     Block,
     Characters,
@@ -25,7 +27,6 @@ from gallery.ill_tools import (
     text_score,
 )
 from gallery.registry import Job, program
-from torch import Tensor, nn
 
 
 class Low(nn.Module):
@@ -40,8 +41,10 @@ class Low(nn.Module):
         return self.net(x.to(first.dtype)).float()
 
 
-@program(expect={"unchanged_weights", "update_ratio_low", "loss_plateau"}, cause="bfloat16 weights round updates of a rate of 1e-4 away", causes=("rounding",), bar=0.85,
-         families=("mlp", "bf16"), repairable=True)  # fmt: skip
+@program(
+    expect={"unchanged_weights", "update_ratio_low", "loss_plateau"}, cause="bfloat16 weights round updates of a rate of 1e-4 away", causes=("rounding",),
+    bar=0.85, families=("mlp", "bf16"), repairable=True,
+)  # fmt: skip
 def digits_bf16_rounds_away(job: Job) -> float:
     d = digits()
     master = job.planted("master_weights", ill=False, healthy=True)
@@ -51,8 +54,10 @@ def digits_bf16_rounds_away(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"unchanged_weights", "update_ratio_low"}, cause="from step 120 the weights are bfloat16, and the rate is 1e-4", causes=("rounding",), bar=0.0, enters=120,
-         fault=missed, families=("cnn", "bf16"))  # fmt: skip
+@program(
+    expect={"unchanged_weights", "update_ratio_low"}, cause="from step 120 the weights are bfloat16, and the rate is 1e-4", causes=("rounding",), bar=0.0,
+    enters=120, fault=missed, families=("cnn", "bf16"),
+)  # fmt: skip
 def digits_cnn_turns_bf16(job: Job) -> float:
     d = images()
     model = Low(convnet(norm=False), torch.float32)
@@ -73,8 +78,10 @@ def digits_cnn_turns_bf16(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"skipped_steps"}, cause="a loss scale of 2^36 under float16, lowered by a thousandth at a time", causes=("non-finite gradients", "loss scale too high"), bar=0.85,
-         families=("mlp", "amp"), repairable=True)  # fmt: skip
+@program(
+    expect={"skipped_steps"}, cause="a loss scale of 2^36 under float16, lowered by a thousandth at a time",
+    causes=("non-finite gradients", "loss scale too high"), bar=0.85, families=("mlp", "amp"), repairable=True,
+)  # fmt: skip
 def digits_scaler_far_too_high(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 10))
@@ -93,8 +100,10 @@ def digits_scaler_far_too_high(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"skipped_steps", "nonfinite_gradient"}, cause="from step 100 every gradient is NaN, and the scaler skips every step",
-         causes=("non-finite gradients", "loss function"), bar=0.9, enters=100, fault=missed, families=("cnn", "amp"))  # fmt: skip
+@program(
+    expect={"skipped_steps", "nonfinite_gradient"}, cause="from step 100 every gradient is NaN, and the scaler skips every step",
+    causes=("non-finite gradients", "loss function"), bar=0.9, enters=100, fault=missed, families=("cnn", "amp"),
+)  # fmt: skip
 def digits_scaler_skips_from_now_on(job: Job) -> float:
     """A consistency term is switched on: the distance of two views, which are equal, as nothing is random."""
     d = images()
@@ -117,7 +126,10 @@ def digits_scaler_skips_from_now_on(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"clipping_dominates"}, cause="gradients are clipped at 1e-3", causes=("clip value too low",), bar=0.85, families=("mlp", "sgd"), repairable=True)
+@program(
+    expect={"clipping_dominates"}, cause="gradients are clipped at 1e-3", causes=("clip value too low",), bar=0.85, families=("mlp", "sgd"),
+    repairable=True,
+)  # fmt: skip
 def digits_clip_1e_3(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 10))
@@ -126,8 +138,10 @@ def digits_clip_1e_3(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"clipping_dominates"}, cause="a resumed run clips at 0.001 in place of 1", causes=("clip value too low",), bar=-2.63, enters=80,
-         families=("transformer", "sgd"), repairable=True)  # fmt: skip
+@program(
+    expect={"clipping_dominates"}, cause="a resumed run clips at 0.001 in place of 1", causes=("clip value too low",), bar=-2.63, enters=80,
+    families=("transformer", "sgd"), repairable=True,
+)  # fmt: skip
 def text_clip_changes(job: Job) -> float:
     model = Characters()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
@@ -143,8 +157,11 @@ def text_clip_changes(job: Job) -> float:
     return text_score(model)
 
 
-@program(expect={"unchanged_weights", "update_ratio_low", "loss_plateau"}, cause="the moving average of decay 0.9999 is written back into the model after each step",
-         causes=("weights are overwritten", "frozen by mistake"), bar=0.85, families=("mlp", "ema"))  # fmt: skip
+@program(
+    expect={"unchanged_weights", "update_ratio_low", "loss_plateau"},
+    cause="the moving average of decay 0.9999 is written back into the model after each step", causes=("weights are overwritten", "frozen by mistake"),
+    bar=0.85, families=("mlp", "ema"),
+)  # fmt: skip
 def digits_ema_overwrites_the_model(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 10))
@@ -166,8 +183,11 @@ def digits_ema_overwrites_the_model(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"unchanged_weights", "loss_plateau", "diverging_loss", "loss_spike", "learning_bottleneck"}, bar=0.85, enters=100, families=("cnn",),
-         cause="from step 100 a callback loads the best checkpoint, which is the first one, before every step", causes=("weights are overwritten", "frozen by mistake"))  # fmt: skip
+@program(
+    expect={"unchanged_weights", "loss_plateau", "diverging_loss", "loss_spike", "learning_bottleneck"}, bar=0.85, enters=100, families=("cnn",),
+    cause="from step 100 a callback loads the best checkpoint, which is the first one, before every step",
+    causes=("weights are overwritten", "frozen by mistake"),
+)  # fmt: skip
 def digits_first_checkpoint_again_and_again(job: Job) -> float:
     d = images()
     model = convnet(norm=False)
@@ -183,8 +203,10 @@ def digits_first_checkpoint_again_and_again(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"frozen_weights_changed"}, cause="frozen at step 100, and moved on by AdamW's decay and momentum: gradients of 0 in place of None", bar=0.0, enters=100,
-         causes=("the optimizer holds frozen parameters", "weight decay"), fault=missed, families=("cnn", "fine-tune"))  # fmt: skip
+@program(
+    expect={"frozen_weights_changed"}, cause="frozen at step 100, and moved on by AdamW's decay and momentum: gradients of 0 in place of None", bar=0.0,
+    enters=100, causes=("the optimizer holds frozen parameters", "weight decay"), fault=missed, families=("cnn", "fine-tune"),
+)  # fmt: skip
 def digits_frozen_backbone_decays(job: Job) -> float:
     d = images()
     model = convnet(norm=False)
@@ -205,8 +227,10 @@ def digits_frozen_backbone_decays(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"frozen_weights_changed"}, cause="the frozen embedding is written to by a weight-tying line in the loop", causes=("weights are overwritten",), bar=-9.0,
-         fault=missed, families=("transformer", "fine-tune"))  # fmt: skip
+@program(
+    expect={"frozen_weights_changed"}, cause="the frozen embedding is written to by a weight-tying line in the loop", causes=("weights are overwritten",),
+    bar=-9.0, fault=missed, families=("transformer", "fine-tune"),
+)  # fmt: skip
 def text_frozen_embedding_is_overwritten(job: Job) -> float:
     model = Characters()
     model.embed.requires_grad_(False)
@@ -223,8 +247,11 @@ def text_frozen_embedding_is_overwritten(job: Job) -> float:
     return text_score(model)
 
 
-@program(expect={"constant_loss", "loss_plateau", "saturated_softmax"}, cause="a bias of 200 on the background class: probabilities underflow, the loss stays at 87.3365",
-         causes=("softmax underflow", "logits out of scale"), bar=0.8, families=("mlp", "softmax"))  # fmt: skip
+@program(
+    expect={"constant_loss", "loss_plateau", "saturated_softmax"},
+    cause="a bias of 200 on the background class: probabilities underflow, the loss stays at 87.3365", causes=("softmax underflow", "logits out of scale"),
+    bar=0.8, families=("mlp", "softmax"),
+)  # fmt: skip
 def digits_background_bias(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 11))  # the eleventh class is the background
@@ -235,8 +262,10 @@ def digits_background_bias(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"constant_loss", "collapsed_activation", "loss_plateau", "poor_initialization"}, cause="zero weights and no biases: the loss stays at ln 10", bar=0.8,
-         causes=("same output for every sample", "constant weights or identical inputs", "weights are all equal"), families=("cnn",), repairable=True)  # fmt: skip
+@program(
+    expect={"constant_loss", "collapsed_activation", "loss_plateau", "poor_initialization"}, cause="zero weights and no biases: the loss stays at ln 10",
+    bar=0.8, causes=("same output for every sample", "constant weights or identical inputs", "weights are all equal"), families=("cnn",), repairable=True,
+)  # fmt: skip
 def digits_cnn_zero_without_bias(job: Job) -> float:
     d = images()
     model = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10, bias=False))
@@ -248,8 +277,11 @@ def digits_cnn_zero_without_bias(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"attention_logit_growth", "saturated_softmax", "update_ratio_high"}, cause="q and k grow without bound: their learning rate is 100 times the others'",
-         causes=("learning rate too high", "logits out of scale"), bar=0.88, enters=60, families=("transformer", "attention"))  # fmt: skip
+@program(
+    expect={"attention_logit_growth", "saturated_softmax", "update_ratio_high"},
+    cause="q and k grow without bound: their learning rate is 100 times the others'", causes=("learning rate too high", "logits out of scale"), bar=0.88,
+    enters=60, families=("transformer", "attention"),
+)  # fmt: skip
 def rows_attention_logits_grow(job: Job) -> float:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -273,8 +305,11 @@ def rows_attention_logits_grow(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"validation_mismatch", "overfitting", "diverging_loss", "learning_bottleneck"}, cause="eval() of the first validation is never taken back: dropout and batch norm stay off",
-         causes=("train/eval mismatch", "train() is not called"), bar=0.0, enters=20, fault=missed, families=("mlp", "mode"))  # fmt: skip
+@program(
+    expect={"validation_mismatch", "overfitting", "diverging_loss", "learning_bottleneck"},
+    cause="eval() of the first validation is never taken back: dropout and batch norm stay off", causes=("train/eval mismatch", "train() is not called"),
+    bar=0.0, enters=20, fault=missed, families=("mlp", "mode"),
+)  # fmt: skip
 def cancer_train_mode_forgotten(job: Job) -> float:
     d = standardised("breast_cancer")
     model = nn.Sequential(nn.Linear(30, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.4), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 2))

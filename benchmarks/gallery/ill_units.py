@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from gallery.ill_tools import (
     Characters,
     accuracy,
@@ -24,7 +26,6 @@ from gallery.ill_tools import (
     text_score,
 )
 from gallery.registry import Job, program
-from torch import Tensor, nn
 
 COLLAPSED = {"collapsed_activation", "constant_loss", "loss_plateau", "poor_initialization"}
 OUTPUT = ("wrong output activation",)
@@ -38,8 +39,9 @@ def each_linear(model: nn.Module, do: Callable[[nn.Linear], object]) -> nn.Modul
 
 
 @program(
-    expect={"dead_relu", "collapsed_activation"}, cause="the bias of a hidden layer is -10", causes=("bias or initialisation",), bar=0.9, families=("mlp", "sgd"), repairable=True
-)
+    expect={"dead_relu", "collapsed_activation"}, cause="the bias of a hidden layer is -10", causes=("bias or initialisation",), bar=0.9,
+    families=("mlp", "sgd"), repairable=True,
+)  # fmt: skip
 def digits_bias_minus_10(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 64, 10))
@@ -79,8 +81,8 @@ def digits_units_die_in_a_burst(job: Job) -> float:
 
 
 @program(
-    expect={"saturated_activation", "unnormalized_input"}, cause="raw features of up to 1680 go into sigmoid units", causes=("input not normalised",), bar=0.9,
-    families=("mlp", "sigmoid"), repairable=True,
+    expect={"saturated_activation", "unnormalized_input"}, cause="raw features of up to 1680 go into sigmoid units", causes=("input not normalised",),
+    bar=0.9, families=("mlp", "sigmoid"), repairable=True,
 )  # fmt: skip
 def wine_sigmoid_raw_features(job: Job) -> float:
     d = standardised("wine") if job.planted("normalize_input", ill=False, healthy=True) else raw("wine")
@@ -105,11 +107,14 @@ def wine_tanh_large_init(job: Job) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     job.preflight(model, list(zip(d.x.split(32), d.y.split(32))), nn.CrossEntropyLoss(), optimizer)
     fit(job, model, optimizer, shuffled(d.x, d.y, 32), 300)
-    return accuracy(model, d.held_x, d.held_y) 
+    return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect=COLLAPSED, cause="all weights are 0", causes=("same output for every sample", "dead, saturated or constant weights",
-         "constant weights or identical inputs", "initialisation", "weights are all equal"), bar=0.9, families=("mlp",), repairable=True)  # fmt: skip
+@program(
+    expect=COLLAPSED, cause="all weights are 0",
+    causes=("same output for every sample", "dead, saturated or constant weights", "constant weights or identical inputs", "initialisation", "weights are all equal"),
+    bar=0.9, families=("mlp",), repairable=True,
+)  # fmt: skip
 def digits_zero_weights(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 10))
@@ -122,9 +127,11 @@ def digits_zero_weights(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect=COLLAPSED | {"learning_bottleneck"}, cause="all weights are 0.01: symmetric units", causes=("same output for every sample",
-         "dead, saturated or constant weights", "constant weights or identical inputs", "initialisation", "weights are all equal"),
-         bar=0.9, families=("mlp",), repairable=True)  # fmt: skip
+@program(
+    expect=COLLAPSED | {"learning_bottleneck"}, cause="all weights are 0.01: symmetric units",
+    causes=("same output for every sample", "dead, saturated or constant weights", "constant weights or identical inputs", "initialisation", "weights are all equal"),
+    bar=0.9, families=("mlp",), repairable=True,
+)  # fmt: skip
 def digits_equal_weights(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 64, 10))
@@ -136,9 +143,7 @@ def digits_equal_weights(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(
-    expect={"vanishing_gradient"}, cause="12 sigmoid layers", causes=("saturating activations",), bar=0.7, families=("mlp", "sigmoid"), repairable=True
-)
+@program(expect={"vanishing_gradient"}, cause="12 sigmoid layers", causes=("saturating activations",), bar=0.7, families=("mlp", "sigmoid"), repairable=True)
 def digits_deep_sigmoid(job: Job) -> float:
     d = digits()
     kind = job.planted("activation", ill="sigmoid", healthy="relu").lower()
@@ -200,8 +205,10 @@ def text_attention_without_scale(job: Job) -> float:
     return text_score(model)
 
 
-@program(expect={"wrong_output_activation", "loss_plateau"}, cause="softmax before cross entropy", causes=("softmax applied twice", *OUTPUT), bar=-0.5,
-         families=("mlp", "loss"), repairable=True)  # fmt: skip
+@program(
+    expect={"wrong_output_activation", "loss_plateau"}, cause="softmax before cross entropy", causes=("softmax applied twice", *OUTPUT), bar=-0.5,
+    families=("mlp", "loss"), repairable=True,
+)  # fmt: skip
 def digits_softmax_twice(job: Job) -> float:
     d = digits()
     last = nn.Identity() if job.planted("output_activation", ill="softmax", healthy="none") == "none" else nn.Softmax(1)
@@ -212,8 +219,10 @@ def digits_softmax_twice(job: Job) -> float:
     return -held_loss(model, d.held_x, d.held_y)
 
 
-@program(expect={"wrong_output_activation", "loss_plateau"}, cause="the softmax runs over the batch, not over the classes",
-         causes=("softmax over the wrong axis", *OUTPUT), bar=-0.5, families=("cnn", "loss"))  # fmt: skip
+@program(
+    expect={"wrong_output_activation", "loss_plateau"}, cause="the softmax runs over the batch, not over the classes",
+    causes=("softmax over the wrong axis", *OUTPUT), bar=-0.5, families=("cnn", "loss"),
+)  # fmt: skip
 def digits_softmax_wrong_axis(job: Job) -> float:
     d = images()
     model = nn.Sequential(*convnet(), nn.LogSoftmax(dim=job.planted("softmax_axis", ill=0, healthy=1)))
@@ -223,8 +232,10 @@ def digits_softmax_wrong_axis(job: Job) -> float:
     return -held_loss(model, d.held_x, d.held_y, F.nll_loss)
 
 
-@program(expect={"wrong_output_activation", "dead_relu", "loss_plateau", "constant_loss", "collapsed_activation"}, cause="a ReLU before cross entropy",
-         causes=("ReLU on the output", *OUTPUT), bar=0.9, families=("mlp", "adam"), repairable=True)  # fmt: skip
+@program(
+    expect={"wrong_output_activation", "dead_relu", "loss_plateau", "constant_loss", "collapsed_activation"}, cause="a ReLU before cross entropy",
+    causes=("ReLU on the output", *OUTPUT), bar=0.9, families=("mlp", "adam"), repairable=True,
+)  # fmt: skip
 def digits_relu_before_cross_entropy(job: Job) -> float:
     d = digits()
     last = nn.Identity() if job.planted("output_activation", ill="relu", healthy="none") == "none" else nn.ReLU()
@@ -235,8 +246,10 @@ def digits_relu_before_cross_entropy(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={"wrong_output_activation", "loss_plateau", "learning_bottleneck"}, cause="a ReLU on the output of a regression whose targets are negative too",
-         causes=("ReLU on the output", *OUTPUT), bar=0.2, families=("mlp", "regression"), repairable=True)  # fmt: skip
+@program(
+    expect={"wrong_output_activation", "loss_plateau", "learning_bottleneck"}, cause="a ReLU on the output of a regression whose targets are negative too",
+    causes=("ReLU on the output", *OUTPUT), bar=0.2, families=("mlp", "regression"), repairable=True,
+)  # fmt: skip
 def diabetes_relu_output(job: Job) -> float:
     d = standardised("diabetes")
     last = nn.Identity() if job.planted("output_activation", ill="relu", healthy="none") == "none" else nn.ReLU()
@@ -251,8 +264,10 @@ def diabetes_relu_output(job: Job) -> float:
     return r_squared(model, d.held_x, d.held_y)
 
 
-@program(expect={"wrong_output_activation", "loss_plateau", "saturated_activation", "learning_bottleneck"}, cause="a tanh on the output of an unbounded regression",
-         causes=("bounded output", *OUTPUT), bar=0.1, families=("mlp", "regression"), repairable=True)  # fmt: skip
+@program(
+    expect={"wrong_output_activation", "loss_plateau", "saturated_activation", "learning_bottleneck"},
+    cause="a tanh on the output of an unbounded regression", causes=("bounded output", *OUTPUT), bar=0.1, families=("mlp", "regression"), repairable=True,
+)  # fmt: skip
 def diabetes_tanh_output(job: Job) -> float:
     d = raw("diabetes")
     x, held_x = standardised("diabetes").x, standardised("diabetes").held_x
@@ -265,8 +280,10 @@ def diabetes_tanh_output(job: Job) -> float:
     return r_squared(model, held_x, held_y)
 
 
-@program(expect={"wrong_output_activation", "loss_plateau"}, cause="a sigmoid before binary cross entropy with logits",
-         causes=("sigmoid applied twice", *OUTPUT), bar=-0.3, families=("mlp", "loss"), repairable=True)  # fmt: skip
+@program(
+    expect={"wrong_output_activation", "loss_plateau"}, cause="a sigmoid before binary cross entropy with logits",
+    causes=("sigmoid applied twice", *OUTPUT), bar=-0.3, families=("mlp", "loss"), repairable=True,
+)  # fmt: skip
 def cancer_sigmoid_twice(job: Job) -> float:
     d = standardised("breast_cancer")
     last = nn.Identity() if job.planted("output_activation", ill="sigmoid", healthy="none") == "none" else nn.Sigmoid()
@@ -278,8 +295,10 @@ def cancer_sigmoid_twice(job: Job) -> float:
     return -held_loss(model, d.held_x, d.held_y.float().unsqueeze(1), criterion)
 
 
-@program(expect={"learning_bottleneck", "loss_plateau"}, cause="no activation between the layers: a linear model of circles", causes=("no nonlinearity",),
-         bar=0.9, families=("mlp",))  # fmt: skip
+@program(
+    expect={"learning_bottleneck", "loss_plateau"}, cause="no activation between the layers: a linear model of circles", causes=("no nonlinearity",),
+    bar=0.9, families=("mlp",),
+)  # fmt: skip
 def circles_without_activation(job: Job) -> float:
     d = standardised("circles")
     model = mlp((2, 32, 32, 2), nn.Identity if job.planted("activation", ill="none", healthy="relu") == "none" else nn.ReLU)

@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from gallery.ill_tools import Characters, accuracy, convnet, digits, fit, images, missed, mlp, per_character, pieces, shuffled, standardised, text_score
 from gallery.registry import Job, program
-from torch import Tensor, nn
 
 STILL = {"unchanged_weights"}
 STANDSTILL = {"unchanged_weights", "loss_plateau", "update_ratio_low", "learning_bottleneck"}
 
 
 @program(
-    expect={"missing_zero_grad"}, cause="gradients are never cleared", causes=("zero_grad() is not called",), bar=0.9, families=("cnn", "momentum"), repairable=True
-)
+    expect={"missing_zero_grad"}, cause="gradients are never cleared", causes=("zero_grad() is not called",), bar=0.9, families=("cnn", "momentum"),
+    repairable=True,
+)  # fmt: skip
 def digits_cnn_no_zero_grad(job: Job) -> float:
     d = images()
     model = convnet(norm=False)
@@ -56,8 +58,8 @@ def text_zero_grad_lost(job: Job) -> float:
 
 
 @program(
-    expect=STANDSTILL, cause="gradients are cleared between backward() and step()", causes=("gradients are cleared before the step", "zero gradient", "detached from the loss"),
-    bar=0.9, families=("mlp", "adam"),
+    expect=STANDSTILL, cause="gradients are cleared between backward() and step()",
+    causes=("gradients are cleared before the step", "zero gradient", "detached from the loss"), bar=0.9, families=("mlp", "adam"),
 )  # fmt: skip
 def digits_zero_grad_before_step(job: Job) -> float:
     d = digits()
@@ -77,9 +79,7 @@ def digits_zero_grad_before_step(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(
-    expect=STANDSTILL, cause="optimizer.step() is never called", causes=("optimizer.step() is never called",), bar=0.8, families=("mlp",), repairable=True
-)
+@program(expect=STANDSTILL, cause="optimizer.step() is never called", causes=("optimizer.step() is never called",), bar=0.8, families=("mlp",), repairable=True)
 def cancer_never_steps(job: Job) -> float:
     d = standardised("breast_cancer")
     model = mlp((30, 32, 2))
@@ -99,8 +99,8 @@ def cancer_never_steps(job: Job) -> float:
 
 
 @program(
-    expect=STILL, cause="a condition on the step's number stops the optimizer at step 100", causes=("optimizer.step() is never called", "optimizer.step() is no longer called"),
-    bar=-2.6, enters=100, families=("transformer",), repairable=True,
+    expect=STILL, cause="a condition on the step's number stops the optimizer at step 100",
+    causes=("optimizer.step() is never called", "optimizer.step() is no longer called"), bar=-2.6, enters=100, families=("transformer",), repairable=True,
 )  # fmt: skip
 def text_steps_stop(job: Job) -> float:
     model = Characters()
@@ -158,7 +158,7 @@ def text_group_left_out(job: Job) -> float:
     model = Characters()
     named = dict(model.named_parameters())
     everything = job.planted("optimizer_parameters", ill=False, healthy=True)
-    decay = [p for n, p in named.items() if p.dim() > 1 and ("feed" in n or everything and "attention" in n)]
+    decay = [p for n, p in named.items() if p.dim() > 1 and ("feed" in n or (everything and "attention" in n))]
     rest = [p for n, p in named.items() if p.dim() < 2 or n.startswith(("embed", "place", "head"))]
     optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=2e-3)
     watched = model.blocks[0].attention.qkv.weight
@@ -168,9 +168,7 @@ def text_group_left_out(job: Job) -> float:
     return text_score(model)
 
 
-@program(
-    expect=STILL, cause="features are detached before the head", causes=("detached from the loss",), bar=0.9, fault=missed, families=("cnn",)
-)
+@program(expect=STILL, cause="features are detached before the head", causes=("detached from the loss",), bar=0.9, fault=missed, families=("cnn",))
 def digits_cnn_features_detached(job: Job) -> float:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -192,9 +190,7 @@ def digits_cnn_features_detached(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(
-    expect=STILL, cause="the encoder runs under no_grad()", causes=("detached from the loss",), bar=-2.6, fault=missed, families=("transformer",)
-)
+@program(expect=STILL, cause="the encoder runs under no_grad()", causes=("detached from the loss",), bar=-2.6, fault=missed, families=("transformer",))
 def text_encoder_under_no_grad(job: Job) -> float:
     class Net(Characters):
         def forward(self, x: Tensor) -> Tensor:
@@ -214,8 +210,9 @@ def text_encoder_under_no_grad(job: Job) -> float:
 
 
 @program(
-    expect=STANDSTILL, cause="the loss is rebuilt from its number: a new leaf", causes=("detached from the loss", "no gradient"), bar=0.8, families=("mlp",)
-)
+    expect=STANDSTILL, cause="the loss is rebuilt from its number: a new leaf", causes=("detached from the loss", "no gradient"), bar=0.8,
+    families=("mlp",),
+)  # fmt: skip
 def digits_loss_is_a_new_leaf(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 10))
