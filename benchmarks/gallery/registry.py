@@ -10,6 +10,7 @@ import hashlib
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def program(
     return register
 
 
+@cache
 def load() -> dict[str, Program]:
-    """Import every ``healthy_*.py`` and ``ill_*.py``; all programs by name."""
+    """Import every ``healthy_*.py`` and ``ill_*.py`` once; all programs by name."""
     for path in sorted([*HERE.glob("healthy_*.py"), *HERE.glob("ill_*.py")]):
         importlib.import_module(f"gallery.{path.stem}")
     return PROGRAMS
