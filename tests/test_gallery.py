@@ -195,3 +195,25 @@ def test_the_command_line_chooses():
     assert sum(halves) == len(PROGRAMS)
     ill = registry.Program("x", lambda job: 0.0, False, 0.5, frozenset({"loss_spike"}), "x", repairable=True)
     assert [t[2] for t in diagnosis.tasks([ill], 1, twins=True, repair=True)] == ["itself", "twin", "repaired"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_quick_subset():
+    """Programs do what they claim; the guard halts no healthy run, alarms on none, and names most faults that it has rules for."""
+    quick = [p for p in PROGRAMS.values() if p.quick]
+    outcomes = [measure.measure(p.name, 0) for p in quick]
+    assert not [(o.program, o.error or o.score) for o in outcomes if not tally.usable(o)]
+    assert not [text for o in outcomes for text in o.broken]
+    figures = tally.count(outcomes)
+    assert figures.false_halts.hits == 0
+    assert [f"{o.program}: {s.diagnosis}" for o, s in figures.alarms] == []
+    ruled = [o for o in outcomes if PROGRAMS[o.program].expect & set(DIAGNOSES)]
+    recall = tally.count(ruled).recall
+    assert recall.hits >= 0.7 * recall.of, [o.program for o in tally.count(ruled).missed]
+
+
+def test_the_quick_subset_holds_both_kinds():
+    """A handful of each kind, so that it fits into a test."""
+    for healthy in (True, False):
+        assert 4 <= sum(p.quick and p.healthy == healthy for p in PROGRAMS.values()) <= 16

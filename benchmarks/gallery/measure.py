@@ -77,8 +77,9 @@ def measure(name: str, seed: int, variant: str = "itself", *, bare: bool = False
     first = _run(program, ill, "itself")
     finding = _advised(program, ill.heard)
     overrides = dict(repair.overrides(finding)) if finding is not None else {}
-    if first.error or not overrides:
-        return Outcome(name, seed, variant, error=first.error, score=first.score, heard=first.heard, seconds=first.seconds)
+    error = first.error or ("" if first.proven else "there is nothing to repair: the fault does not show")
+    if error or not overrides:
+        return Outcome(name, seed, variant, error=error, score=first.score, heard=first.heard, seconds=first.seconds)
     second = _run(program, Job(seed, overrides=overrides), variant)
     second.overrides, second.seconds = {k: str(v) for k, v in overrides.items()}, first.seconds + second.seconds
     return second
