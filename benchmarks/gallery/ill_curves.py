@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gallery.ill_tools import CONTEXT, Characters, accuracy, convnet, digits, fit, held_loss, images, missed, mlp, per_character, shuffled, standardised, text
 from gallery.registry import Job, program
 
-OVERFIT = ("overfitting", "too little data", "too few samples")
+OVERFIT = ("too few samples for the capacity", "samples learned by heart")
 
 
 def noisy(y: Tensor, share: float) -> Tensor:
@@ -86,8 +86,9 @@ def digits_loader_shrinks(job: Job) -> float:
 
 
 @program(
-    expect={"validation_mismatch"}, cause="validation images are inverted: white is 0 in training and 1 in validation",
-    causes=("preprocessing differs", "train/eval mismatch", "data sets differ"), bar=-0.5, families=("mlp", "data"),
+    expect={"validation_mismatch", "overfitting"}, cause="validation images are inverted: white is 0 in training and 1 in validation",
+    causes=("other labels or preprocessing in validation", "validation data of another kind, or nothing that generalises"), bar=-0.5,
+    families=("mlp", "data"),
 )  # fmt: skip
 def digits_validation_inverted(job: Job) -> float:
     d = digits()
@@ -99,8 +100,9 @@ def digits_validation_inverted(job: Job) -> float:
 
 
 @program(
-    expect={"validation_mismatch"}, cause="validation labels are sorted and the images are not",
-    causes=("validation labels do not match", "data sets differ"), bar=-1.0, families=("cnn", "data"),
+    expect={"validation_mismatch", "overfitting"}, cause="validation labels are sorted and the images are not",
+    causes=("other labels or preprocessing in validation", "validation data of another kind, or nothing that generalises"), bar=-1.0,
+    families=("cnn", "data"),
 )  # fmt: skip
 def digits_validation_labels_mixed_up(job: Job) -> float:
     d = images()
@@ -113,8 +115,9 @@ def digits_validation_labels_mixed_up(job: Job) -> float:
 
 @program(
     expect={"validation_mismatch", "learning_bottleneck", "loss_plateau"},
-    cause="nine of ten training labels are random: training hardly falls, validation does", causes=("data sets differ", "wrong labels"), bar=0.99,
-    fault=missed, families=("cnn", "data"), repairable=True,
+    cause="nine of ten training labels are random: training hardly falls, validation does",
+    causes=("the data sets are mixed up", "wrong labels", "labels or targets do not belong to the inputs"), bar=0.99, fault=missed,
+    families=("cnn", "data"), repairable=True,
 )  # fmt: skip
 def digits_training_set_is_the_wrong_one(job: Job) -> float:
     d = images()
@@ -133,7 +136,7 @@ def validated_in_training_mode(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 @program(
     expect={"validation_mismatch", "oscillating_validation"}, cause="eval() is forgotten: dropout of 0.7 and batches of 4 in validation",
-    causes=("train/eval mismatch", "eval() is not called"), bar=-0.5, families=("mlp", "dropout"),
+    causes=("train/eval mismatch", "train/eval mismatch or empty validation batches", "eval() is not called"), bar=-0.5, families=("mlp", "dropout"),
 )  # fmt: skip
 def digits_eval_forgotten(job: Job) -> float:
     d = digits()
@@ -177,8 +180,8 @@ def swings(job: Job, values: list[float]) -> None:
 
 
 @program(
-    expect={"oscillating_validation"}, cause="the validation set is five samples, drawn anew each time",
-    causes=("validation set too small", "few validation samples"), bar=0.0, fault=missed, families=("mlp", "data"), repairable=False,
+    expect={"oscillating_validation"}, cause="the validation set is five samples, drawn anew each time", causes="validation set too small or drawn anew",
+    bar=0.0, fault=missed, families=("mlp", "data"), repairable=False,
 )  # fmt: skip
 def digits_five_validation_samples(job: Job) -> float:
     d = digits()
@@ -198,8 +201,8 @@ def digits_five_validation_samples(job: Job) -> float:
 
 
 @program(
-    expect={"oscillating_validation", "oscillating_loss", "update_ratio_high"}, cause="batches of 2 in a net with batch norm", bar=0.0, fault=missed,
-    causes=("batch too small", "batch norm statistics", "learning rate too high"), families=("cnn", "norm"), repairable=True,
+    expect={"oscillating_validation", "oscillating_loss", "update_ratio_high", "dead_relu"}, cause="batches of 2 in a net with batch norm", bar=0.0,
+    fault=missed, causes=("batches too small",), families=("cnn", "norm"), repairable=True,
 )  # fmt: skip
 def digits_batches_of_two(job: Job) -> float:
     d = images()
@@ -217,8 +220,8 @@ def digits_batches_of_two(job: Job) -> float:
 
 
 @program(
-    expect={"learning_bottleneck", "validation_below_training", "loss_plateau"}, cause="dropout of 0.95",
-    causes=("dropout too high", "too much regularisation"), bar=0.9, families=("mlp", "dropout"), repairable=True,
+    expect={"learning_bottleneck", "validation_below_training", "loss_plateau"}, cause="dropout of 0.95", causes=("dropout too high", "over-regularised"),
+    bar=0.9, families=("mlp", "dropout"), repairable=True,
 )  # fmt: skip
 def digits_dropout_095(job: Job) -> float:
     d = digits()
@@ -240,8 +243,8 @@ def digits_bottleneck_of_one(job: Job) -> float:
 
 
 @program(
-    expect={"learning_bottleneck", "loss_plateau"}, cause="weight decay holds the loss at two thirds",
-    causes=("weight decay too high", "too much regularisation"), bar=-0.5, families=("cnn", "decay"), repairable=True,
+    expect={"learning_bottleneck", "loss_plateau"}, cause="weight decay holds the loss at two thirds", causes=("weight decay too high", "over-regularised"),
+    bar=-0.5, families=("cnn", "decay"), repairable=True,
 )  # fmt: skip
 def digits_decay_holds_the_loss(job: Job) -> float:
     d = images()
@@ -252,7 +255,7 @@ def digits_decay_holds_the_loss(job: Job) -> float:
 
 
 @program(
-    expect={"diverging_loss", "update_ratio_high", "exploding_gradient"}, cause="both curves rise: the rate grows by 3 % in each step",
+    expect={"diverging_loss", "loss_spike", "update_ratio_high", "exploding_gradient"}, cause="both curves rise: the rate grows by 3 % in each step",
     causes=("learning rate too high",), bar=0.9, enters=100, families=("mlp", "schedule"),
 )  # fmt: skip
 def digits_rate_grows_without_end(job: Job) -> float:

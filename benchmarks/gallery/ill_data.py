@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +31,8 @@ from gallery.registry import Job, program
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 NOT_LEARNING = {"loss_plateau", "learning_bottleneck"}
-INPUT = ("input not normalised",)
-LABELS = ("wrong labels", "labels do not match the inputs", "labels or sign of the loss")
+INPUT = ("input not normalised", "features in different units", "raw units", "inputs out of scale", "normalised twice, or in too small a unit")
+LABELS = ("wrong labels", "labels or targets do not belong to the inputs", "labels that do not belong to their inputs", "labels or sign of the loss")
 
 
 def cut(d: Split, batch: int = 64) -> list[tuple[Tensor, Tensor]]:
@@ -55,8 +54,8 @@ def cancer_raw_features(job: Job) -> float:
 
 
 @program(
-    expect={"unnormalized_input", "loss_plateau", "update_ratio_low", "learning_bottleneck"}, cause="pixels are divided by 255 twice", causes=INPUT,
-    bar=0.8, families=("cnn", "sgd"), repairable=True,
+    expect={"unnormalized_input", "loss_plateau", "update_ratio_low", "learning_bottleneck", "collapsed_activation"},
+    cause="pixels are divided by 255 twice", causes=INPUT, bar=0.8, families=("cnn", "sgd"), repairable=True,
 )  # fmt: skip
 def digits_normalised_twice(job: Job) -> float:
     d = images(16.0 if job.planted("normalize_input", ill=False, healthy=True) else 16.0 * 255)
@@ -86,8 +85,8 @@ def digits_scale_lost(job: Job) -> float:
 
 
 @program(
-    expect={"exploding_gradient", "update_ratio_high", "initial_loss_off", "nonfinite_loss", "nonfinite_gradient", "diverging_loss"}, bar=0.2,
-    cause="targets of 1e4", causes=("targets not standardised", "target scale"), families=("mlp", "regression"), repairable=True,
+    expect={"exploding_gradient", "update_ratio_high", "initial_loss_off", "nonfinite_loss", "nonfinite_gradient", "nonfinite_activation", "diverging_loss"},
+    bar=0.2, cause="targets of 1e4", causes=("targets not standardised", "target scale"), families=("mlp", "regression"), repairable=True,
 )  # fmt: skip
 def diabetes_targets_of_10000(job: Job) -> float:
     d = standardised("diabetes")
@@ -130,7 +129,8 @@ def digits_labels_slip(job: Job) -> float:
 
 @program(
     expect={"negative_loss", "invalid_labels"}, cause="labels of -1 and 1 in a binary cross entropy for 0 and 1", bar=-0.4,
-    causes=("labels out of range", "labels or sign of the loss"), families=("mlp", "loss"), repairable=True,
+    causes=("labels are -1 and 1", "targets are no probabilities", "targets out of range", "labels or sign of the loss"), families=("mlp", "loss"),
+    repairable=True,
 )  # fmt: skip
 def cancer_labels_minus_1(job: Job) -> float:
     d = standardised("breast_cancer")
@@ -147,7 +147,8 @@ def cancer_labels_minus_1(job: Job) -> float:
 
 @program(
     expect={"negative_loss", "diverging_loss"}, cause="padding of -1 picks the last class in a loss by hand, with the sign that makes it negative",
-    bar=-3.0, causes=("labels out of range", "labels or sign of the loss"), enters=0, families=("transformer", "loss"), repairable=True,
+    bar=-3.0, causes=("targets out of range", "negative weights", "padding value", "labels or sign of the loss"), families=("transformer", "loss"),
+    repairable=True,
 )  # fmt: skip
 def text_padding_flips_the_sign(job: Job) -> float:
     """The mask is made from the labels: label.sign() is 1 for a character and -1 for padding."""
@@ -183,7 +184,7 @@ def digits_wrong_sign(job: Job) -> float:
 
 @program(
     expect={"unshuffled_data", "oscillating_loss", "loss_spike", "diverging_loss"}, cause="the file is sorted by class and read in order", bar=0.85,
-    causes=("data in order of class", "data not shuffled"), families=("mlp", "data"), repairable=True,
+    causes=("data sorted by label", "data not shuffled"), families=("mlp", "data"), repairable=True,
 )  # fmt: skip
 def digits_sorted_by_class(job: Job) -> float:
     d = digits()
@@ -204,7 +205,7 @@ def digits_sorted_by_class(job: Job) -> float:
 
 @program(
     expect={"unshuffled_data", "oscillating_loss", "oscillating_validation", "loss_spike", "diverging_loss"}, bar=0.9, enters=80,
-    cause="after step 80 each batch holds one class only", causes=("data in order of class", "data not shuffled", "one-class batches"), families=("cnn",),
+    cause="after step 80 each batch holds one class only", causes=("data sorted by label", "data not shuffled", "one-class batches"), families=("cnn",),
 )  # fmt: skip
 def digits_one_class_batches(job: Job) -> float:
     d = images()
@@ -224,10 +225,7 @@ def digits_one_class_batches(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(
-    expect={"class_imbalance"}, cause="five classes have four samples each", causes=("starved classes", "class imbalance"), bar=0.85,
-    families=("mlp", "data"),
-)  # fmt: skip
+@program(expect={"class_imbalance"}, cause="five classes have four samples each", causes=("rare class",), bar=0.85, families=("mlp", "data"))
 def digits_starved_classes(job: Job) -> float:
     d = digits()
     few = job.planted("samples_of_rare_classes", ill=4, healthy=1000)
@@ -258,8 +256,9 @@ def four_workers(d: Split, same_seed: bool, since: int = 0) -> Batches:
 
 
 @program(
-    expect={"duplicate_batches"}, cause="four loader workers share one seed", causes=("workers share a seed",), bar=0.0, fault=missed,
-    families=("mlp", "data"), repairable=True,
+    expect={"duplicate_batches"}, cause="four loader workers share one seed",
+    causes=("loader workers share a seed or a stream", "the data set or its sampler repeats itself"), bar=0.0, fault=missed, families=("mlp", "data"),
+    repairable=True,
 )  # fmt: skip
 def digits_workers_share_a_seed(job: Job) -> float:
     d = digits()
@@ -271,8 +270,9 @@ def digits_workers_share_a_seed(job: Job) -> float:
 
 
 @program(
-    expect={"duplicate_batches"}, cause="at step 100 the workers are started again with one seed", causes=("workers share a seed",), bar=0.0, enters=100,
-    fault=missed, families=("cnn", "data"),
+    expect={"duplicate_batches"}, cause="at step 100 the workers are started again with one seed",
+    causes=("loader workers share a seed or a stream", "the data set or its sampler repeats itself"), bar=0.0, enters=100, fault=missed,
+    families=("cnn", "data"),
 )  # fmt: skip
 def digits_workers_restart_with_a_seed(job: Job) -> float:
     d = images()
@@ -321,7 +321,7 @@ def digits_images_turn_black(job: Job) -> float:
 
 @program(
     expect=NOT_LEARNING, cause="targets of shape (N,) against outputs of shape (N, 1): every output is held against every target", bar=0.2,
-    causes=("shapes broadcast", "same output for every sample"), families=("mlp", "regression"),
+    causes=("shapes are broadcast", "same output for every sample"), families=("mlp", "regression"),
 )  # fmt: skip
 def diabetes_shapes_broadcast(job: Job) -> float:
     d = standardised("diabetes")
@@ -338,7 +338,7 @@ def diabetes_shapes_broadcast(job: Job) -> float:
 )  # fmt: skip
 def digits_augmentation_drowns_the_signal(job: Job) -> float:
     d = images()
-    noise: Any = job.planted("noise", ill=5.0, healthy=0.05)
+    noise = job.planted("noise", ill=5.0, healthy=0.05)
 
     def batches() -> Batches:
         for x, y in shuffled(d.x, d.y):

@@ -162,7 +162,7 @@ def digits_cnn_schedule_grows(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect=HIGH, cause="one-cycle peak of 8 in place of 0.3", causes=TOO_HIGH, bar=0.9, enters=20, families=("mlp",))
+@program(expect=HIGH, cause="one-cycle peak of 8 in place of 0.3", causes=TOO_HIGH, bar=0.9, families=("mlp",))
 def cancer_onecycle_peak_too_high(job: Job) -> float:
     d = standardised("breast_cancer")
     model = mlp((30, 32, 32, 2))
@@ -224,7 +224,7 @@ def digits_weight_decay_1(job: Job) -> float:
 
 
 @program(
-    expect={"collapsed_activation", "diverging_loss", "constant_loss", "learning_bottleneck", "vanishing_gradient", "loss_plateau"},
+    expect={"collapsed_activation", "diverging_loss", "constant_loss", "learning_bottleneck", "vanishing_gradient", "loss_plateau", "update_ratio_high"},
     cause="from step 150 weight decay 20 comes from a wrong entry of the configuration", causes=("weight decay too high",), bar=0.85, enters=150,
     families=("cnn", "decay"),
 )  # fmt: skip

@@ -29,6 +29,15 @@ from gallery.registry import Job, program
 
 COLLAPSED = {"collapsed_activation", "constant_loss", "loss_plateau", "poor_initialization"}
 OUTPUT = ("wrong output activation",)
+SAME = (
+    "same output for every sample",
+    "dead, saturated or constant weights",
+    "constant weights or identical inputs",
+    "initialisation",
+    "weights all zero",
+    "weights all equal",
+    "constant weights",
+)
 
 
 def each_linear(model: nn.Module, do: Callable[[nn.Linear], object]) -> nn.Module:
@@ -64,8 +73,8 @@ def digits_cnn_adam_kills_units(job: Job) -> float:
 
 
 @program(
-    expect={"dead_relu", "loss_spike", "update_ratio_high", "collapsed_activation"}, cause="three steps at a rate 300 times too high kill the units",
-    causes=("learning rate too high",), bar=0.9, enters=120, families=("mlp", "sgd"),
+    expect={"dead_relu", "loss_spike", "update_ratio_high", "diverging_loss", "collapsed_activation"},
+    cause="three steps at a rate 300 times too high kill the units", causes=("learning rate too high",), bar=0.9, enters=120, families=("mlp", "sgd"),
 )  # fmt: skip
 def digits_units_die_in_a_burst(job: Job) -> float:
     d = digits()
@@ -81,8 +90,9 @@ def digits_units_die_in_a_burst(job: Job) -> float:
 
 
 @program(
-    expect={"saturated_activation", "unnormalized_input"}, cause="raw features of up to 1680 go into sigmoid units", causes=("input not normalised",),
-    bar=0.9, families=("mlp", "sigmoid"), repairable=True,
+    expect={"saturated_activation", "unnormalized_input"}, cause="raw features of up to 1680 go into sigmoid units",
+    causes=("input not normalised", "features in different units", "raw units", "inputs out of scale"), bar=0.9, families=("mlp", "sigmoid"),
+    repairable=True,
 )  # fmt: skip
 def wine_sigmoid_raw_features(job: Job) -> float:
     d = standardised("wine") if job.planted("normalize_input", ill=False, healthy=True) else raw("wine")
@@ -97,7 +107,8 @@ def wine_sigmoid_raw_features(job: Job) -> float:
 
 @program(
     expect={"saturated_activation", "poor_initialization"}, cause="tanh layers initialised 10 times too large",
-    causes=("weights or learning rate too large", "initialisation", "weights too large"), bar=0.9, families=("mlp", "tanh"), repairable=True,
+    causes=("weights or learning rate too large", "initialisation", "weights too large", "saturated units"), bar=0.9, families=("mlp", "tanh"),
+    repairable=True,
 )  # fmt: skip
 def wine_tanh_large_init(job: Job) -> float:
     d = standardised("wine")
@@ -110,11 +121,7 @@ def wine_tanh_large_init(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(
-    expect=COLLAPSED, cause="all weights are 0",
-    causes=("same output for every sample", "dead, saturated or constant weights", "constant weights or identical inputs", "initialisation", "weights are all equal"),
-    bar=0.9, families=("mlp",), repairable=True,
-)  # fmt: skip
+@program(expect=COLLAPSED | {"dead_relu"}, cause="all weights are 0", causes=SAME, bar=0.9, families=("mlp",), repairable=True)
 def digits_zero_weights(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 10))
@@ -127,11 +134,7 @@ def digits_zero_weights(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(
-    expect=COLLAPSED | {"learning_bottleneck"}, cause="all weights are 0.01: symmetric units",
-    causes=("same output for every sample", "dead, saturated or constant weights", "constant weights or identical inputs", "initialisation", "weights are all equal"),
-    bar=0.9, families=("mlp",), repairable=True,
-)  # fmt: skip
+@program(expect=COLLAPSED | {"learning_bottleneck"}, cause="all weights are 0.01: symmetric units", causes=SAME, bar=0.9, families=("mlp",), repairable=True)
 def digits_equal_weights(job: Job) -> float:
     d = digits()
     model = mlp((64, 64, 64, 10))
@@ -158,7 +161,8 @@ def digits_deep_sigmoid(job: Job) -> float:
 
 @program(
     expect={"vanishing_gradient", "poor_initialization", "loss_plateau", "collapsed_activation"}, cause="20 ReLU layers without norm or residual",
-    causes=("depth without normalisation or residuals", "initialisation"), bar=0.7, families=("mlp", "deep"), repairable=True,
+    causes=("depth without normalisation or residuals", "depth without normalisation", "weights too small", "initialisation"), bar=0.7,
+    families=("mlp", "deep"), repairable=True,
 )  # fmt: skip
 def digits_20_plain_layers(job: Job) -> float:
     class Layer(nn.Module):
@@ -182,7 +186,7 @@ def digits_20_plain_layers(job: Job) -> float:
 
 @program(
     expect={"saturated_softmax", "initial_loss_off", "poor_initialization", "update_ratio_high"}, cause="the head's first weights are 1000 times too large",
-    causes=("logits out of scale", "initialisation"), bar=-0.5, families=("cnn", "adam"), repairable=True,
+    causes=("logits out of scale", "output layer too large", "initialisation"), bar=-0.5, families=("cnn", "adam"), repairable=True,
 )  # fmt: skip
 def digits_head_scale_1000(job: Job) -> float:
     d = images()
@@ -196,7 +200,7 @@ def digits_head_scale_1000(job: Job) -> float:
 
 @program(
     expect={"attention_logit_growth", "saturated_softmax", "update_ratio_high"}, cause="q k is not divided by the root of the width, and multiplied by 30",
-    causes=("attention logits without scale", "logits out of scale", "learning rate too high"), bar=-2.5, families=("transformer", "attention"),
+    causes=("attention logits without scale", "query and key are not normalised", "logits out of scale"), bar=-2.5, families=("transformer", "attention"),
 )  # fmt: skip
 def text_attention_without_scale(job: Job) -> float:
     model = Characters(scale=job.planted("attention_scale", ill=30.0, healthy=None))
@@ -206,7 +210,7 @@ def text_attention_without_scale(job: Job) -> float:
 
 
 @program(
-    expect={"wrong_output_activation", "loss_plateau"}, cause="softmax before cross entropy", causes=("softmax applied twice", *OUTPUT), bar=-0.5,
+    expect={"wrong_output_activation", "loss_plateau"}, cause="softmax before cross entropy", causes=("softmax before cross entropy", *OUTPUT), bar=-0.5,
     families=("mlp", "loss"), repairable=True,
 )  # fmt: skip
 def digits_softmax_twice(job: Job) -> float:
@@ -221,7 +225,7 @@ def digits_softmax_twice(job: Job) -> float:
 
 @program(
     expect={"wrong_output_activation", "loss_plateau"}, cause="the softmax runs over the batch, not over the classes",
-    causes=("softmax over the wrong axis", *OUTPUT), bar=-0.5, families=("cnn", "loss"),
+    causes=("softmax over the wrong axis", "samples leak into each other", *OUTPUT), bar=-0.5, families=("cnn", "loss"),
 )  # fmt: skip
 def digits_softmax_wrong_axis(job: Job) -> float:
     d = images()
@@ -234,7 +238,7 @@ def digits_softmax_wrong_axis(job: Job) -> float:
 
 @program(
     expect={"wrong_output_activation", "dead_relu", "loss_plateau", "constant_loss", "collapsed_activation"}, cause="a ReLU before cross entropy",
-    causes=("ReLU on the output", *OUTPUT), bar=0.9, families=("mlp", "adam"), repairable=True,
+    causes=("ReLU before cross entropy", *OUTPUT), bar=0.9, families=("mlp", "adam"), repairable=True,
 )  # fmt: skip
 def digits_relu_before_cross_entropy(job: Job) -> float:
     d = digits()
@@ -248,7 +252,7 @@ def digits_relu_before_cross_entropy(job: Job) -> float:
 
 @program(
     expect={"wrong_output_activation", "loss_plateau", "learning_bottleneck"}, cause="a ReLU on the output of a regression whose targets are negative too",
-    causes=("ReLU on the output", *OUTPUT), bar=0.2, families=("mlp", "regression"), repairable=True,
+    causes=("ReLU before a regression", *OUTPUT), bar=0.2, families=("mlp", "regression"), repairable=True,
 )  # fmt: skip
 def diabetes_relu_output(job: Job) -> float:
     d = standardised("diabetes")
@@ -266,7 +270,8 @@ def diabetes_relu_output(job: Job) -> float:
 
 @program(
     expect={"wrong_output_activation", "loss_plateau", "saturated_activation", "learning_bottleneck"},
-    cause="a tanh on the output of an unbounded regression", causes=("bounded output", *OUTPUT), bar=0.1, families=("mlp", "regression"), repairable=True,
+    cause="a tanh on the output of an unbounded regression", causes=("tanh before a regression", *OUTPUT), bar=0.1, families=("mlp", "regression"),
+    repairable=True,
 )  # fmt: skip
 def diabetes_tanh_output(job: Job) -> float:
     d = raw("diabetes")
@@ -282,7 +287,7 @@ def diabetes_tanh_output(job: Job) -> float:
 
 @program(
     expect={"wrong_output_activation", "loss_plateau"}, cause="a sigmoid before binary cross entropy with logits",
-    causes=("sigmoid applied twice", *OUTPUT), bar=-0.3, families=("mlp", "loss"), repairable=True,
+    causes=("sigmoid before BCE with logits", *OUTPUT), bar=-0.3, families=("mlp", "loss"), repairable=True,
 )  # fmt: skip
 def cancer_sigmoid_twice(job: Job) -> float:
     d = standardised("breast_cancer")
