@@ -264,9 +264,9 @@ def documents_packed_lstm(job: Job) -> float:
         return sum(((logits(b) > 0) == labels[b].bool()).float().sum().item() for b in buckets) / len(chosen)
 
 
-@program(healthy=True, bar=-3.0, families=("transformer", "text"))
+@program(healthy=True, bar=-3.12, families=("transformer", "text"))
 def masked_characters_bert(job: Job) -> float:
-    """Torch's own encoder with dropout; a random fifth of the characters is masked, the rest is ignored by the loss."""
+    """Torch's own encoder with dropout; a random fifth of the characters is masked, the rest is ignored; letter frequencies alone give 3.24."""
     stream, letters = data.text()
     embed, place = nn.Embedding(letters + 1, 48), nn.Parameter(0.02 * torch.randn(32, 48))
     layer = nn.TransformerEncoderLayer(48, 4, 96, dropout=0.05, batch_first=True, norm_first=True)

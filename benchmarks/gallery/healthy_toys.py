@@ -116,7 +116,7 @@ def modular_addition_grokking(job: Job) -> float:
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1.0)
     guard = job.guard(model, optimizer)
-    for i in range(1000):
+    for i in range(800):
         loss = criterion(model(d.x), d.y)
         optimizer.zero_grad()
         loss.backward()
