@@ -20,6 +20,7 @@ def convnet_momentum_cosine(job: Job) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     loader = data.loader(d.x, d.y, 64, job.generator)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 16 * len(loader))
+    job.preflight(model, loader, criterion, optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(16):
         model.train()
@@ -41,6 +42,7 @@ def convnet_without_norm(job: Job) -> float:
     d = data.digits("image")
     model = ConvNet(16, norm="none")
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    job.preflight(model, data.loader(d.x, d.y, 64), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(data.endless(data.loader(d.x, d.y, 64, job.generator), 400)):
         optimizer.zero_grad()
@@ -58,6 +60,7 @@ def resnet_zero_gamma_one_cycle(job: Job) -> float:
     model = ResNet(16, 3, zero=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=350)
+    job.preflight(model, data.loader(d.x, d.y, 64), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(data.endless(data.loader(d.x, d.y, 64, job.generator), 350)):
         optimizer.zero_grad()
@@ -94,6 +97,7 @@ def weight_norm_mlp(job: Job) -> float:
         if isinstance(layer, nn.Linear):
             nn.utils.parametrizations.weight_norm(layer)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    job.preflight(model, data.loader(d.x, d.y, 64), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(data.endless(data.loader(d.x, d.y, 64, job.generator), 500)):
         optimizer.zero_grad()
@@ -131,6 +135,7 @@ def deep_batchnorm_mlp(job: Job) -> float:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    job.preflight(model, data.loader(d.x, d.y, 64), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(data.endless(data.loader(d.x, d.y, 64, job.generator, drop_last=True), 400)):
         optimizer.zero_grad()
@@ -170,6 +175,7 @@ def vit_zero_head(job: Job) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     loader = data.loader(d.x, d.y, 64, job.generator)
     schedule = warmup_cosine(optimizer, 40, 20 * len(loader))
+    job.preflight(model, loader, criterion, optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(20):
         for x, y in guard.batches(loader):
@@ -261,6 +267,7 @@ def segmentation_ignore_index(job: Job) -> float:
     criterion = nn.CrossEntropyLoss(ignore_index=255)
     labels = (d.x[:, 0] > 0.6).long()
     labels[:, 0], labels[:, -1] = 255, 255
+    job.preflight(model, data.loader(d.x, labels, 32), criterion, optimizer)
     guard = job.guard(model, optimizer)
     for clean, y in guard.batches(data.endless(data.loader(d.x, labels, 32, job.generator), 300)):
         loss = criterion(model(clean + 0.15 * torch.randn(clean.shape)), y)

@@ -43,6 +43,7 @@ def diabetes_raw_targets(job: Job) -> float:
     d, raw = data.table("diabetes"), data.raw_table("diabetes")
     model = mlp(10, 64, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    job.preflight(model, data.loader(d.x, raw.y, 32), nn.MSELoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(data.endless(data.loader(d.x, raw.y, 32, job.generator), 600)):
         optimizer.zero_grad()
@@ -61,6 +62,7 @@ def diabetes_sum_reduction(job: Job) -> float:
     model = nn.Linear(10, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02 / 64)
     criterion = nn.MSELoss(reduction="sum")
+    job.preflight(model, data.loader(d.x, d.y, 64), criterion, optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(data.endless(data.loader(d.x, d.y, 64, job.generator), 600)):
         loss = criterion(model(x), y)
@@ -124,6 +126,7 @@ def diabetes_quantiles(job: Job) -> float:
         error = y - out
         return torch.maximum(levels * error, (levels - 1) * error).mean()
 
+    job.preflight(model, data.loader(d.x, d.y, 32), pinball, optimizer)
     guard = job.guard(model, optimizer)
     loader = data.loader(d.x, d.y, 32, job.generator)
     for _ in range(30):
@@ -143,6 +146,7 @@ def diabetes_poisson_counts(job: Job) -> float:
     d, raw = data.table("diabetes"), data.raw_table("diabetes")
     model, criterion = mlp(10, 32, 1), nn.PoissonNLLLoss(log_input=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    job.preflight(model, data.loader(d.x, (raw.y / 10).round(), 32), criterion, optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(data.endless(data.loader(d.x, (raw.y / 10).round(), 32, job.generator), 500)):
         optimizer.zero_grad()
@@ -182,6 +186,7 @@ def linnerud_twenty_rows(job: Job) -> float:
     d = data.table("linnerud")
     model = nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.05)
+    job.preflight(model, [(d.x, d.y)], nn.MSELoss(), optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(400):
         optimizer.zero_grad()
@@ -250,6 +255,7 @@ def image_siren(job: Job) -> float:
             bound = 1 / 2 if i == 0 else (6 / layer.in_features) ** 0.5 / 30
             layer.weight.uniform_(-bound, bound)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    job.preflight(model, [(place, image.reshape(-1, 1))], nn.MSELoss(), optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(500):
         loss = F.mse_loss(model(place), image.reshape(-1, 1))

@@ -50,6 +50,7 @@ def schedule_warmup_from_zero(job: Job) -> float:
     model = mlp(64, 128, 10)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, i / 150))
+    job.preflight(model, batches(job, 20), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(batches(job, 700)):
         optimizer.zero_grad()
@@ -67,6 +68,7 @@ def schedule_one_cycle(job: Job) -> float:
     model = mlp(64, 128, 128, 10, norm=nn.BatchNorm1d)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=600)
+    job.preflight(model, batches(job, 20), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(batches(job, 600)):
         optimizer.zero_grad()
@@ -123,6 +125,7 @@ def schedule_on_plateau_steps(job: Job) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.2, patience=1)
     loader = data.loader(d.x, d.y, 64, job.generator)
+    job.preflight(model, loader, criterion, optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(40):
         for x, y in guard.batches(loader):
@@ -142,6 +145,7 @@ def large_rate_batchnorm(job: Job) -> float:
     """SGD at 1.0, which only batch-norm permits; weights grow and steps shrink by themselves."""
     model = mlp(64, 128, 128, 10, norm=nn.BatchNorm1d)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    job.preflight(model, batches(job, 20), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(batches(job, 600, 128)):
         optimizer.zero_grad()
@@ -157,6 +161,7 @@ def optimizer_adagrad(job: Job) -> float:
     """Adagrad, whose steps only ever shrink."""
     model = mlp(64, 96, 10)
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.02)
+    job.preflight(model, batches(job, 20), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(batches(job, 700)):
         optimizer.zero_grad()

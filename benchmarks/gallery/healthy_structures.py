@@ -195,6 +195,7 @@ def digits_highway_gates(job: Job) -> float:
 
     model = nn.Sequential(*(Highway() for _ in range(6)), nn.Linear(64, 10))
     optimizer = torch.optim.RAdam(model.parameters(), lr=2e-3)
+    job.preflight(model, data.loader(d.x, d.y, 64), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(data.endless(data.loader(d.x, d.y, 64, job.generator), 450)):
         optimizer.zero_grad()

@@ -55,6 +55,7 @@ def digits_tanh_nesterov(job: Job) -> float:
     model = mlp(64, 96, 96, 96, 10, activation=nn.Tanh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
     loader = data.loader(d.x, d.y, 64, job.generator)
+    job.preflight(model, loader, nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(data.endless(loader, 700)):
         optimizer.zero_grad(set_to_none=True)
@@ -88,6 +89,7 @@ def digits_heavy_dropout(job: Job) -> float:
     model, criterion = mlp(64, 256, 256, 10, dropout=0.6), nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     loader = data.loader(d.x, d.y, 64, job.generator)
+    job.preflight(model, loader, criterion, optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(25):
         for x, y in guard.batches(loader):
@@ -110,6 +112,7 @@ def digits_label_noise(job: Job) -> float:
     model, criterion = mlp(64, 64, 10), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     loader = data.loader(d.x, y, 64, job.generator)
+    job.preflight(model, loader, criterion, optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(25):
         for x, t in guard.batches(loader):
@@ -153,6 +156,7 @@ def digits_long_tail_weighted(job: Job) -> float:
     criterion = nn.CrossEntropyLoss(weight=len(y) / (10.0 * counts))
     model = mlp(64, 64, 10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    job.preflight(model, data.loader(x, y, 32), criterion, optimizer)
     guard = job.guard(model, optimizer)
     for xb, yb in guard.batches(data.endless(data.loader(x, y, 32, job.generator), 700)):
         loss = criterion(model(xb), yb)
@@ -170,6 +174,7 @@ def digits_mixup_smoothing(job: Job) -> float:
     model, criterion = mlp(64, 128, 10, activation=nn.GELU), nn.CrossEntropyLoss(label_smoothing=0.1)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     loader = data.loader(d.x, d.y, 64, job.generator)
+    job.preflight(model, loader, criterion, optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(25):
         for x, y in loader:
@@ -229,6 +234,7 @@ def wine_full_batch_descent(job: Job) -> float:
     d = data.table("wine")
     model = mlp(13, 16, 3, activation=nn.Tanh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    job.preflight(model, [(d.x, d.y)], nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(1000):
         optimizer.zero_grad()
@@ -249,6 +255,7 @@ def cancer_logistic_regression(job: Job) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
     criterion = nn.BCEWithLogitsLoss()
     loader = data.loader(d.x, d.y.float()[:, None], 32, job.generator)
+    job.preflight(model, loader, criterion, optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(25):
         for x, y in guard.batches(loader):
@@ -285,6 +292,7 @@ def digits_overfit_one_batch(job: Job) -> float:
     x, y = d.x[:16], d.y[:16]
     model = mlp(64, 128, 128, 10)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    job.preflight(model, [(x, y)], nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(600):
         optimizer.zero_grad()

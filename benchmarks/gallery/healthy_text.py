@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,7 @@ def gpt_characters(job: Job) -> float:
     model = GPT(letters, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = warmup_cosine(optimizer, 40, 400, 0.1)
+    job.preflight(model, itertools.islice(data.windows(stream, 32, 16, torch.Generator().manual_seed(1)), 20), next_token, optimizer)
     guard = job.guard(model, optimizer)
     source = data.windows(stream[: -len(stream) // 10], 32, 16, job.generator)
     for i in range(400):
@@ -148,6 +151,7 @@ def gru_two_layers(job: Job) -> float:
     stream, letters = data.text()
     model = CharRNN(letters, 64, "GRU", 2)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=2e-3)
+    job.preflight(model, itertools.islice(data.windows(stream, 32, 16, torch.Generator().manual_seed(1)), 20), next_token, optimizer)
     guard = job.guard(model, optimizer)
     source = data.windows(stream[: -len(stream) // 10], 32, 16, job.generator)
     for i in range(350):

@@ -17,6 +17,7 @@ def xor_small(job: Job) -> float:
     x, y = data.xor(400, job.generator)
     model = mlp(2, 8, 2, activation=nn.Tanh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    job.preflight(model, data.loader(x, y, 32), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for xb, yb in data.draws(x, y, 32, 1000, job.generator):
         loss = F.cross_entropy(model(xb), yb)
@@ -34,6 +35,7 @@ def parity_plateau(job: Job) -> float:
     y = (x[:, :5] > 0).sum(1) % 2
     model = mlp(10, 128, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    job.preflight(model, data.loader(x, y, 64), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for xb, yb in data.draws(x, y, 64, 1200, job.generator):
         loss = F.cross_entropy(model(xb), yb)
@@ -51,6 +53,7 @@ def moons_deep_tanh(job: Job) -> float:
     model, criterion = mlp(2, *[24] * 5, 1, activation=nn.Tanh), nn.BCEWithLogitsLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     loader = data.loader(d.x, d.y.float()[:, None], 32, job.generator)
+    job.preflight(model, loader, criterion, optimizer)
     guard = job.guard(model, optimizer)
     for _ in range(40):
         for x, y in guard.batches(loader):
@@ -115,6 +118,7 @@ def modular_addition_grokking(job: Job) -> float:
     model = nn.Sequential(nn.Embedding(23, 48), nn.Flatten(), nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 23))
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1.0)
+    job.preflight(model, [(d.x, d.y)], criterion, optimizer)
     guard = job.guard(model, optimizer)
     for i in range(800):
         loss = criterion(model(d.x), d.y)

@@ -43,6 +43,7 @@ def finetune_frozen_backbone(job: Job) -> float:
     model.head = nn.Linear(24, 10)
     model.eval()
     optimizer = torch.optim.Adam(model.head.parameters(), lr=1e-2)
+    job.preflight(model, data.loader(d.x, d.y, 64), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(data.endless(data.loader(d.x, d.y, 64, job.generator), 500)):
         loss = F.cross_entropy(model(x), y)
@@ -103,6 +104,7 @@ def finetune_lora(job: Job) -> float:
     model[0], model[2], model[4] = LoRA(model[0]), LoRA(model[2]), nn.Linear(64, 10)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     schedule = warmup_cosine(optimizer, 20, 500)
+    job.preflight(model, data.loader(d.x, d.y, 64), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for x, y in guard.batches(data.endless(data.loader(d.x, d.y, 64, job.generator), 500)):
         loss = F.cross_entropy(model(x), y)
@@ -123,6 +125,7 @@ def finetune_gradual_unfreezing(job: Job) -> float:
     model.body.requires_grad_(False)
     groups = [{"params": model.body.parameters(), "lr": 1e-3}, {"params": model.head.parameters(), "lr": 1e-2}]
     optimizer = torch.optim.AdamW(groups)
+    job.preflight(model, data.loader(d.x, d.y, 64), nn.CrossEntropyLoss(), optimizer)
     guard = job.guard(model, optimizer)
     for i, (x, y) in enumerate(guard.batches(data.endless(data.loader(d.x, d.y, 64, job.generator), 400))):
         if i == 120:
@@ -143,6 +146,7 @@ def finetune_head_few_shots(job: Job) -> float:
     rows = torch.cat([torch.nonzero(d.y == c)[:5, 0] for c in range(10)])
     model, criterion = nn.Sequential(trunk, nn.Linear(64, 10)), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    job.preflight(model, [(d.x[rows], d.y[rows])], criterion, optimizer)
     guard = job.guard(model, optimizer)
     for i in range(300):
         optimizer.zero_grad()
