@@ -161,11 +161,11 @@ def elman(strips: int, gain: float) -> tuple[nn.Module, Tensor, Tensor]:
 
 @program(
     expect=NOT_A_NUMBER | {"exploding_gradient", "update_ratio_high", "diverging_loss", "poor_initialization", "initial_loss_off"},
-    cause="gradients explode through time: a recurrent gain of 3 and no clipping", causes=("exploding gradient", "initialisation", "weights too large"),
+    cause="gradients explode through time: a recurrent gain of 8 and no clipping", causes=("exploding gradient", "initialisation", "weights too large"),
     bar=0.7, families=("rnn", "sgd"), repairable=True,
 )  # fmt: skip
-def strips_rnn_explodes_through_time(job: Job) -> float:
-    model, x, held_x = elman(16, job.planted("init_scale", ill=3.0, healthy=1.3))
+def rows_rnn_explodes_through_time(job: Job) -> float:
+    model, x, held_x = elman(8, job.planted("init_scale", ill=8.0, healthy=1.3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fit(job, model, optimizer, shuffled(x, digits().y), 300, clip=job.planted("max_norm", ill=None, healthy=None))
     return accuracy(model, held_x, digits().held_y)
@@ -206,7 +206,7 @@ def digits_learning_rate_is_nan(job: Job) -> float:
 
 
 @program(
-    expect={"nonfinite_activation", "nonfinite_loss", "overflow_risk", "nonfinite_gradient"}, cause="softmax by hand overflows in float32", bar=0.7,
+    expect={"nonfinite_activation", "nonfinite_loss", "overflow_risk", "nonfinite_gradient"}, cause="softmax by hand overflows in float32", bar=0.6,
     causes=("overflow in forward", "loss function"), families=("mlp", "softmax"), repairable=True,
 )  # fmt: skip
 def digits_softmax_by_hand(job: Job) -> float:

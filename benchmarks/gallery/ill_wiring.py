@@ -38,13 +38,14 @@ def digits_cnn_no_zero_grad(job: Job) -> float:
 
 
 @program(
-    expect={"missing_zero_grad"}, cause="zero_grad() is lost in a branch from step 100 on", causes=("zero_grad() is not called",), bar=-2.55, enters=100,
-    families=("transformer", "adamw"), repairable=True,
+    expect={"missing_zero_grad"}, cause="zero_grad() is lost in a branch from step 100 on", causes=("zero_grad() is not called",), bar=-2.65, enters=100,
+    fault=missed, families=("transformer", "adamw"), repairable=True,
 )  # fmt: skip
 def text_zero_grad_lost(job: Job) -> float:
     model = Characters()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     clear = job.planted("zero_grad", ill=False, healthy=True)
+    job.notes["fault"] = not clear
     with job.guard(model, optimizer) as guard:
         for step, (x, y) in enumerate(guard.batches(islice(pieces(), 250))):
             loss = per_character(model(x), y)
