@@ -151,7 +151,7 @@ def digits_optimizer_of_old_model(job: Job) -> float:
 
 
 @program(
-    expect=STILL, cause="blocks kept in a plain list are in no optimizer", causes=("not given to the optimizer",), bar=-2.6, fault=missed,
+    expect=STILL, cause="the rule that makes the parameter groups forgets the attention", causes=("not given to the optimizer",), bar=-2.6, fault=missed,
     families=("transformer",), repairable=True,
 )  # fmt: skip
 def text_group_left_out(job: Job) -> float:
