@@ -115,8 +115,11 @@ def fit(
     validate: Callable[[], float] | None = None,
     every: int = 20,
 ) -> None:
-    """A plain loop. change: called with the step's number before it."""
+    """A plain loop. change: called with the step's number before it. A remedy may name the rate or the clip value of any program."""
     model.train()
+    clip = job.overrides.get("max_norm", clip)
+    for group in optimizer.param_groups:
+        group["lr"] = job.overrides.get("lr", group["lr"])
     with job.guard(model, optimizer) as guard:
         for step, (x, y) in enumerate(guard.batches(islice(batches, steps))):
             if change is not None:
