@@ -9,9 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from gallery import registry, repair  # noqa: E402
+from gallery import registry, repair
 
-from lossguard import Finding, Remedy, Severity  # noqa: E402
+from lossguard import Finding, Remedy, Severity
 
 
 def advice(*changes):
