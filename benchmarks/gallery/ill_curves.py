@@ -176,16 +176,16 @@ def swings(job: Job, values: list[float]) -> None:
     late = values[len(values) // 3 :]
     changes = [b - a for a, b in pairwise(late)]
     turns = sum(1 for a, b in pairwise(changes) if a * b < 0 and min(abs(a), abs(b)) > 0.1 * min(late))
-    job.notes["fault"] = turns >= 3 and min(late) > 0.05  # swings near 0 harm nobody
+    job.notes["fault"] = turns >= 3 and sorted(late)[len(late) // 2] > 0.05  # swings near 0 harm nobody
 
 
 @program(
-    expect={"oscillating_validation"}, cause="the validation set is five samples, drawn anew each time", causes="validation set too small or drawn anew",
+    expect={"oscillating_validation"}, cause="the validation set is three samples, drawn anew each time", causes="validation set too small or drawn anew",
     bar=0.0, fault=missed, families=("mlp", "data"), repairable=False,
 )  # fmt: skip
-def digits_five_validation_samples(job: Job) -> float:
+def digits_three_validation_samples(job: Job) -> float:
     d = digits()
-    many = job.planted("validation_samples", ill=5, healthy=len(d.held_y))
+    many = job.planted("validation_samples", ill=3, healthy=len(d.held_y))
     model = mlp((64, 64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     values: list[float] = []
