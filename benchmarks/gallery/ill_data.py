@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 
 import torch
 import torch.nn.functional as F
@@ -243,8 +243,7 @@ def four_workers(d: Split, same_seed: bool, since: int = 0) -> Batches:
     """Four workers draw their batches in turn, each from its own generator."""
     make = [torch.Generator().manual_seed(int(torch.randint(1 << 30, ()))) for _ in range(4)]
     together = torch.Generator().manual_seed(int(torch.randint(1 << 30, ())))
-    turn = 0
-    while True:
+    for turn in count():
         state = together.get_state()
         for g in make:
             if same_seed and turn >= since:
@@ -252,7 +251,6 @@ def four_workers(d: Split, same_seed: bool, since: int = 0) -> Batches:
                 g = together
             chosen = torch.randint(len(d.y), (16,), generator=g)
             yield d.x[chosen], d.y[chosen]
-            turn += 1
 
 
 @program(
