@@ -243,7 +243,7 @@ def four_workers(d: Split, same_seed: bool, since: int = 0) -> Batches:
     """Four workers draw their batches in turn, each from its own generator."""
     make = [torch.Generator().manual_seed(int(torch.randint(1 << 30, ()))) for _ in range(4)]
     together = torch.Generator().manual_seed(int(torch.randint(1 << 30, ())))
-    for turn in count():
+    for turn in count(step=4):
         state = together.get_state()
         for g in make:
             if same_seed and turn >= since:
