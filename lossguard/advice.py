@@ -199,7 +199,9 @@ def clip_remedy(history: History) -> Remedy:
 
 def ranked(pairs: Sequence[tuple[Cause, Sequence[Remedy]]]) -> Advice:
     """The most likely causes and, in their order, what to do about each; nothing twice."""
-    best = sorted(pairs, key=lambda pair: -pair[0].confidence)[:MOST]
+    ordered = sorted(pairs, key=lambda pair: -pair[0].confidence)
+    names = [cause.name for cause, _ in ordered]
+    best = [pair for i, pair in enumerate(ordered) if names[i] not in names[:i]][:MOST]
     remedies: list[Remedy] = []
     for _, tries in best:
         remedies += [r for r in tries if r not in remedies]

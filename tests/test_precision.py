@@ -38,7 +38,7 @@ def train(model, optimizer, *, steps=80, dtype=torch.float32, scale=1.0, before=
 
 
 def names(guard):
-    return [f.diagnosis for f in guard.findings]
+    return [f.diagnosis for f in guard.findings if f.severity >= Severity.WARNING]
 
 
 def tree(guard):

@@ -206,7 +206,7 @@ ILL: dict[str, tuple[Edit, int, int, str, Severity]] = {
     "overflow_risk": (times("activation_reach", 6, 60.0, since=40), 40, 3, "layers.2", Severity.WARNING),
     "poor_initialization": (at("weight_range", slice(1, 6), 0.0), 0, 0, "layers.0.weight", Severity.WARNING),
     "attention_logit_growth": (both(times("attention_logit", 4, 50.0, since=20), loss(lambda t, v: 2.3)), 20, 20, "layers.1", Severity.ERROR),
-    "loss_spike": (loss(lambda t, v: 60.0, since=133, until=134), 133, 0, "loss", Severity.WARNING),
+    "loss_spike": (loss(lambda t, v: 60.0, since=133, until=134), 133, 3, "loss", Severity.WARNING),
     "diverging_loss": (loss(lambda t, v: v * 1.1 ** (t - 80), since=80), 80, 60, "loss", Severity.WARNING),
     "constant_loss": (loss(lambda t, v: 87.33654), 0, 20, "loss", Severity.WARNING),
     "loss_plateau": (both(loss(lambda t, v: 2.3 + 0.05 * np.sin(t)), times("update_norm", ALL, 2e-3)), 0, 150, "loss", Severity.WARNING),

@@ -6,7 +6,7 @@ The recorder owns banks (parameters), the forward collector and the rows; who ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,8 +58,8 @@ class Recorder:
         self._kept_before: set[int] = set()  # banks whose weights before the update are kept in this step
         self._updated: set[int] = set()  # optimizers that stepped in this step
         self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
-        self._passes: dict[int, int] = {}  # of several optimizers: backward passes since the last update of each
-        self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient after the last update
+        self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient since the last update
+        self._added: dict[int, bool] = {}  # probe -> whether all that arrived since then was added to what was left of it
         self._carried: dict[str, Any] = {}  # what a step that is not sampled tells of itself: facts of the next sample
         self._functional = GradientRows()
         self.extras = Extras(model, optimizers)
@@ -100,9 +100,8 @@ class Recorder:
         """All gradients of a backward pass are there, unclipped. Later passes before an update overwrite earlier ones."""
         if not self.banks:
             self.build()
-        if self._versions and len(self.optimizers) == 1:
-            self._look_at_clearing(self.banks)
-        self._passes = {k: n + 1 for k, n in self._passes.items()}
+        if self._versions:
+            self._look_at_clearing()
         if not self.on:
             return
         with torch.no_grad():
@@ -116,10 +115,8 @@ class Recorder:
 
     def before_update(self, index: int) -> None:
         """Optimizer ``index`` is about to step: see what clipping did since the backward pass."""
-        passes = self._passes.pop(index, 0)
-        if passes:
-            # more than one: a pass for another optimizer may have added what was cleared before the own one, so nothing is said
-            self._look_at_clearing([bank for bank in self.banks if bank.optimizer == index], telling=passes == 1)
+        if self._versions:
+            self._tell_of_clearing(index)
         if not self.on:
             return
         with torch.no_grad():
@@ -130,7 +127,7 @@ class Recorder:
                         self.facts["unclipped"] = (*self.facts.get("unclipped", ()), index)
                         continue
                     bank.lay_probes(self.row(bank.device))
-                    self.facts["probes_unscaled"] = self._unscaled(index)
+                    self.facts["probes_unscaled"] = roles.unscaled(self.scaler, self.optimizers[index])
 
     def after_update(self, index: int) -> None:
         """Optimizer ``index`` stepped. From a sampled step's on it shows whether gradients are cleared."""
@@ -139,8 +136,6 @@ class Recorder:
         for bank in self.banks:
             if bank.optimizer == index:
                 self._versions.update({s: v for s, p in bank.probes if (v := version(p)) is not None})
-        if len(self.optimizers) > 1:
-            self._passes[index] = 0
         with torch.no_grad():
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
@@ -308,27 +303,29 @@ class Recorder:
         self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus})
         self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
 
-    def _look_at_clearing(self, banks: Sequence[Bank], *, telling: bool = True) -> None:
-        """Gradients whose memory and version counter show that they were added to since the last update, not cleared."""
-        carried = looked = 0
-        for bank in banks:
-            for site, p in bank.probes:
-                before, now = self._versions.pop(site, None), version(p)
-                if before is None or now is None or now == before:
-                    continue
-                looked += 1
-                carried += now == (before[0], before[1] + 1)
-        if looked and telling:
-            facts = self.facts if self.on else self._carried
-            facts["not_cleared"] = max(carried / looked, facts.get("not_cleared", 0.0))
+    def _look_at_clearing(self) -> None:
+        """Memory and version counter of a gradient show whether a backward pass added to what the last update left there.
 
-    def _unscaled(self, index: int) -> bool:
-        """Whether the gradients at the update have their true scale (a fused step under a scaler unscales inside)."""
-        if self.scaler is None:
-            return True
-        states: Mapping[int, Mapping[str, Any]] = getattr(self.scaler, "_per_optimizer_states", {})
-        stage = states.get(id(self.optimizers[index]), {}).get("stage")
-        return getattr(stage, "name", "") == "UNSCALED" or not getattr(self.optimizers[index], "_step_supports_amp_scaling", False)
+        Every pass until the next update is looked at: what a pass for another purpose left (a generator's, an attack's) may
+        be cleared before the own one.
+        """
+        for site, p in (probe for bank in self.banks for probe in bank.probes):
+            before, now = self._versions.get(site), version(p)
+            if before is None or now is None or now == before:
+                continue
+            added = now == (before[0], before[1] + 1)
+            self._added[site] = added and self._added.get(site, True)
+            self._versions[site] = now if added else before
+
+    def _tell_of_clearing(self, index: int) -> None:
+        """Optimizer ``index`` is about to step: how many of its gradients were added to and never cleared."""
+        sites = [site for bank in self.banks if bank.optimizer == index for site, _ in bank.probes]
+        added = [self._added.pop(site) for site in sites if site in self._added]
+        for site in sites:
+            self._versions.pop(site, None)
+        if added:
+            facts = self.facts if self.on else self._carried
+            facts["not_cleared"] = max(sum(added) / len(added), facts.get("not_cleared", 0.0))
 
     def _read_rates(self) -> None:
         """Learning rates: host numbers become facts, device numbers go through the tape."""

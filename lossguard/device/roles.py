@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -69,3 +70,12 @@ def _kind(p: Tensor, holder: nn.Module) -> str:
     if nn.parameter.is_lazy(p):
         return "matrix"
     return "matrix" if p.dim() >= 2 and p.numel() >= MATRIX_ELEMENTS else "vector"
+
+
+def unscaled(scaler: Any, optimizer: Optimizer) -> bool:
+    """Whether the gradients at the update have their true scale (a fused step under a scaler unscales inside)."""
+    if scaler is None:
+        return True
+    states: Mapping[int, Mapping[str, Any]] = getattr(scaler, "_per_optimizer_states", {})
+    stage = states.get(id(optimizer), {}).get("stage")
+    return getattr(stage, "name", "") == "UNSCALED" or not getattr(optimizer, "_step_supports_amp_scaling", False)

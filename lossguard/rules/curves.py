@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import Advice, clip_remedy, informational, lr_remedy, middle, ranked
+from lossguard.advice import Advice, clip_remedy, informational, lr_remedy, matrices, middle, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.rules.rule import rule
@@ -31,13 +31,14 @@ def robust_z(value: float, past: Array) -> float:
 class LossSpike:
     """loss_spike: one loss stands far above its recent past (detectors A, loss_spike; SYMPTOMS B5).
 
-    Law: robust z > 8 over the 128 losses before (healthy <= 6.7) and L > 1.5 median; where signs mix, z > 12. Positive losses must
-    also stand out by z > 5 on a logarithmic scale without its trend: small batches near convergence have heavy tails.
+    Law: robust z > 8 over the 128 losses before (healthy <= 6.7), L > 1.5 median, and three times as far above the median as the
+    second largest of them; where signs mix, z > 12. Positive losses must also stand out by z > 5 on a logarithmic scale without its trend:
+    small batches near convergence have heavy tails. Judged once three later losses are known, which tell a spike from a new level.
 
     Why: an odd or corrupt batch; a learning rate near the edge of stability; second moments of Adam that lag behind (beta2 0.999).
     Do: look at the batch of that step; clip the gradient norm at its healthy median; learning rate divided by 10, or a longer warm-up;
     beta2 0.95; in long runs go back about 100 steps and skip 200 batches.
-    False alarm: heavy tails and spikes below 5 % of the first losses do not count; batches of very different length do: average the
+    False alarm: heavy tails and spikes below 20 % of the first losses do not count; batches of very different length do: average the
     loss per token, or ``LossSpike(sigmas=12)``.
     """
 
@@ -47,7 +48,11 @@ class LossSpike:
     mixed: float = 12.0  # the same where the past has both signs; detectors A
     logarithmic: float = 5.0  # robust deviations of ln L about its trend; our own choice
     rise: float = 0.5  # of |median| above the median; detectors A
-    floor: float = 0.05  # of the run's first losses: spikes below it harm nobody; our own choice
+    floor: float = 0.2  # of the run's first losses: spikes below it harm nobody; our own choice, healthy runs near convergence reach 0.12
+    beyond: float = 3.0  # times the second largest earlier distance from the median; our own choice: last batches of one sample come every epoch
+    settle: int = 3  # later losses to wait for; our own choice
+    raised: float = 1.5  # a learning rate or an input's scale over its past median, and
+    jumped: float = 3.0  # an update ratio over its own, that speak for a cause; our own choice
     window: int = 128  # losses of the past; detectors A
     least: int = 64  # losses of the past; detectors A
     grace: int = 64  # steps; detectors A
@@ -56,13 +61,14 @@ class LossSpike:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         fresh = history.fresh_losses
-        if fresh == 0:
-            return None
         losses, steps = history.losses(), history.loss_steps()
-        for at in self._candidates(losses, fresh):
+        end = len(losses) - self.settle
+        if fresh == 0 or end <= self.least:
+            return None
+        for at in self._candidates(losses[:end], min(fresh, end)):
             z, past = self._z(losses, at)
             if z > 0:
-                return self._finding(history, int(steps[at]), float(losses[at]), past, z)
+                return self._finding(history, at, int(steps[at]), past, z)
         return None
 
     def _candidates(self, losses: Array, fresh: int) -> list[int]:
@@ -74,12 +80,13 @@ class LossSpike:
             return list(range(first, len(losses)))
         median = float(middle(past))
         spread = _NORMAL * float(middle(np.abs(past - median)))
-        return [at for at in range(first, len(losses)) if losses[at] > median + 0.5 * self.sigmas * min(spread, abs(median))]
+        limit = median + 0.5 * self.sigmas * min(spread, abs(median))
+        return (np.flatnonzero(losses[first:] > limit) + first).tolist()
 
     def _z(self, losses: Array, at: int) -> tuple[float, Array]:
         """The robust z of a loss if it is a spike, else 0; and the past that judged it: finite losses without earlier spikes."""
         now, past = losses[at], losses[max(0, at - 2 * self.window) : at]
-        past = past[np.isfinite(past)]
+        everything = past = past[np.isfinite(past)]
         if past.size < self.least or not np.isfinite(now):
             return 0.0, past
         median = float(middle(past))
@@ -88,6 +95,8 @@ class LossSpike:
         if past.size < self.least:
             return 0.0, past
         z, median = robust_z(float(now), past), float(middle(past))
+        if now - median <= self.beyond * float(np.sort(everything[-self.window :])[-2] - median):
+            return 0.0, past
         if past.min() <= 0 <= past.max():
             return (z if z > self.mixed else 0.0), past
         if z <= self.sigmas or now <= median + self.rise * abs(median):
@@ -106,16 +115,47 @@ class LossSpike:
         residual = logs - slope * (x - x.mean())
         return robust_z(float(np.log(now)) + slope * float(x.mean()), residual)
 
-    def _finding(self, history: History, step: int, now: float, past: Array, z: float) -> Finding:
-        median = float(middle(past))
-        causes, remedies = ranked([
-            (Cause("odd batch", 0.5, f"the losses before were calm (median {number(median)})"),
-             [Remedy(f"look at the batch of step {step}", {"batch_of_step": step}), clip_remedy(history)]),
-            (Cause("learning rate too high", 0.4, f"at learning rate {number(history.lr)}"), [lr_remedy(history, 0.1)]),
-        ])  # fmt: skip
+    def _finding(self, history: History, at: int, step: int, past: Array, z: float) -> Finding:
+        losses, median = history.losses(), float(middle(past))
+        now, after = float(losses[at]), float(middle(losses[at + 1 :]))
+        stays = after > median + 0.5 * (now - median)
+        pairs = self._suspects(history, step)
+        calm = f"the losses before were calm (median {number(median)}), and so are those after"
+        odd = Cause("odd batch", 0.2 if stays else 0.5, f"the losses after it stay near {number(after)}" if stays else calm)
+        pairs.append((odd, [Remedy(f"look at the batch of step {step}", {"batch_of_step": step}), clip_remedy(history)]))
+        pairs.append((Cause("learning rate too high", 0.4, f"at learning rate {number(history.lr)}"), [lr_remedy(history, 0.1)]))
+        causes, remedies = ranked(pairs)
         severity = Severity.INFO if informational(history) else Severity.WARNING
         evidence = (Evidence("loss", now), Evidence("median of its past", median), Evidence("robust deviations above it", z, self.sigmas))
-        return Finding(self.diagnosis, severity, step, "loss", f"{number(median)} -> {number(now)} in one step", evidence, causes, remedies)
+        message = f"{number(median)} -> {number(now)} in one step" + (f", and it stays near {number(after)}" if stays else "")
+        return Finding(self.diagnosis, severity, step, "loss", message, evidence, causes, remedies)
+
+    def _suspects(self, history: History, step: int) -> list[tuple[Cause, list[Remedy]]]:
+        """What else changed at this step: the learning rate, the size of updates, the scale of the input."""
+        steps = history.steps()
+        before, since = steps < step, steps >= step
+        found: list[tuple[Cause, list[Remedy]]] = []
+        if before.sum() < self.settle or not since.any():
+            return found
+        lr = history.fact("lr")
+        old, new = middle(lr[before]), float(np.nanmax(lr[since], initial=0.0))
+        if new > self.raised * old > 0:
+            back = Remedy(f"learning rate {number(new)} -> {number(old)}, as before", {"lr": old})
+            found.append((Cause("learning rate too high", 0.8, f"it rose from {number(old)} to {number(new)}"), [back]))
+        ratio = history.last("update_ratio")
+        if ratio.size and matrices(history).any() and not found:
+            typical_ = np.nanmedian(np.where(np.isfinite(ratio), ratio, np.nan)[:, matrices(history)], axis=1)
+            old, new = middle(typical_[before]), float(np.nanmax(typical_[since], initial=0.0))
+            if new > self.jumped * old > 0:
+                grown = f"updates grew from {number(old)} to {number(new)} of the weights"
+                found.append((Cause("learning rate too high", 0.6, grown), [lr_remedy(history, 0.1)]))
+        rms = history.last("input_rms")
+        if rms.size:
+            old, new = middle(rms[before, 0][np.isfinite(rms[before, 0])]), middle(rms[since, 0][np.isfinite(rms[since, 0])])
+            if old > 0 and not old / self.raised < new < old * self.raised:
+                look = Remedy(f"look at the batch of step {step}: its scale is {number(new)}, before it was {number(old)}", {"batch_of_step": step})
+                found.append((Cause("input changed", 0.75, f"the input's root mean square went from {number(old)} to {number(new)}"), [look]))
+        return found
 
 
 @rule

@@ -85,7 +85,8 @@ class ExplodingGradient:
         losses = history.losses(self.past)
         losses = losses[np.isfinite(losses)]
         half = losses.size // 2
-        return half > 0 and middle(losses[half:]) < (1 - self.fall) * float(middle(losses[:half]))
+        old = float(middle(losses[:half]))
+        return half > 0 and middle(losses[half:]) < old - self.fall * abs(old)
 
     def _twice(self, total: Array, born: float) -> tuple[int, float] | None:
         """Where in the totals the first of two catastrophes stands, and the past median; the newest sample must be one."""

@@ -70,6 +70,7 @@ class Judge:
     rules: Sequence[Rule]
     mute: frozenset[str] = frozenset()
     horizon: int = 200  # steps; healthy cascades of detectors' faulty runs unfold within this
+    echo: int = 30  # steps before a root was seen in which what follows from it may have been seen; three samples at the default interval
     calm: int = 20  # quiet answers
     halts: Callable[[Finding], bool] = lambda finding: finding.severity == Severity.HALT
     on_fault: Callable[[str, Exception], None] | None = None
@@ -145,16 +146,19 @@ class Judge:
             self.findings[root] = replace(event, consequences=(*event.consequences, finding))
             self._open[name] = (root, len(event.consequences))
             return False
-        if name in SEEN_LATE:
+        if name in FOLLOWS and finding.severity >= Severity.WARNING:
             finding = self._adopt(finding)
         self.findings.append(finding)
         self._open[name] = (len(self.findings) - 1,)
         return True
 
     def _adopt(self, root: Finding) -> Finding:
-        """Events that follow from a root which takes a whole window to see become its consequences."""
+        """Events that follow from this root become its consequences: those of a whole window before a root that takes one to
+        see, and those seen just before it, since losses come every step and other signals at sampled ones."""
+        reach, began = (self.horizon, 0) if root.diagnosis in SEEN_LATE else (self.echo, root.step - self.echo)
         follow = [i for i, f in enumerate(self.findings)
-                  if f.diagnosis in FOLLOWS[root.diagnosis] and f.severity < Severity.HALT and root.step - (f.last_step or f.step) <= self.horizon]  # fmt: skip
+                  if f.diagnosis in FOLLOWS[root.diagnosis] and f.severity < Severity.HALT and f.step >= began
+                  and root.step - (f.last_step or f.step) <= reach and root.diagnosis not in FOLLOWS.get(f.diagnosis, ())]  # fmt: skip
         for i in reversed(follow):
             self._open = {n: (p[0] - (p[0] > i), *p[1:]) for n, p in self._open.items() if p[0] != i}
         adopted = tuple(replace(self.findings[i], consequences=()) for i in follow)

@@ -171,6 +171,7 @@ class ConstantLoss:
     range: float = 1e-6  # of |mean|; detectors A
     window: int = 20  # losses; detectors A
     near: float = 0.01  # of the value: the losses before the standstill lie within it if the run settled; our own choice
+    solved: float = 0.5  # the same below which it has, however it got there: a second-order method takes a few steps; our own choice
     fell: float = 0.9  # value over the first loss below which a settled run has learned something; our own choice
     grace: int = 0  # steps; the window is the grace
     patience: int = 1  # answers; the window is the patience
@@ -194,6 +195,9 @@ class ConstantLoss:
         return Finding(self.diagnosis, severity, int(history.loss_steps()[since]), "loss", f"it is {number(value)} for every batch", evidence, causes, remedies)
 
     def _settled(self, losses: Array, since: int, value: float) -> bool:
-        """The loss came down and approached the value smoothly."""
+        """The loss came down by half, or came down and approached the value smoothly."""
         before, first = losses[max(0, since - self.window) : since], losses[np.isfinite(losses)][0]
-        return bool(before.size >= 3 and value < first - (1 - self.fell) * abs(first) and (np.abs(before - value) <= self.near * abs(value))[-3:].all())
+        if 0 < value < self.solved * first:
+            return True
+        smooth = before.size >= 3 and (np.abs(before - value) <= self.near * abs(value))[-3:].all()
+        return bool(smooth and value < first - (1 - self.fell) * abs(first))
