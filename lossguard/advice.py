@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from lossguard.findings import Cause, Remedy, number
 from lossguard.host.history import Array, History, Mask
@@ -96,6 +97,14 @@ def reach(history: History, signal: str, n: int) -> tuple[float, float]:
     return history.extremes(signal, n)
 
 
+@once
+def finite_losses(history: History) -> tuple[Array, npt.NDArray[np.int64]]:
+    """The losses that are finite, oldest first, and their steps."""
+    losses, steps = history.losses(), history.loss_steps()
+    finite = np.isfinite(losses)
+    return (losses, steps) if finite.all() else (losses[finite], steps[finite])
+
+
 def newest(history: History, signal: str, within: int) -> tuple[Array, Array]:
     """Per site the newest measured number within so many samples, and its step; NaN where there is none."""
     values, seen, steps = history.last(signal, within), history.seen(signal, within), history.steps(within)
@@ -139,10 +148,11 @@ def informational(history: History) -> bool:
 
 
 @once
+@once
 def fallen(history: History) -> float:
     """The typical newest loss over the typical first loss; NaN where the loss is not positive throughout or too short."""
-    losses, first = history.losses(), history.first_losses(5)
-    losses, first = losses[np.isfinite(losses)], first[np.isfinite(first)]
+    losses, first = finite_losses(history)[0], history.first_losses(5)
+    first = first[np.isfinite(first)]
     if losses.size < 10 or losses.min() < 0 or not middle(first) > 0:
         return float("nan")
     return float(middle(losses[-10:]) / middle(first))

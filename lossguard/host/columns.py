@@ -5,7 +5,6 @@ Every row is written twice, one capacity apart, so that the last n rows are alwa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,11 +61,16 @@ class Columns:
 
     def extremes(self, signal: str, rows: slice) -> tuple[float, float]:
         """The least and the greatest measured number of a signal in these rows; (inf, -inf) if there is none."""
+        lows, highs = self.row_extremes(signal, rows)
+        low, high = float(np.fmin.reduce(lows, initial=np.inf)), float(np.fmax.reduce(highs, initial=-np.inf))
+        return low, high
+
+    def row_extremes(self, signal: str, rows: slice) -> tuple[Array, Array]:
+        """The same of each of these rows, NaN where nothing was measured."""
         at = self._rank.get(signal)
-        if at is None or rows.start == rows.stop:
-            return math.inf, -math.inf
-        low, high = float(np.fmin.reduce(self._low[rows, at])), float(np.fmax.reduce(self._high[rows, at]))
-        return (math.inf, -math.inf) if math.isnan(low) else (low, high)
+        if at is None:
+            return np.full(rows.stop - rows.start, np.nan), np.full(rows.stop - rows.start, np.nan)
+        return self._low[rows, at], self._high[rows, at]
 
     def values(self, signal: str, rows: slice) -> Array:
         """The numbers of a signal in these rows, a view: (rows, sites); (0, 0) if it was never written."""

@@ -96,7 +96,8 @@ class History:
         self.loss_family = loss_family  # "cross_entropy", "binary", "mse", ..., "unknown"
         self.optimizers = optimizers
         self.notes: dict[str, Any] = {}  # host-known facts that hold for the whole run, such as "missing_from_optimizer"
-        self._losses = np.full((losses, 4), np.nan)  # step, total, input finite (1), not (0), not looked at (NaN); fingerprint of the batch
+        self._window = losses  # how many are kept; rows are written twice, as those of the columns are, so that the newest are one slice
+        self._losses = np.full((2 * losses, 4), np.nan)  # step, total, input finite (1), not (0), not looked at (NaN); fingerprint of the batch
         self._terms: dict[str, Array] = {}
         self._loss_count = 0
         self._capacity = samples
@@ -115,11 +116,12 @@ class History:
     def add_loss(self, step: int, total: float, terms: Mapping[str, float] | None = None, input_finite: float = np.nan, fingerprint: float = np.nan) -> None:
         """One step's loss, its named terms if it has any, whether the batch was finite (1, 0, NaN: not looked at), and its fingerprint."""
         self.memo.clear()
-        self._losses[self._loss_count % len(self._losses)] = step, total, input_finite, fingerprint
+        row = self._loss_count % self._window
+        self._losses[row] = self._losses[row + self._window] = step, total, input_finite, fingerprint
         for name in terms or {}:
             self._terms.setdefault(name, np.full(len(self._losses), np.nan))
         for name, ring in self._terms.items():
-            ring[self._loss_count % len(ring)] = (terms or {}).get(name, np.nan)
+            ring[row] = ring[row + self._window] = (terms or {}).get(name, np.nan)
         self._loss_count += 1
         if len(self._first_losses) < FIRST:
             self._first_losses.append(total)
@@ -141,7 +143,7 @@ class History:
     def add_validation(self, step: int, value: float, accuracy: float = np.nan, train_accuracy: float = np.nan) -> None:
         """One evaluation's loss, after this step, and accuracies where they are told; as many are kept as losses."""
         self.memo.clear()
-        self._evaluations.add(step, (value, accuracy, train_accuracy), self.losses(), self._loss_rows(None)[:, 0])
+        self._evaluations.add(step, (value, accuracy, train_accuracy), self.losses(), self._losses[self._loss_slice(None), 0])
 
     # ---- what rules read
 
@@ -154,7 +156,7 @@ class History:
     def step(self) -> int:
         """The newest step that has arrived, as loss or as sample; -1 before the first."""
         newest = self._steps[(self._count - 1) % self._capacity] if self._count else -1
-        loss = self._losses[(self._loss_count - 1) % len(self._losses), 0] if self._loss_count else -1
+        loss = self._losses[(self._loss_count - 1) % self._window, 0] if self._loss_count else -1
         return int(max(newest, loss))
 
     def steps(self, n: int | None = None) -> npt.NDArray[np.int64]:
@@ -173,6 +175,10 @@ class History:
         """The least and the greatest measured number of the last n samples of a signal; (inf, -inf) if there is none."""
         return self._signals.extremes(signal, self._rows(n))
 
+    def row_extremes(self, signal: str, n: int) -> tuple[Array, Array]:
+        """The same of each of the last n samples: (at most n,) twice, NaN where nothing was measured."""
+        return self._signals.row_extremes(signal, self._rows(n))
+
     def born(self, signal: str) -> Array:
         """The first finite number seen at each site of a signal, however long ago: (sites,)."""
         return self._signals.born(signal)
@@ -188,16 +194,16 @@ class History:
         return self._facts[-back] if len(self._facts) >= back else {}
 
     def losses(self, n: int | None = None) -> Array:
-        """The last n losses, one per step, oldest first."""
-        return self._loss_rows(n)[:, 1]
+        """The last n losses, one per step, oldest first. Not to be written to."""
+        return self._losses[self._loss_slice(n), 1]
 
     def loss_steps(self, n: int | None = None) -> npt.NDArray[np.int64]:
         """The steps of :meth:`losses`."""
-        return self._loss_rows(n)[:, 0].astype(np.int64)
+        return self._losses[self._loss_slice(n), 0].astype(np.int64)
 
     def inputs(self, n: int | None = None) -> Array:
         """Whether the batches of :meth:`losses` were finite: 1 yes, 0 no, NaN not looked at."""
-        return self._loss_rows(n)[:, 2]
+        return self._losses[self._loss_slice(n), 2]
 
     def first_losses(self, n: int = FIRST) -> Array:
         """The first n losses of the run, however long ago, at most FIRST."""
@@ -205,7 +211,7 @@ class History:
 
     def fingerprints(self, n: int | None = None) -> Array:
         """A number for the batch of each of :meth:`losses`, equal where batches are equal; NaN where none was shown."""
-        return self._loss_rows(n)[:, 3]
+        return self._losses[self._loss_slice(n), 3]
 
     def validations(self) -> Array:
         """The evaluations so far, oldest first: (n, 6), the columns of ``host.evaluations.COLUMNS``."""
@@ -218,7 +224,7 @@ class History:
 
     def term(self, name: str, n: int | None = None) -> Array:
         """A named loss term, as :meth:`losses`."""
-        return self._terms[name][self._loss_index(n)]
+        return self._terms[name][self._loss_slice(n)]
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -228,7 +234,7 @@ class History:
     @property
     def fresh_losses(self) -> int:
         """How many of the newest losses no rule has judged yet."""
-        return min(self._loss_count - self._judged_losses, len(self._losses))
+        return min(self._loss_count - self._judged_losses, self._window)
 
     def name_units(self, units: Sequence[tuple[str, str, int]]) -> None:
         """The module calls known by now, in execution order."""
@@ -322,13 +328,12 @@ class History:
         end += self._capacity if end < n or (end == 0 and n) else 0
         return slice(end - n, end)
 
-    def _loss_index(self, n: int | None) -> npt.NDArray[np.int64]:
-        held = min(self._loss_count, len(self._losses))
+    def _loss_slice(self, n: int | None) -> slice:
+        held = min(self._loss_count, self._window)
         n = held if n is None else min(n, held)
-        return np.arange(self._loss_count - n, self._loss_count) % len(self._losses)
-
-    def _loss_rows(self, n: int | None) -> Array:
-        return self._losses[self._loss_index(n)]
+        end = self._loss_count % self._window
+        end += self._window if end < n or (end == 0 and n) else 0
+        return slice(end - n, end)
 
     def _note(self, row: int, facts: Mapping[str, Any]) -> None:
         """Keep the numeric facts of a sample."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import Advice, clip_remedy, informational, lr_remedy, matrices, middle, ranked
+from lossguard.advice import Advice, clip_remedy, finite_losses, informational, lr_remedy, matrices, middle, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.rules.rule import rule
@@ -78,6 +78,8 @@ class LossSpike:
         past = past[np.isfinite(past)]
         if past.size < self.least:
             return list(range(first, len(losses)))
+        if not np.nanmax(losses[first:], initial=-np.inf) > np.partition(past[-self.window :], -2)[-2]:
+            return []  # not above what two of its past reached
         median = float(middle(past))
         spread = _NORMAL * float(middle(np.abs(past - median)))
         limit = median + 0.5 * self.sigmas * min(spread, abs(median))
@@ -186,9 +188,7 @@ class DivergingLoss:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
-        losses, steps = history.losses(), history.loss_steps()
-        finite = np.isfinite(losses)
-        losses, steps = losses[finite], steps[finite]
+        losses, steps = finite_losses(history)
         if losses.size < 2 * self.width + self.sustained - 1:
             return None
         if losses[-self.width :].mean() <= losses[: self.width].mean():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lossguard import readings
-from lossguard.advice import clip_remedy, informational, lr_remedy, middle, ranked
+from lossguard.advice import clip_remedy, finite_losses, informational, lr_remedy, middle, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.obstacles import speed
@@ -49,9 +50,7 @@ class OscillatingLoss:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
-        losses, steps = history.losses(), history.loss_steps()
-        finite = np.isfinite(losses)
-        losses, steps = losses[finite], steps[finite]
+        losses, steps = finite_losses(history)
         span = self.window * self.windows
         if losses.size < span:
             return None
@@ -60,7 +59,7 @@ class OscillatingLoss:
         return self._alternates(history, newest, size, int(steps[-span])) or self._bounces(history, losses / size, size, steps)
 
     def _alternates(self, history: History, newest: Array, size: float, step: int) -> Finding | None:
-        if not all(self._opposite(part) for part in newest):
+        if not all(self._opposite(part) for part in newest[::-1]):
             return None
         means, error = newest.mean(axis=1), float(newest.std(axis=1).mean()) / np.sqrt(self.window)
         if means[-1] < means[0] - 2 * error:
@@ -79,15 +78,14 @@ class OscillatingLoss:
     @staticmethod
     def _rho(part: Array) -> float:
         """The lag-1 autocorrelation about a quadratic trend; 0 for a constant."""
-        x = np.linspace(-1.0, 1.0, part.size)
-        rest = part - np.polynomial.polynomial.polyval(x, np.polynomial.polynomial.polyfit(x, part, 2))
+        bends = _quadratics(part.size)
+        rest = part - bends @ (bends.T @ part)
         power = float(np.dot(rest, rest))
         return float(np.dot(rest[1:], rest[:-1])) / power if power > 1e-24 * part.size else 0.0
 
     def _bounces(self, history: History, losses: Array, size: float, steps: npt.NDArray[np.int64]) -> Finding | None:
-        u = speed(history)
         span = self.window * self.windows
-        if not u > self.fast or losses.size < span + self.window or losses.min() <= 0:
+        if losses.size < span + self.window or losses.min() <= 0:
             return None
         sums = np.cumsum(np.concatenate([[0.0], losses]))
         means = (sums[self.window :] - sums[: -self.window]) / self.window
@@ -97,6 +95,9 @@ class OscillatingLoss:
         newest = losses[-span:].reshape(self.windows, self.window)
         error = self.errors * newest.std(axis=1) / np.sqrt(self.window)
         if not (newest.mean(axis=1) - error > limit).all() or self._raised(history, int(steps[best])):
+            return None
+        u = speed(history)
+        if not u > self.fast:
             return None
         low, now = float(means[best]) * size, float(newest[-1].mean()) * size
         evidence = (Evidence("mean of the newest losses", now, limit * size), Evidence("best mean so far", low), Evidence("median update ratio", u, self.fast))
@@ -167,3 +168,10 @@ class OscillatingValidation:
         evidence = (Evidence("opposite large changes of the last 6", float(count), float(self.times)), Evidence("lowest", low), Evidence("highest", high))
         message = f"validation swings between {number(low)} and {number(high)}"
         return Finding(self.diagnosis, severity, int(read.steps[-readings.SWINGS[1]]), "validation loss", message, evidence, causes, remedies)
+
+
+@functools.cache
+def _quadratics(size: int) -> Array:
+    """An orthonormal basis of the quadratic curves over so many points: (size, 3)."""
+    basis: Array = np.linalg.qr(np.vander(np.linspace(-1.0, 1.0, size), 3))[0]
+    return basis

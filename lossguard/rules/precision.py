@@ -171,6 +171,8 @@ def silent_skips(diagnosis: str, history: History, window: int, share: float, le
     Parameters in halves (rounding), converged runs and line searches do not count, nor does a fixed rhythm, which is
     accumulation inside of the optimizer.
     """
+    if not (history.row_extremes("update_norm", least)[1] == 0.0).any():
+        return None
     updates, seen, total = history.last("update_norm", window), history.seen("update_norm", window), history.last("grad_total", window)
     if len(updates) < least + least or not updates.size or not total.size or any(p.dtype in HALVES for p in history.params) or converged(history):
         return None

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from lossguard import readings
-from lossguard.advice import Advice, converged, informational, lr_remedy, ranked
+from lossguard.advice import Advice, converged, finite_losses, informational, lr_remedy, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.obstacles import CERTAIN, constant_advice, full_speed_since, plateau_advice, speed, step_size, trained_before
@@ -62,15 +62,17 @@ class LossPlateau:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
-        first, losses = history.first_losses(self.first), history.losses()
-        first, losses = first[np.isfinite(first)], losses[np.isfinite(losses)]
-        since = full_speed_since(history, self.full)
-        if first.size < self.first // 2 or history.step < since + self.after or losses.size < self.newest or converged(history):
+        first = history.first_losses(self.first)
+        first, losses = first[np.isfinite(first)], finite_losses(history)[0]
+        if first.size < self.first // 2 or history.step < self.after or losses.size < self.newest:
             return None
         start, now = float(first.mean()), losses[-max(self.newest, losses.size // 4) :]
         error = float(np.hypot(first.std() / np.sqrt(first.size), now.std() / np.sqrt(now.size)))
         limit = start - min(self.fall * abs(start), self.errors * error)
-        if not float(now.mean()) >= limit or self._ever_fell(losses, start, error):
+        if not float(now.mean()) >= limit or self._ever_fell(losses, start, error) or converged(history):
+            return None
+        since = full_speed_since(history, self.full)
+        if history.step < since + self.after:
             return None
         causes, remedies = plateau_advice(history)
         evidence = (Evidence("mean of the newest losses", float(now.mean()), limit), Evidence("mean of the first losses", start))

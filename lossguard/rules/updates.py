@@ -119,6 +119,9 @@ class UpdateRatioHigh:
         return None
 
     def _median(self, history: History, able: Mask, n: int, limit: float) -> Finding | None:
+        highest = np.fmax.reduce(history.last("update_ratio", n)[:, able], axis=1)
+        if not middle(highest[np.isfinite(highest)]) > limit:
+            return None  # a site's median can be above it only if half of the samples have a number above it
         u = np.where(able, typically(history, "update_ratio", n), np.nan)
         with np.errstate(invalid="ignore"):
             high = u > limit
@@ -170,6 +173,8 @@ class UpdateRatioLow:
         rounded = rounded_away(self.diagnosis, history, self.span, self.least, self.moved)
         if rounded is not None:
             return rounded
+        if not reach(history, "update_ratio", n)[0] < self.ratio:
+            return None
         each = typical(u)[able]
         each = each[np.isfinite(each)]
         median = middle(each) if each.size else float("nan")
