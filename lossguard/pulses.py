@@ -17,8 +17,8 @@ from lossguard.device.outputs import float_tensors
 from lossguard.device.tape import Pulse
 from lossguard.fingerprint import Fingerprints
 from lossguard.host.handover import Handover, host_view
+from lossguard.host.intake import PLAIN
 
-PLAIN = ("",)  # the names of the terms of a loss that is no dict
 MAX_LEAVES = 2  # float tensors of a batch looked at in every step
 MAX_CHECKED = 2**20  # elements of a batch on the host that are looked at in every step of a run on an accelerator
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ import numpy as np
 from lossguard.host.decode import Decoder
 from lossguard.host.handover import Handover, Numbers
 from lossguard.host.history import History, Sample
+
+PLAIN = ("",)  # the names of the terms of a loss that is no dict
 
 
 class _Writer(Protocol):
@@ -81,13 +84,14 @@ class Intake:
     def _take_losses(self, numbers: Numbers, meaning: Any, news: News) -> None:
         _, news.first, looked, names, printed = meaning
         leaves = numbers.shape[1] - len(names)
-        for k, row in enumerate(numbers.astype(np.float64)):
+        rows = numbers.astype(np.float64).tolist()
+        for k, row in enumerate(rows):
             values = row[leaves:]
-            terms = dict(zip(names, values.tolist(), strict=True)) if names != ("",) else {}
-            finite = float(np.isfinite(row[: looked[k]]).all()) if looked[k] else np.nan
-            total = float(values.sum())
-            self._history.add_loss(news.first + k, total, terms, finite, float(row[0]) if printed[k] else np.nan)
+            terms = dict(zip(names, values, strict=True)) if names != PLAIN else None
+            finite = float(all(map(math.isfinite, row[: looked[k]]))) if looked[k] else math.nan
+            total = sum(values)
+            self._history.add_loss(news.first + k, total, terms, finite, row[0] if printed[k] else math.nan)
             news.totals.append(total)
-            for name, value in terms.items():
+            for name, value in (terms or {}).items():
                 news.terms.setdefault(name, []).append(value)
-            news.sick |= not np.isfinite(total) or finite == 0.0
+            news.sick |= not math.isfinite(total) or finite == 0.0

@@ -166,7 +166,7 @@ class DivergingLoss:
     """diverging_loss: the loss rises and stays above where it was (detectors A, diverging_loss; SYMPTOMS A7, B4).
 
     Law: for 20 steps the mean of 20 losses is above the best such mean so far by max(4 sd, 10 % of it), and above the mean of
-    the first 20. Halts if that goes on for 300 steps.
+    the first 20, and the median of the newest 20 with it. Halts if that goes on for 300 steps.
 
     Why: a learning rate too high; a flipped sign of the loss or of the gradient; dirty labels; batches too small; an unsuitable
     initialisation or structure.
@@ -200,8 +200,8 @@ class DivergingLoss:
         best, first = float(means[best_at]), float(means[0])
         limit = max(best + max(self.deviations * max(float(sds[best_at]), float(sds[0])), self.rise * abs(best)), first)
         above = means > limit
-        if not above[-self.sustained :].all():
-            return None
+        if not above[-self.sustained :].all() or not middle(losses[-self.width :]) > limit * scale:
+            return None  # a few spikes raise a mean for as long as it holds them
         below = np.flatnonzero(~above)
         run = above.size - (int(below[-1]) + 1 if below.size else 0)
         return self._finding(history, int(steps[-run]), run, float(means[-1]) * scale, best * scale, limit * scale)
