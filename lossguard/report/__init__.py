@@ -40,6 +40,8 @@ def of_folders(folder: str | Path, other: str | Path | None = None, path: str | 
 def of_guard(guard: Guard, facts: Mapping[str, Any], path: str | Path, record: Path | None) -> Path:
     """The page of a guard's run so far: from its record, or from the window it holds where it keeps none."""
     script = _library()
+    if not guard.closed:
+        guard.state_dict()  # brings in what is under way, as before a checkpoint: a halt that is due is raised by the next step
     label = str(facts["model"])
     run = reading.from_history(guard.history, facts, label) if record is None else reading.from_record(record, label)
     run.findings, run.coverage, run.ended = guard.findings, asdict(guard.coverage), True

@@ -78,7 +78,9 @@ def coverage(runs: Sequence[Run]) -> str:
 def notices(runs: Sequence[Run]) -> str:
     """What the reader must know before the page is believed."""
     said = [run.window for run in runs if run.window]
-    said += [f"The record of {run.label} has no end: the run was killed, or still goes on. The page shows what had been written." for run in runs if not run.ended]
+    said += [
+        f"The record of {run.label} has no end: the run was killed, or still goes on. The page shows what had been written." for run in runs if not run.ended
+    ]
     return "".join(f'<p class="notice">{escape(text)}</p>' for text in said)
 
 
@@ -88,7 +90,8 @@ def _coverage(run: Run) -> str:
     observed = "".join(f"<li>{escape(name)} <small>{sites}</small></li>" for name, sites in run.coverage.get("observed", {}).items())
     missed = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(why)}</dd></div>" for what, why in run.coverage.get("not_observed", {}).items())
     unseen = f'<dl class="missed">{missed}</dl>' if missed else "<p>Nothing is known to have been missed.</p>"
-    return f'{unseen}<details><summary>Observed: {len(run.coverage.get("observed", {}))} signals, with the number of places</summary><ul class="chips">{observed}</ul></details>'
+    title = f"Observed: {len(run.coverage.get('observed', {}))} signals, with the number of places"
+    return f'{unseen}<details><summary>{title}</summary><ul class="chips">{observed}</ul></details>'
 
 
 def _story(finding: Finding, name: str, run: Run) -> str:
@@ -96,7 +99,8 @@ def _story(finding: Finding, name: str, run: Run) -> str:
     summary = DIAGNOSES[finding.diagnosis][1] if finding.diagnosis in DIAGNOSES else ""
     again = f", {finding.count} times until step {finding.last_step:,}" if finding.count > 1 and finding.last_step is not None else ""
     return f"""<article class="story sev-{severity}" id="f{name}" tabindex="-1" aria-labelledby="t{name}">
-<header><b class="badge">{name}</b><h3 id="t{name}">{escape(finding.diagnosis)}</h3><span class="severity"><i aria-hidden="true">{SHAPES[severity]}</i> {severity}</span>
+<header><b class="badge">{name}</b><h3 id="t{name}">{escape(finding.diagnosis)}</h3>
+<span class="severity"><i aria-hidden="true">{SHAPES[severity]}</i> {severity}</span>
 <span class="when">step {finding.step:,}{again}</span></header>
 <p class="lede">{escape(summary[:1].upper() + summary[1:])}{"." if summary else ""}</p>
 <p class="seen"><code>{escape(finding.where)}</code> {escape(finding.message)}</p>
@@ -139,7 +143,8 @@ def bar(evidence: Evidence) -> str:
     else:
         return ""
     over = "over" if value > limit else "under"
-    return f'<span class="bar {over}" aria-hidden="true"><span style="width:{100 * share[value]:.1f}%"></span><i style="left:{100 * share[limit]:.1f}%"></i></span>{scale}'
+    filled, tick = (f"{100 * share[x]:.1f}%" for x in (value, limit))
+    return f'<span class="bar {over}" aria-hidden="true"><span style="width:{filled}"></span><i style="left:{tick}"></i></span>{scale}'
 
 
 def _cause(name: str, confidence: float, because: str) -> str:
@@ -154,7 +159,8 @@ def _change(change: Any) -> str:
 
 
 def _consequence(finding: Finding) -> str:
-    return f'<span class="what">{escape(finding.diagnosis)}</span> <b>step {finding.step:,}</b> <span class="because">{escape(finding.where)}: {escape(finding.message)}</span>'
+    seen = f"{finding.where}: {finding.message}"
+    return f'<span class="what">{escape(finding.diagnosis)}</span> <b>step {finding.step:,}</b> <span class="because">{escape(seen)}</span>'
 
 
 def _foot(finding: Finding, name: str, run: Run) -> str:
@@ -164,7 +170,7 @@ def _foot(finding: Finding, name: str, run: Run) -> str:
     page = ""
     if finding.diagnosis in RULES:
         text = explain.page(finding.diagnosis).partition("\n")[2].strip()
-        page = f'<details><summary>What {escape(finding.diagnosis)} means, its limits and their sources</summary>{prose(text)}</details>'
+        page = f"<details><summary>What {escape(finding.diagnosis)} means, its limits and their sources</summary>{prose(text)}</details>"
     return f'<footer>{show}<span class="silence">Expected here? Silence it: <code>{escape(silence)}</code></span></footer>{page}'
 
 

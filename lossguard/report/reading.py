@@ -34,7 +34,9 @@ class Measure:
 
 MEASURES = (
     Measure("grad_norm", "Gradient norm", about="L2 norm of each parameter's gradient, before clipping."),
-    Measure("update_ratio", "Update ratio", "band", 1e-3, "Norm of the update over norm of the weights. Around 1e-3 is usual; orange is larger, blue is smaller."),
+    Measure(
+        "update_ratio", "Update ratio", "band", 1e-3, "Norm of the update over norm of the weights. Around 1e-3 is usual; orange is larger, blue is smaller."
+    ),
     Measure("dead_fraction", "Dead fraction", "share", about="Share of units that were silent for every sample of a whole window."),
     Measure("activation_rms", "Activation RMS", about="Root mean square of each module's output."),
     Measure("saturated_fraction", "Saturated fraction", "share", about="Share of sigmoid or tanh units at their rails."),
