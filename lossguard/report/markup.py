@@ -15,6 +15,7 @@ from lossguard.report.reading import Run
 from lossguard.rules import RULES
 
 SHAPES = {"info": "●", "warning": "▲", "error": "■", "halt": "⬣"}  # a severity is told by its shape as well as by its colour
+WIDE = 26  # characters of a fact that takes the room of two
 DECADES = 2.0  # between a number and its limit: beyond it the bar is logarithmic
 
 
@@ -34,7 +35,7 @@ def _headline(head: words.Headline, level: str) -> str:
 def facts(runs: Sequence[Run]) -> str:
     """The runs' facts: a list, or a table of two with what differs marked."""
     if len(runs) == 1:
-        return '<dl class="facts">' + "".join(f"<div><dt>{escape(n)}</dt><dd>{escape(v)}</dd></div>" for n, v in words.facts(runs[0])) + "</dl>"
+        return '<dl class="facts">' + "".join(_fact(n, v) for n, v in words.facts(runs[0])) + "</dl>"
     a, b = (dict(words.facts(run)) for run in runs)
     rows = []
     for name in [*a, *(n for n in b if n not in a)]:
@@ -42,6 +43,10 @@ def facts(runs: Sequence[Run]) -> str:
         rows.append(f"<tr{differs}><th scope=row>{escape(name)}</th><td>{escape(a.get(name, '–'))}</td><td>{escape(b.get(name, '–'))}</td></tr>")
     heads = "".join(f"<th scope=col>{_tag(k)}{escape(run.label)}</th>" for k, run in enumerate(runs))
     return f'<div class="scroll"><table class="facts"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _fact(name: str, value: str) -> str:
+    return f"<div{' class=wide' if len(value) > WIDE else ''}><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
 
 
 def stories(runs: Sequence[Run]) -> str:

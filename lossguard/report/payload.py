@@ -103,7 +103,8 @@ def place(finding: Finding, run: Run) -> tuple[str | None, str | None]:
     """
     rule = RULES.get(finding.diagnosis)
     reads = getattr(rule, "reads", ())
-    order = [s for s in reads if s in run.grids] + [s for s in run.grids if s not in reads]
+    named = [s for s in run.grids if finding.diagnosis.startswith(s)]  # update_ratio_high reads weights, too, and is about update_ratio
+    order = list(dict.fromkeys([*named, *(s for s in reads if s in run.grids), *run.grids]))
     site = finding.where.partition(" (")[0].partition(",")[0].strip()
     for signal in order:
         kept = observed_rows(run.grids[signal])
@@ -111,7 +112,7 @@ def place(finding: Finding, run: Run) -> tuple[str | None, str | None]:
         for name in names:
             if site and (name == finding.where or name.partition(" (")[0] == site):
                 return signal, name
-    return (next((s for s in reads if s in run.grids), None)), None
+    return next((s for s in order if s in (*reads, "grad_norm")), None), None
 
 
 def rounded(values: Array) -> npt.NDArray[np.float32]:

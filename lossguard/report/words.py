@@ -37,9 +37,10 @@ class Headline:
 
 
 def main_finding(run: Run) -> Finding | None:
-    """The gravest finding from a warning up, of several the earliest."""
+    """The gravest finding from a warning up; of several one that does not follow from another, and of these the earliest."""
     loud = [f for f in run.findings if f.severity >= Severity.WARNING]
-    return min(loud, key=lambda f: (-f.severity, f.step)) if loud else None
+    follows = {c.diagnosis for f in loud for c in f.consequences if c.diagnosis != f.diagnosis}
+    return min(loud, key=lambda f: (-f.severity, f.diagnosis in follows, f.step)) if loud else None
 
 
 def headline(run: Run) -> Headline:
@@ -58,12 +59,12 @@ def headline(run: Run) -> Headline:
         curve, link = CURVES[run.state]
         since = "from the first step on" if finding.step == 0 else f"from step {finding.step:,} on"
         head = f"{curve}, {link} {since} {summary}."
-    then = ""
+    then = f"Seen in {finding.where}. " if finding.where != "loss" else ""
     if finding.causes:
-        then = f"Most likely: {finding.causes[0].name}. "
+        then += f"Most likely: {finding.causes[0].name}. "
     if finding.remedies:
         then += f"Try: {finding.remedies[0].text}."
-    return Headline("lost" if lost else "ill", "Lost" if lost else "Ill", head, then + rest)
+    return Headline("lost" if lost else "ill", "Lost" if lost else "Needs attention", head, then + rest)
 
 
 def _silent(run: Run) -> Headline:
@@ -93,7 +94,7 @@ def comparison(a: Run, b: Run) -> Headline:
     """The verdict on two runs."""
     order = {"well": 0, "note": 1, "ill": 2, "lost": 3}
     tones = [headline(run).tone for run in (a, b)]
-    sentence = f"{a.label} {short(a)}; {b.label} {short(b)}."
+    sentence = f"“{a.label}” {short(a)}; “{b.label}” {short(b)}."
     return Headline(max(tones, key=order.__getitem__), "Two runs compared", sentence)
 
 

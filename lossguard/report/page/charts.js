@@ -15,7 +15,13 @@ const whole = () => { const last = Math.max(...data.runs.map((r) => r.steps)); c
 const shownSteps = () => view.range || whole();
 const narrow = () => window.innerWidth < 720;
 const config = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
-const leftMargin = () => (narrow() ? 84 : 190);
+
+// Names are cut in the middle, where they differ least; both charts leave the same room where that is little, so that steps stand under steps.
+const short = (name) => { const n = narrow() ? 12 : 24; return name.length <= n ? name : name.slice(0, Math.ceil(n * 0.35)) + "…" + name.slice(-Math.floor(n * 0.65) + 1); };
+function leftMargin() {
+  const grid = data.runs[view.run].grids.find((g) => g.signal === view.signal);
+  return 22 + 6.4 * Math.max(6, ...(grid ? grid.rows.map((n) => short(n).length) : []));
+}
 
 function base() {
   const ink = token("ink"), line = token("line"), muted = token("muted");
@@ -33,6 +39,9 @@ function base() {
 function colourOf(run, k) { return k === 0 ? token("run-" + run) : token("term-" + ((k - 1) % 3)); }
 const alpha = (hex, a) => hex + Math.round(a * 255).toString(16).padStart(2, "0");
 
+const there = (values, i) => i >= 0 && i < values.length && values[i] !== null;
+const lone = (values) => values.map((_, i) => (there(values, i - 1) || there(values, i + 1) ? 0 : 6)); // a point without neighbours has no line to be seen by
+
 function curveTraces(run, r) {
   const traces = [];
   run.curves.forEach((curve, k) => {
@@ -45,7 +54,7 @@ function curveTraces(run, r) {
     }
     const text = x.map((_, i) => `<b>${name}</b> ${say(curve.middle[i])}` + (curve.exact ? `<br>step ${curve.first[i]}`
       : `<br>${say(curve.low[i])} to ${say(curve.high[i])}<br>steps ${curve.first[i]} to ${curve.last[i]}`) + (curve.flags[i] ? `<br><b>${flagNames(curve.flags[i])}</b>` : ""));
-    traces.push({ x, y: curve.middle, mode: x.length < 3 ? "markers" : "lines", line: { width: k === 0 ? 1.7 : 1.2, color: colour, dash: k === 0 ? "solid" : "dot" }, text, hoverinfo: "text", connectgaps: false });
+    traces.push({ x, y: curve.middle, mode: "lines+markers", line: { width: k === 0 ? 1.7 : 1.2, color: colour }, marker: { size: lone(curve.middle), color: colour, opacity: 1 }, text, hoverinfo: "text", connectgaps: false });
   });
   const v = run.validation;
   if (v.steps.length) {
@@ -65,7 +74,8 @@ function brokenShapes(run) {
     if (!curve.flags[i]) continue;
     const from = i;
     while (i + 1 < curve.flags.length && curve.flags[i + 1]) i++;
-    shapes.push({ type: "rect", xref: "x", yref: "paper", x0: curve.first[from] - 0.5, x1: end(i) + 0.5, y0: 0, y1: 1, fillcolor: alpha(token("lost"), 0.28), line: { width: 1, color: token("lost") }, layer: "below" });
+    shapes.push({ type: "rect", xref: "x", yref: "paper", x0: curve.first[from] - 0.5, x1: end(i) + 0.5, y0: 0, y1: 1, fillcolor: alpha(token("lost"), 0.16), line: { width: 1, color: token("lost") }, layer: "below",
+      label: end(i) - curve.first[from] > 0.08 * (shownSteps()[1] - shownSteps()[0]) ? { text: flagNames(curve.flags[from]), textposition: "middle center", font: { color: token("lost"), size: 15 } } : undefined });
   }
   return shapes;
 }
@@ -91,7 +101,7 @@ function markTraces(marks) {
   if (marks.length) traces.push({
     x: marks.map((m) => m.step), y: marks.map((m) => m.y), yaxis: "y2", mode: "markers+text", customdata: marks.map((m) => m.id), text: marks.map((m) => m.id),
     textfont: { color: token("surface"), size: 11 }, textposition: "middle center", cliponaxis: false, name: "marks",
-    marker: { size: 19, symbol: marks.map((m) => SYMBOLS[m.severity]), color: marks.map((m) => token(m.severity)), line: { width: 1.5, color: token("surface") } },
+    marker: { size: marks.map((m) => (m.severity === "warning" ? 23 : 19)), symbol: marks.map((m) => SYMBOLS[m.severity]), color: marks.map((m) => token(m.severity)), line: { width: 1.5, color: token("surface") } },
     hovertext: marks.map((m) => `<b>${escapeText(m.diagnosis)}</b> ${m.severity}, step ${m.step}` + (m.last > m.step ? ` to ${m.last}` : "") + `<br>${fold(m.text)}<br><i>click for its story</i>`), hoverinfo: "text" });
   return traces;
 }
@@ -113,14 +123,20 @@ function lossRange(log) {
   return [low - (low === 0 && !log ? 0.02 : 0.06) * span, high + (marks ? 0.24 : 0.06) * span];
 }
 
+function logTicks([low, high]) {
+  const every = Math.max(1, Math.ceil((high - low) / 7)), steps = high - low > 2.5 ? [1] : high - low > 1 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9], values = [];
+  for (let e = Math.floor(low); e <= high; e += every) for (const m of steps) if (Math.log10(m) + e >= low && Math.log10(m) + e <= high) values.push(m * 10 ** e);
+  return { tickvals: values, ticktext: values.map((v) => say(Number(v.toPrecision(2)))) };
+}
+
 function drawLoss() {
   const log = view.scale === "log", marks = placedMarks(), { axis, layout } = base();
   const traces = [...data.runs.flatMap(curveTraces), ...markTraces(marks)];
   const lines = marks.map((m) => ({ type: "line", xref: "x", yref: "paper", x0: m.step, x1: m.step, y0: 0, y1: m.y, line: { color: token(m.severity), width: 1, dash: "dot" }, layer: "below" }));
   Object.assign(layout, {
-    margin: { l: narrow() ? 46 : 62, r: narrow() ? 8 : 14, t: 8, b: 40 }, shapes: [...data.runs.flatMap(brokenShapes), ...lines],
+    margin: { l: narrow() ? 46 : leftMargin() > 110 ? 62 : leftMargin(), r: narrow() ? 8 : 14, t: 8, b: 40 }, shapes: [...data.runs.flatMap(brokenShapes), ...lines],
     xaxis: { ...axis, range: shownSteps(), showgrid: false, title: { ...axis.title, text: "step" }, ticks: "outside", exponentformat: "none", nticks: narrow() ? 5 : 10 },
-    yaxis: { ...axis, type: log ? "log" : "linear", range: lossRange(log), exponentformat: "power", ...(log ? { dtick: undefined, nticks: 6 } : {}), fixedrange: true },
+    yaxis: { ...axis, type: log ? "log" : "linear", range: lossRange(log), ...(log ? logTicks(lossRange(log)) : { exponentformat: "power" }), fixedrange: true },
     yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
   });
   const values = data.runs.flatMap((r) => r.curves.flatMap((c) => (c.low || c.middle).filter((v) => v !== null && v <= 0)));
@@ -133,7 +149,7 @@ function lossKey() {
   const add = (kind, style, words) => { const li = document.createElement("li"), i = document.createElement("i"); i.className = kind; i.style.cssText = style; li.append(i, words); items.push(li); };
   data.runs.forEach((run, r) => {
     const p = several ? `${"AB"[r]} ${run.label}: ` : "";
-    run.curves.forEach((c, k) => { if (!several || k === 0) add("", `border-color:${colourOf(r, k)};border-top-style:${k ? "dotted" : "solid"}`, p + (k ? c.name : run.validation.steps.length || run.curves.length > 1 ? "training loss" : "loss") + (c.exact || k ? "" : " (median, least to greatest)")); });
+    run.curves.forEach((c, k) => { if (!several || k === 0) add("", `border-color:${colourOf(r, k)}`, p + (k ? c.name : run.validation.steps.length || run.curves.length > 1 ? "training loss" : "loss") + (c.exact || k ? "" : " (median, least to greatest)")); });
     if (run.validation.steps.length) add(several ? "" : "dot", several ? `border-color:${token("run-" + r)};border-top-style:dashed` : `background:${token("validation")}`, p + "validation loss");
   });
   if (data.runs.some((r) => r.curves[0] && r.curves[0].flags.some(Boolean))) add("block", `background:${token("lost")}`, "loss is NaN or infinite");

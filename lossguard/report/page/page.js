@@ -30,8 +30,6 @@ function edges(grid) {
   return [...grid.first.map((s) => s - 0.5), Math.max(grid.last[n - 1] + 0.5, grid.first[n - 1] - 0.5 + Math.min(gap, 10))];
 }
 
-const short = (name) => { const n = narrow() ? 12 : 28; return name.length <= n ? name : name.slice(0, Math.ceil(n * 0.35)) + "…" + name.slice(-Math.floor(n * 0.65) + 1); };
-
 async function drawHeat() {
   const grid = gridOf();
   if (!grid) return;
@@ -58,7 +56,7 @@ async function drawHeat() {
   const marks = data.runs[view.run].marks.filter((m) => grid.rows.includes(m.row));
   if (marks.length) traces.push({ type: "scatter", mode: "markers+text", x: marks.map((m) => m.step), y: marks.map((m) => grid.rows.indexOf(m.row)), text: marks.map((m) => m.id), textfont: { color: token("surface"), size: 10 },
     customdata: marks.map((m) => m.id), name: "marks", hovertext: marks.map((m) => `<b>${escapeText(m.diagnosis)}</b>, step ${m.step}<br>${fold(m.text)}<br><i>click for its story</i>`), hoverinfo: "text",
-    marker: { size: 17, symbol: marks.map((m) => SYMBOLS[m.severity]), color: marks.map((m) => token(m.severity)), line: { width: 1.5, color: token("surface") } } });
+    marker: { size: marks.map((m) => (m.severity === "warning" ? 21 : 17)), symbol: marks.map((m) => SYMBOLS[m.severity]), color: marks.map((m) => token(m.severity)), line: { width: 1.5, color: token("surface") } } });
   const rows = view.rows || [R - 0.5, -0.5], height = Math.min(640, Math.max(170, 20 * R + 52));
   const space = Math.max(1, Math.ceil((Math.abs(rows[0] - rows[1]) * 14) / (height - 52))), ticks = [];
   for (let r = Math.max(0, Math.ceil(rows[1])); r <= Math.min(R - 1, rows[0]); r += space) ticks.push(r);
@@ -164,8 +162,8 @@ function wire() {
   document.querySelectorAll("[data-zoom]").forEach((button) => button.addEventListener("click", () => zoom(button.dataset.zoom)));
   document.querySelectorAll("[data-mark]").forEach((button) => button.addEventListener("click", () => show(button.dataset.mark)));
   document.querySelectorAll(".index a").forEach((link) => link.addEventListener("click", (event) => { event.preventDefault(); tell(link.hash.slice(2)); }));
-  $("run").addEventListener("change", () => { chooseRun(Number($("run").value)); redraw(drawHeat); });
-  $("signal").addEventListener("change", () => { view.signal = $("signal").value; view.rows = null; redraw(drawHeat); });
+  $("run").addEventListener("change", () => { chooseRun(Number($("run").value)); redraw(drawLoss, drawHeat); });
+  $("signal").addEventListener("change", () => { view.signal = $("signal").value; view.rows = null; redraw(drawLoss, drawHeat); });
   $("shows").addEventListener("change", () => { view.shows = $("shows").value; redraw(drawHeat); });
   let waiting = null, width = window.innerWidth;
   window.addEventListener("resize", () => { if (window.innerWidth !== width) { width = window.innerWidth; clearTimeout(waiting); waiting = setTimeout(() => redraw(drawLoss, drawHeat), 150); } });
