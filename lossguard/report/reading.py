@@ -110,10 +110,8 @@ def _take(run: Run, history: History, k: int, step: int) -> None:
         values, seen = history.last(measure.signal), history.seen(measure.signal)
         if values.shape[0] <= k or not values.shape[1]:
             continue
-        grid = run.grids.get(measure.signal)
-        if grid is None:
-            grid = run.grids[measure.signal] = Grid(GRID_BUCKETS)
-        grid.add(step, values[k], seen[k])
+        if measure.signal in run.grids or seen[k].any():
+            run.grids.setdefault(measure.signal, Grid(GRID_BUCKETS)).add(step, values[k], seen[k])
 
 
 def _name(run: Run, params: Sequence[tuple[str, str]], units: Sequence[tuple[str, str]]) -> None:

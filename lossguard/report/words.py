@@ -102,12 +102,13 @@ def facts(run: Run) -> list[tuple[str, str]]:
     """The run's facts, as names and values."""
     known = run.facts
     began, ended = known.get("time"), known.get("ended")
+    last = "not finite" if run.state == "not a number" else number(run.span[1])
     pairs = [
         ("Model", str(known.get("model", ""))),
         ("Optimizer", ", ".join(known.get("optimizers", []))),
         ("Steps", f"{run.steps:,}"),
         ("Sampled", f"{run.samples:,} steps" + (f", every {known['every']}" if known.get("every") else "")),
-        ("Loss", f"{number(run.span[0])} → {number(run.span[1])}" if np.isfinite(run.span[0]) else ""),
+        ("Loss", f"{number(run.span[0])} → {last}" if np.isfinite(run.span[0]) else ""),
         ("Began", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)) if began else ""),
         ("Took", duration(ended - began) if began and ended else ""),
         ("Parameters", f"{known['tensors']:,} tensors, {', '.join(known.get('dtypes', []))}" if known.get("tensors") else ""),

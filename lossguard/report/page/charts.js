@@ -73,9 +73,10 @@ function brokenShapes(run) {
   for (let i = 0; i < curve.flags.length; i++) {
     if (!curve.flags[i]) continue;
     const from = i;
-    while (i + 1 < curve.flags.length && curve.flags[i + 1]) i++;
+    let kinds = curve.flags[i];
+    while (i + 1 < curve.flags.length && curve.flags[i + 1]) kinds |= curve.flags[++i];
     shapes.push({ type: "rect", xref: "x", yref: "paper", x0: curve.first[from] - 0.5, x1: end(i) + 0.5, y0: 0, y1: 1, fillcolor: alpha(token("lost"), 0.16), line: { width: 1, color: token("lost") }, layer: "below",
-      label: end(i) - curve.first[from] > 0.08 * (shownSteps()[1] - shownSteps()[0]) ? { text: flagNames(curve.flags[from]), textposition: "middle center", font: { color: token("lost"), size: 15 } } : undefined });
+      label: end(i) - curve.first[from] > 0.08 * (shownSteps()[1] - shownSteps()[0]) ? { text: flagNames(kinds), textposition: "middle center", font: { color: token("lost"), size: 15 } } : undefined });
   }
   return shapes;
 }
@@ -101,7 +102,7 @@ function markTraces(marks) {
   if (marks.length) traces.push({
     x: marks.map((m) => m.step), y: marks.map((m) => m.y), yaxis: "y2", mode: "markers+text", customdata: marks.map((m) => m.id), text: marks.map((m) => m.id),
     textfont: { color: token("surface"), size: 11 }, textposition: "middle center", cliponaxis: false, name: "marks",
-    marker: { size: marks.map((m) => (m.severity === "warning" ? 23 : 19)), symbol: marks.map((m) => SYMBOLS[m.severity]), color: marks.map((m) => token(m.severity)), line: { width: 1.5, color: token("surface") } },
+    marker: { size: marks.map((m) => (m.severity === "warning" ? 23 : 19)), opacity: 1, symbol: marks.map((m) => SYMBOLS[m.severity]), color: marks.map((m) => token(m.severity)), line: { width: 1.5, color: token("surface") } },
     hovertext: marks.map((m) => `<b>${escapeText(m.diagnosis)}</b> ${m.severity}, step ${m.step}` + (m.last > m.step ? ` to ${m.last}` : "") + `<br>${fold(m.text)}<br><i>click for its story</i>`), hoverinfo: "text" });
   return traces;
 }

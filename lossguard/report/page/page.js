@@ -56,7 +56,7 @@ async function drawHeat() {
   const marks = data.runs[view.run].marks.filter((m) => grid.rows.includes(m.row));
   if (marks.length) traces.push({ type: "scatter", mode: "markers+text", x: marks.map((m) => m.step), y: marks.map((m) => grid.rows.indexOf(m.row)), text: marks.map((m) => m.id), textfont: { color: token("surface"), size: 10 },
     customdata: marks.map((m) => m.id), name: "marks", hovertext: marks.map((m) => `<b>${escapeText(m.diagnosis)}</b>, step ${m.step}<br>${fold(m.text)}<br><i>click for its story</i>`), hoverinfo: "text",
-    marker: { size: marks.map((m) => (m.severity === "warning" ? 21 : 17)), symbol: marks.map((m) => SYMBOLS[m.severity]), color: marks.map((m) => token(m.severity)), line: { width: 1.5, color: token("surface") } } });
+    marker: { size: marks.map((m) => (m.severity === "warning" ? 21 : 17)), opacity: 1, symbol: marks.map((m) => SYMBOLS[m.severity]), color: marks.map((m) => token(m.severity)), line: { width: 1.5, color: token("surface") } } });
   const rows = view.rows || [R - 0.5, -0.5], height = Math.min(640, Math.max(170, 20 * R + 52));
   const space = Math.max(1, Math.ceil((Math.abs(rows[0] - rows[1]) * 14) / (height - 52))), ticks = [];
   for (let r = Math.max(0, Math.ceil(rows[1])); r <= Math.min(R - 1, rows[0]); r += space) ticks.push(r);
