@@ -30,29 +30,25 @@ function edges(grid) {
   return [...grid.first.map((s) => s - 0.5), Math.max(grid.last[n - 1] + 0.5, grid.first[n - 1] - 0.5 + Math.min(gap, 10))];
 }
 
+const RAMP = 0.98; // share of the colour scale that finite numbers use
+
 async function drawHeat() {
   const grid = gridOf();
   if (!grid) return;
   const numbers = await numbersOf(grid), scale = scaleOf(grid, numbers), { axis, layout } = base();
-  const R = grid.rows.length, C = grid.first.length, z = [], broken = [], text = [];
+  const R = grid.rows.length, C = grid.first.length, z = [];
+  const top = scale.low + (scale.high - scale.low) / RAMP; // the scale's last piece is for what is not finite
   for (let r = 0; r < R; r++) {
-    const zs = new Array(C), bs = new Array(C), ts = new Array(C);
+    const row = new Float64Array(C).fill(NaN);
     for (let c = 0; c < C; c++) {
-      const i = r * C + c, low = numbers.low[i], high = numbers.high[i], flag = numbers.flags[i];
-      zs[c] = bs[c] = null;
-      ts[c] = "";
-      if (flag) bs[c] = 1;
-      else if (!Number.isNaN(low)) zs[c] = scale.to(pick(grid, low, high));
-      if (!flag && Number.isNaN(low)) continue;
-      const steps = grid.first[c] === grid.last[c] ? `step ${grid.first[c]}` : `steps ${grid.first[c]} to ${grid.last[c]}`;
-      const value = Number.isNaN(low) ? "" : low === high ? say(low) : `${say(low)} to ${say(high)}`;
-      ts[c] = `<b>${escapeText(grid.rows[r])}</b><br>${[flag && `<b>${flagNames(flag)}</b>`, value].filter(Boolean).join(", ")}<br>${steps}`;
+      const i = r * C + c, low = numbers.low[i];
+      if (numbers.flags[i]) row[c] = top;
+      else if (!Number.isNaN(low)) row[c] = Math.min(scale.high, Math.max(scale.low, scale.to(pick(grid, low, numbers.high[i]))));
     }
-    z.push(zs); broken.push(bs); text.push(ts);
+    z.push(row);
   }
-  const x = edges(grid), y = grid.rows.map((_, i) => i), common = { type: "heatmap", x, y, text, hoverinfo: "text", showscale: false, hoverongaps: false };
-  const traces = [{ ...common, z, zmin: scale.low, zmax: scale.high, colorscale: scale.colours }];
-  if (grid.flagged) traces.push({ ...common, z: broken, zmin: 0, zmax: 1, colorscale: [[0, token("lost")], [1, token("lost")]] });
+  const colours = [...scale.colours.map(([at, colour]) => [at * RAMP, colour]), [RAMP, token("lost")], [1, token("lost")]];
+  const traces = [{ type: "heatmap", x: edges(grid), y: grid.rows.map((_, i) => i), z, zmin: scale.low, zmax: top, colorscale: colours, showscale: false, hoverinfo: "none", hoverongaps: false, name: "cells" }];
   const marks = data.runs[view.run].marks.filter((m) => grid.rows.includes(m.row));
   if (marks.length) traces.push({ type: "scatter", mode: "markers+text", x: marks.map((m) => m.step), y: marks.map((m) => grid.rows.indexOf(m.row)), text: marks.map((m) => m.id), textfont: { color: token("surface"), size: 10 },
     customdata: marks.map((m) => m.id), name: "marks", hovertext: marks.map((m) => `<b>${escapeText(m.diagnosis)}</b>, step ${m.step}<br>${fold(m.text)}<br><i>click for its story</i>`), hoverinfo: "text",
@@ -68,6 +64,21 @@ async function drawHeat() {
   $("heat").style.height = height + "px";
   heatWords(grid, scale);
   await Plotly.react("heat", traces, layout, config);
+}
+
+// What a cell holds, told where the pointer is: texts for all cells would cost more than the drawing.
+async function tip(event) {
+  const point = event.points.find((p) => p.data.name === "cells"), box = $("tip");
+  if (!point) return void (box.hidden = true);
+  const grid = gridOf(), numbers = await numbersOf(grid), [r, c] = point.pointNumber, i = r * grid.first.length + c;
+  const [low, high, flag] = [numbers.low[i], numbers.high[i], numbers.flags[i]], name = document.createElement("b");
+  name.textContent = grid.rows[r];
+  const values = [flagNames(flag), Number.isNaN(low) ? "" : low === high ? say(low) : `${say(low)} to ${say(high)}`].filter(Boolean).join(", ");
+  box.replaceChildren(name, document.createElement("br"), values, document.createElement("br"), grid.first[c] === grid.last[c] ? `step ${grid.first[c]}` : `steps ${grid.first[c]} to ${grid.last[c]}`);
+  box.hidden = false;
+  const at = event.event;
+  box.style.left = Math.max(4, Math.min(window.innerWidth - box.offsetWidth - 8, at.clientX + 14)) + "px";
+  box.style.top = Math.max(4, at.clientY - box.offsetHeight - 12) + "px";
 }
 
 function heatWords(grid, scale) {
@@ -123,6 +134,11 @@ function listen(chart) {
     if ("xaxis.range[0]" in change) setRange([change["xaxis.range[0]"], change["xaxis.range[1]"]]);
     else if ("yaxis.range[0]" in change) redraw(drawHeat);
   });
+  if (chart.id === "heat") {
+    chart.on("plotly_hover", tip);
+    chart.on("plotly_unhover", () => { $("tip").hidden = true; });
+    window.addEventListener("scroll", () => { $("tip").hidden = true; }, { passive: true });
+  }
   chart.on("plotly_doubleclick", () => zoom("all"));
   chart.on("plotly_click", (event) => {
     const point = event.points.find((p) => p.data.name === "marks");

@@ -5,8 +5,8 @@ const $ = (id) => document.getElementById(id);
 
 async function unpack(name) {
   if (typeof DecompressionStream === "undefined") throw new Error("this browser is too old to unpack the charts; the findings below are complete");
-  const bytes = Uint8Array.from(atob($(name).textContent), (c) => c.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+  const packed = await fetch("data:application/octet-stream;base64," + $(name).textContent); // from this page itself
+  return new Response(packed.body.pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 }
 
 async function loadLibrary() {
