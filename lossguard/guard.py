@@ -260,7 +260,7 @@ class Guard:
 
     def report(self, path: str | Path) -> Path:
         """Write the post-mortem page of the run so far: one HTML file. Needs ``pip install 'lossguard[report]'``."""
-        return report.of_guard(self, facts.of(self, self._policy), path, self._record and self._record.folder)
+        return report.of_guard(self, facts.of(self, self._policy), path, self._record.folder if self._record else None)
 
     @property
     def memory(self) -> int:

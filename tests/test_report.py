@@ -239,9 +239,8 @@ def test_every_reading_of_the_curves_has_its_words(state):
 @pytest.mark.parametrize("diagnosis", sorted(DIAGNOSES))
 def test_every_diagnosis_has_a_story(diagnosis):
     """A story has severity, measurement with limit, causes with confidence, remedies, consequences, how to silence it, and the page of explain."""
-    told = finding(
-        diagnosis, Severity.ERROR, 7, "2.weight", evidence=(Evidence("norm", 9.0, 3.0),), consequences=(finding("constant_loss", step=9),), note="skipped", count=3, last_step=12
-    )  # fmt: skip
+    measured, later = (Evidence("norm", 9.0, 3.0),), (finding("constant_loss", step=9),)
+    told = finding(diagnosis, Severity.ERROR, 7, "2.weight", evidence=measured, consequences=later, note="skipped", count=3, last_step=12)
     text = markup.stories([reading.Run("r", findings=[told])])
     for words_ in (diagnosis, "■", "limit 3", "constant_loss", "Skipped", "3 times until step 12", f"mute={{&quot;{diagnosis}&quot;}}", "<h5>Limits</h5>"):
         assert words_ in text, words_
@@ -258,7 +257,9 @@ def test_bars_stay_in_their_frame(value, limit):
 def test_what_users_name_cannot_break_the_page():
     """Names and messages are text on the page, never markup or script."""
     nasty = '</script><script>alert(1)</script><b a="'
-    run = reading.Run(nasty, findings=[finding(where=nasty, evidence=(Evidence(nasty, 1.0, 2.0),), note=nasty)], coverage={"not_observed": {nasty: nasty}}, steps=9)
+    run = reading.Run(
+        nasty, findings=[finding(where=nasty, evidence=(Evidence(nasty, 1.0, 2.0),), note=nasty)], coverage={"not_observed": {nasty: nasty}}, steps=9
+    )
     history = History(losses=8, samples=4)
     run.curves[nasty] = reading.from_history(history, {}, "x").curves.get("loss") or envelope(np.arange(3), np.ones(3), 9)
     html = report.page([run], "")

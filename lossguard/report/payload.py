@@ -75,8 +75,8 @@ def _curve(curve: Curve) -> dict[str, Any]:
 
 
 def _grid(grid: Grid, names: Sequence[str], name: str, blocks: dict[str, str]) -> dict[str, Any]:
-    kept = np.flatnonzero(observed_rows(grid))
-    low, high, flags = (np.ascontiguousarray(part[:, kept].T) for part in (grid.low, grid.high, grid.flags))  # (sites, buckets)
+    kept = np.flatnonzero(observed_rows(grid)).tolist()
+    low, high, flags = grid.low[:, kept].T, grid.high[:, kept].T, grid.flags[:, kept].T  # (sites, buckets)
     same = bool(np.array_equal(low, high, equal_nan=True))
     blocks[name] = pack(*([rounded(low)] if same else [rounded(low), rounded(high)]), *([flags] if flags.any() else []))
     return {

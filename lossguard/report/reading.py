@@ -144,7 +144,7 @@ def _draw(run: Run, steps: Any, losses: Array, terms: Mapping[str, Array]) -> No
 
 def observed_rows(grid: Grid) -> Mask:
     """Which sites of a grid were ever observed."""
-    return np.isfinite(grid.low).any(axis=0) | grid.flags.any(axis=0)
+    return np.asarray(np.isfinite(grid.low).any(axis=0) | grid.flags.any(axis=0), dtype=np.bool_)
 
 
 def labels(folders: Iterable[str | Path]) -> list[str]:

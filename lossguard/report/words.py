@@ -57,7 +57,8 @@ def headline(run: Run) -> Headline:
         head = f"{'Stopped' if stopped else 'Lost'} at step {finding.step:,}: {summary}."
     else:
         curve, link = CURVES[run.state]
-        since = "from the first step on" if finding.step == 0 else f"from step {finding.step:,} on"
+        once = finding.count == 1 and finding.last_step in (None, finding.step)
+        since = f"at step {finding.step:,}" if once else "from the first step on" if finding.step == 0 else f"from step {finding.step:,} on"
         head = f"{curve}, {link} {since} {summary}."
     then = f"Seen in {finding.where}. " if finding.where != "loss" else ""
     if finding.causes:

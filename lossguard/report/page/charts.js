@@ -16,8 +16,15 @@ const shownSteps = () => view.range || whole();
 const narrow = () => window.innerWidth < 720;
 const config = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
 
-// Names are cut in the middle, where they differ least; both charts leave the same room where that is little, so that steps stand under steps.
-const short = (name) => { const n = narrow() ? 12 : 24; return name.length <= n ? name : name.slice(0, Math.ceil(n * 0.35)) + "…" + name.slice(-Math.floor(n * 0.65) + 1); };
+// Long names: their leading parts become letters, numbers stay, and what is still too long is cut in the middle.
+function short(name) {
+  const room = narrow() ? 13 : 24, parts = name.split(".");
+  for (let i = 0; i < parts.length - 1 && parts.join(".").length > room; i++) if (!/^\d/.test(parts[i])) parts[i] = parts[i][0] || "";
+  const n = parts.join(".");
+  return n.length <= room ? n : n.slice(0, Math.ceil(room * 0.5)) + "…" + n.slice(1 - Math.floor(room * 0.5));
+}
+
+// Both charts leave the same room for their labels where that is little, so that steps stand under steps.
 function leftMargin() {
   const grid = data.runs[view.run].grids.find((g) => g.signal === view.signal);
   return 22 + 6.4 * Math.max(6, ...(grid ? grid.rows.map((n) => short(n).length) : []));

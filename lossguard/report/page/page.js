@@ -53,6 +53,8 @@ async function drawHeat() {
   if (marks.length) traces.push({ type: "scatter", mode: "markers+text", x: marks.map((m) => m.step), y: marks.map((m) => grid.rows.indexOf(m.row)), text: marks.map((m) => m.id), textfont: { color: token("surface"), size: 10 },
     customdata: marks.map((m) => m.id), name: "marks", hovertext: marks.map((m) => `<b>${escapeText(m.diagnosis)}</b>, step ${m.step}<br>${fold(m.text)}<br><i>click for its story</i>`), hoverinfo: "text",
     marker: { size: marks.map((m) => (m.severity === "warning" ? 21 : 17)), opacity: 1, symbol: marks.map((m) => SYMBOLS[m.severity]), color: marks.map((m) => token(m.severity)), line: { width: 1.5, color: token("surface") } } });
+  const lost = brokenRows(grid, numbers), thick = Math.max(0.5, R / 200);
+  layout.shapes = lost.slice(0, 200).map(({ row }) => ({ type: "rect", xref: "paper", x0: -0.008, x1: -0.001, y0: row - thick, y1: row + thick, fillcolor: token("lost"), line: { width: 0 } }));
   const rows = view.rows || [R - 0.5, -0.5], height = Math.min(640, Math.max(170, 20 * R + 52));
   const space = Math.max(1, Math.ceil((Math.abs(rows[0] - rows[1]) * 14) / (height - 52))), ticks = [];
   for (let r = Math.max(0, Math.ceil(rows[1])); r <= Math.min(R - 1, rows[0]); r += space) ticks.push(r);
@@ -62,7 +64,7 @@ async function drawHeat() {
     yaxis: { ...axis, range: rows, showgrid: false, tickvals: ticks, ticktext: ticks.map((r) => escapeText(short(grid.rows[r]))), tickfont: { color: token("muted"), size: 11 } },
   });
   $("heat").style.height = height + "px";
-  heatWords(grid, scale);
+  heatWords(grid, scale, lost);
   await Plotly.react("heat", traces, layout, config);
 }
 
@@ -81,7 +83,17 @@ async function tip(event) {
   box.style.top = Math.max(4, at.clientY - box.offsetHeight - 12) + "px";
 }
 
-function heatWords(grid, scale) {
+// The rows that hold a number that is not finite, the earliest first.
+function brokenRows(grid, numbers) {
+  const C = grid.first.length, found = [];
+  for (let row = 0; grid.flagged && row < grid.rows.length; row++) {
+    const c = numbers.flags.subarray(row * C, (row + 1) * C).findIndex(Boolean);
+    if (c >= 0) found.push({ row, c, step: grid.first[c], last: grid.last[c] });
+  }
+  return found.sort((a, b) => a.c - b.c);
+}
+
+function heatWords(grid, scale, lost) {
   $("heat-about").textContent = grid.about;
   const span = (style, words, cls) => { const s = document.createElement("span"), i = document.createElement("i"); i.className = cls; i.style.cssText = style; s.append(i, words); return s; };
   const bar = document.createElement("span");
@@ -89,7 +101,8 @@ function heatWords(grid, scale) {
   strip.style.background = `linear-gradient(90deg, ${scale.colours.map((c) => c[1]).join(",")})`;
   bar.append(scale.ends[0], strip, scale.ends[1]);
   $("legend").replaceChildren(bar, ...(scale.middle ? [`middle: ${scale.middle}`] : []), span(`background:${token("lost")}`, grid.flagged ? "NaN or infinite" : "NaN or infinite: none", "swatch"), span(`background:${token("unseen")}`, "not measured", "swatch"));
-  $("heat-note").textContent = `${grid.rows.length} rows. ` + (grid.most > 1 ? `A cell holds up to ${grid.most} sampled steps and shows ${$("shows").selectedOptions[0].textContent} of them.` : "Each column is one sampled step.");
+  $("heat-note").textContent = `${grid.rows.length} rows. ` + (grid.most > 1 ? `A cell holds up to ${grid.most} sampled steps and shows ${$("shows").selectedOptions[0].textContent} of them.` : "Each column is one sampled step.")
+    + (lost.length ? ` Not finite in ${lost.length} row${lost.length > 1 ? "s" : ""}, first in ${grid.rows[lost[0].row]}, step${lost[0].step === lost[0].last ? ` ${lost[0].step}` : `s ${lost[0].step} to ${lost[0].last}`}.` : "");
   $("shows").disabled = grid.most <= 1;
 }
 
@@ -194,6 +207,7 @@ function fail(error) {
 }
 
 async function begin() {
+  document.querySelectorAll(".chart .wait").forEach((p) => { p.textContent = "Drawing…"; });
   $("run-label").hidden = !several;
   $("run").replaceChildren(...data.runs.map((r, k) => option(String(k), `${"AB"[k]} ${r.label}`)));
   const marks = data.runs.flatMap((r, k) => r.marks.filter((m) => m.signal && m.severity !== "info").map((m) => ({ ...m, run: k })));
