@@ -171,6 +171,26 @@ def test_a_record_of_an_older_version_is_read(tmp_path):
     assert "what was not observed is not known" in markup.coverage([run])
 
 
+def test_weights_that_begin_at_zero_are_no_fault(tmp_path):
+    """While weights are all zero an update has no ratio to them: the heat map shows nothing there, and nothing infinite."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 3)
+    torch.nn.init.zeros_(model.bias)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Guard(model, optimizer, record=tmp_path) as guard:
+        for _ in range(5):
+            model(torch.randn(16, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step(1.0)
+    assert np.isinf(guard.history.last("update_ratio")[0, 1])
+    for run in (reading.from_record(tmp_path), reading.from_history(guard.history, {}, "live")):
+        grid = run.grids["update_ratio"]
+        assert not grid.flags.any()
+        assert np.isnan(grid.high[0, 1])
+        assert grid.high[1:, 1].min() > 0
+
+
 def test_a_killed_run_says_so(tmp_path):
     """A record without its end is shown as far as it goes, and the page says that it has none."""
     train(tmp_path)

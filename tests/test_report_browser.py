@@ -194,6 +194,20 @@ def test_not_a_number_is_told_by_a_colour_of_its_own(visit):
         bool(f) for f in page.evaluate("numbersOf(gridOf()).then((n) => Array.from(n.flags.slice(0, gridOf().first.length)))")
     ]
     assert any(z == cells["top"] for z in cells["z"])
+    for signal in page.evaluate("data.runs[0].grids.map((g) => g.signal)"):  # however far a finite number is beyond the scale
+        page.locator("#signal").select_option(signal)
+        page.wait_for_function("(s) => gridOf().signal === s", arg=signal)
+        page.evaluate("drawing")
+        highest, border = page.evaluate(
+            """(async () => { const d = $('heat').data[0], n = await numbersOf(gridOf()), C = gridOf().first.length;
+            const finite = d.z.flatMap((row, r) => Array.from(row).filter((v, c) => !Number.isNaN(v) && !n.flags[r * C + c]));
+            const share = finite.map((v) => (v - d.zmin) / (d.zmax - d.zmin));
+            return [Math.max(...share), d.colorscale.find((s) => s[1] === token('lost'))[0]]; })()"""
+        )
+        assert highest < border - 0.01, signal
+    page.locator("#signal").select_option("grad_norm")
+    page.wait_for_function("gridOf().signal === 'grad_norm'")
+    page.evaluate("drawing")
     page.locator("#heat").scroll_into_view_if_needed()
     box = page.locator("#heat .nsewdrag").first.bounding_box()
     page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])
@@ -227,6 +241,20 @@ def test_two_runs_can_be_chosen_between(visit):
     page.locator("#run").select_option("1")
     page.locator("#signal").select_option("grad_norm")
     page.wait_for_function("view.run === 1 && gridOf().flagged")
+
+
+def test_on_paper_it_fits(visit):
+    """Printed, the page is light, its charts fit the paper, and the screen's state comes back."""
+    page = visit("dead", color_scheme="dark")
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert page.evaluate("[$('loss'), $('heat')].map((c) => c.querySelector('.main-svg').getBoundingClientRect().width)") == [660, 660]
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.evaluate("drawing")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.evaluate("$('heat').querySelector('.main-svg').getBoundingClientRect().width") > 700
 
 
 def test_without_script_the_words_are_there(browser, pages):

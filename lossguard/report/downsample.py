@@ -25,7 +25,7 @@ def flags_of(values: Array) -> Flags:
     [0, 1, 2, 4]
     """
     kinds = np.isnan(values) * NAN + (values == np.inf) * POSITIVE + (values == -np.inf) * NEGATIVE
-    return kinds.astype(np.uint8)
+    return np.asarray(kinds, dtype=np.uint8)
 
 
 @dataclass(frozen=True)

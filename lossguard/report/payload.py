@@ -118,8 +118,8 @@ def place(finding: Finding, run: Run) -> tuple[str | None, str | None]:
 def rounded(values: Array) -> npt.NDArray[np.float32]:
     """The numbers with half a float32's mantissa, which packs well. Finite ones stay finite, 0, 1 and NaN exact.
 
-    >>> rounded(np.array([1.0, 0.0, 1e300, 0.1])).tolist()[:3]
-    [1.0, 0.0, 3.3999391873564567e+38]
+    >>> rounded(np.array([1.0, 0.0, np.nan])).tolist(), bool(np.isfinite(rounded(np.array([1e300]))[0]))
+    ([1.0, 0.0, nan], True)
     """
     greatest = 3.4e38  # below the largest float32, so that rounding cannot reach infinity
     bits = np.clip(values, -greatest, greatest).astype(np.float32).view(np.int32)

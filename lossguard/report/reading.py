@@ -32,11 +32,10 @@ class Measure:
     about: str = ""
 
 
+BAND = "Around 1e-3 is usual; orange is larger, blue is smaller."
 MEASURES = (
     Measure("grad_norm", "Gradient norm", about="L2 norm of each parameter's gradient, before clipping."),
-    Measure(
-        "update_ratio", "Update ratio", "band", 1e-3, "Norm of the update over norm of the weights. Around 1e-3 is usual; orange is larger, blue is smaller."
-    ),
+    Measure("update_ratio", "Update ratio", "band", 1e-3, "Norm of the update over norm of the weights, once these are not all zero. " + BAND),
     Measure("dead_fraction", "Dead fraction", "share", about="Share of units that were silent for every sample of a whole window."),
     Measure("activation_rms", "Activation RMS", about="Root mean square of each module's output."),
     Measure("saturated_fraction", "Saturated fraction", "share", about="Share of sigmoid or tanh units at their rails."),
@@ -110,8 +109,15 @@ def _take(run: Run, history: History, k: int, step: int) -> None:
         values, seen = history.last(measure.signal), history.seen(measure.signal)
         if values.shape[0] <= k or not values.shape[1]:
             continue
-        if measure.signal in run.grids or seen[k].any():
-            run.grids.setdefault(measure.signal, Grid(GRID_BUCKETS)).add(step, values[k], seen[k])
+        there = seen[k] & ~_no_ratio(history, k) if measure.signal == "update_ratio" else seen[k]
+        if measure.signal in run.grids or there.any():
+            run.grids.setdefault(measure.signal, Grid(GRID_BUCKETS)).add(step, values[k], there)
+
+
+def _no_ratio(history: History, k: int) -> Mask:
+    """Weights that are still all zero, as biases and zero-initialised branches are at first: a sound update has no ratio to them."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray((history.last("weight_norm")[k] == 0.0) & np.isfinite(history.last("update_norm")[k]), dtype=np.bool_)
 
 
 def _name(run: Run, params: Sequence[tuple[str, str]], units: Sequence[tuple[str, str]]) -> None:

@@ -1,6 +1,6 @@
 // The two charts. Drawn anew for a theme, a scale, a signal or a range of steps; they share their steps.
 const several = data.runs.length > 1;
-const view = { scale: "linear", run: 0, signal: null, shows: "worst", range: null, rows: null };
+const view = { scale: "linear", run: 0, signal: null, shows: "worst", range: null, rows: null, width: undefined };
 const SYMBOLS = { info: "circle", warning: "triangle-up", error: "square", halt: "octagon" };
 const LIGHT = {
   sequence: ["#f3f7ee", "#c9e4c5", "#7fc6bd", "#3a97b4", "#2a5f9e", "#1d2b6b"],
@@ -36,7 +36,7 @@ function base() {
   const touch = window.matchMedia("(pointer: coarse)").matches;
   return { axis, layout: {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: getComputedStyle(document.body).fontFamily, color: ink, size: 12 },
-    showlegend: false, dragmode: touch ? false : "zoom", hovermode: "closest",
+    width: view.width, autosize: view.width === undefined, showlegend: false, dragmode: touch ? false : "zoom", hovermode: "closest",
     hoverlabel: { bgcolor: token("surface"), bordercolor: muted, align: "left", font: { color: ink, size: 12.5, family: getComputedStyle(document.body).fontFamily } },
   } };
 }

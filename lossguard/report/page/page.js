@@ -30,12 +30,12 @@ function edges(grid) {
   return [...grid.first.map((s) => s - 0.5), Math.max(grid.last[n - 1] + 0.5, grid.first[n - 1] - 0.5 + Math.min(gap, 10))];
 }
 
-const RAMP = 0.98; // share of the colour scale that finite numbers use
+const RAMP = 0.96, GAP = 0.98; // of the colour scale: finite numbers end at the one, the colour of what is not finite begins at the other
 
 async function drawHeat() {
   const grid = gridOf();
   if (!grid) return;
-  const numbers = await numbersOf(grid), scale = scaleOf(grid, numbers), { axis, layout } = base();
+  const numbers = ready.get(grid.block) || (await numbersOf(grid)), scale = scaleOf(grid, numbers), { axis, layout } = base();
   const R = grid.rows.length, C = grid.first.length, z = [];
   const top = scale.low + (scale.high - scale.low) / RAMP; // the scale's last piece is for what is not finite
   for (let r = 0; r < R; r++) {
@@ -47,14 +47,14 @@ async function drawHeat() {
     }
     z.push(row);
   }
-  const colours = [...scale.colours.map(([at, colour]) => [at * RAMP, colour]), [RAMP, token("lost")], [1, token("lost")]];
+  const colours = [...scale.colours.map(([at, colour]) => [at * RAMP, colour]), [GAP, scale.colours.at(-1)[1]], [GAP, token("lost")], [1, token("lost")]];
   const traces = [{ type: "heatmap", x: edges(grid), y: grid.rows.map((_, i) => i), z, zmin: scale.low, zmax: top, colorscale: colours, showscale: false, hoverinfo: "none", hoverongaps: false, name: "cells" }];
   const marks = data.runs[view.run].marks.filter((m) => grid.rows.includes(m.row));
   if (marks.length) traces.push({ type: "scatter", mode: "markers+text", x: marks.map((m) => m.step), y: marks.map((m) => grid.rows.indexOf(m.row)), text: marks.map((m) => m.id), textfont: { color: token("surface"), size: 10 },
     customdata: marks.map((m) => m.id), name: "marks", hovertext: marks.map((m) => `<b>${escapeText(m.diagnosis)}</b>, step ${m.step}<br>${fold(m.text)}<br><i>click for its story</i>`), hoverinfo: "text",
     marker: { size: marks.map((m) => (m.severity === "warning" ? 21 : 17)), opacity: 1, symbol: marks.map((m) => SYMBOLS[m.severity]), color: marks.map((m) => token(m.severity)), line: { width: 1.5, color: token("surface") } } });
   const lost = brokenRows(grid, numbers), thick = Math.max(0.5, R / 200);
-  layout.shapes = lost.slice(0, 200).map(({ row }) => ({ type: "rect", xref: "paper", x0: -0.008, x1: -0.001, y0: row - thick, y1: row + thick, fillcolor: token("lost"), line: { width: 0 } }));
+  layout.shapes = (R > 60 ? lost : []).slice(0, 200).map(({ row }) => ({ type: "rect", xref: "paper", x0: -0.008, x1: -0.001, y0: row - thick, y1: row + thick, fillcolor: token("lost"), line: { width: 0 } }));
   const rows = view.rows || [R - 0.5, -0.5], height = Math.min(640, Math.max(170, 20 * R + 52));
   const space = Math.max(1, Math.ceil((Math.abs(rows[0] - rows[1]) * 14) / (height - 52))), ticks = [];
   for (let r = Math.max(0, Math.ceil(rows[1])); r <= Math.min(R - 1, rows[0]); r += space) ticks.push(r);
@@ -196,9 +196,9 @@ function wire() {
   $("shows").addEventListener("change", () => { view.shows = $("shows").value; redraw(drawHeat); });
   let waiting = null, width = window.innerWidth;
   window.addEventListener("resize", () => { if (window.innerWidth !== width) { width = window.innerWidth; clearTimeout(waiting); waiting = setTimeout(() => redraw(drawLoss, drawHeat), 150); } });
-  let before = null;
-  window.addEventListener("beforeprint", () => { before = document.documentElement.dataset.theme; setTheme("light"); lossKey(); drawLoss(); drawHeat(); });
-  window.addEventListener("afterprint", () => { setTheme(before); lossKey(); redraw(drawLoss, drawHeat); });
+  let before = null; // on paper: light, as wide as a page
+  window.addEventListener("beforeprint", () => { before = document.documentElement.dataset.theme; view.width = 660; setTheme("light"); lossKey(); drawLoss(); drawHeat(); });
+  window.addEventListener("afterprint", () => { view.width = undefined; setTheme(before); lossKey(); redraw(drawLoss, drawHeat); });
 }
 
 function fail(error) {

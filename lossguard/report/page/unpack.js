@@ -16,7 +16,7 @@ async function loadLibrary() {
 }
 
 // A grid's numbers: low and high (the same where a bucket holds one sample), and flags: 1 NaN, 2 +Inf, 4 -Inf. By site, then bucket.
-const unpacked = new Map();
+const unpacked = new Map(), ready = new Map(); // promises of numbers, and the numbers once they are there
 function numbersOf(grid) {
   if (!unpacked.has(grid.block)) {
     unpacked.set(grid.block, unpack(grid.block).then((buffer) => {
@@ -24,7 +24,8 @@ function numbersOf(grid) {
       const low = new Float32Array(buffer, 0, n);
       const high = grid.same ? low : new Float32Array(buffer, 4 * n, n);
       const flags = grid.flagged ? new Uint8Array(buffer, (grid.same ? 4 : 8) * n, n) : new Uint8Array(n);
-      return { low, high, flags };
+      ready.set(grid.block, { low, high, flags });
+      return ready.get(grid.block);
     }));
   }
   return unpacked.get(grid.block);
@@ -34,7 +35,7 @@ function say(x) {
   if (x === null || Number.isNaN(x)) return "–";
   if (x === 0) return "0";
   const a = Math.abs(x);
-  return a >= 1e5 || a < 1e-3 ? x.toExponential(2).replace("e+", "e") : String(Number(x.toPrecision(4)));
+  return a >= 1e5 || a < 1e-3 ? x.toExponential(2).replace(/\.?0*e\+?/, "e") : String(Number(x.toPrecision(4)));
 }
 
 const flagNames = (f) => [f & 1 && "NaN", f & 2 && "+Inf", f & 4 && "−Inf"].filter(Boolean).join(", ");
