@@ -1,4 +1,4 @@
-"""``python -m lossguard``: demo, explain, findings of a record. Arguments flow in, text flows out."""
+"""``python -m lossguard``: demo, explain, findings of a record, report. Arguments flow in, text flows out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lossguard import __version__, explain, sinks
+from lossguard import __version__, explain, report, sinks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,10 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page.add_argument("--markdown", action="store_true", help="all pages as one Markdown document")
     show = commands.add_parser("findings", help="the findings in a run's record")
     show.add_argument("folder", type=Path, help="the folder given as Guard(record=...)")
+    html = commands.add_parser("report", help="the post-mortem page of a run's record, as one HTML file (needs plotly)")
+    html.add_argument("folder", type=Path, help="the folder given as Guard(record=...)")
+    html.add_argument("--compare", type=Path, metavar="OTHER", help="the record of a second run, to stand beside the first")
+    html.add_argument("-o", "--output", type=Path, metavar="FILE", help="where the page goes (default: report.html in the folder)")
     options = parser.parse_args(arguments)
     try:
         if options.command == "demo":
             return _demo(options.folder, options.steps)
+        if options.command == "report":
+            print(f"wrote {report.of_folders(options.folder, options.compare, options.output)}")
+            return 0
         print(_explain(options.name, options.markdown) if options.command == "explain" else _findings(options.folder))
     except ValueError as error:
         print(f"lossguard: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossguard import actions, arguments, batches, resume, verdict
+from lossguard import actions, arguments, batches, facts, report, resume, verdict
 from lossguard.coverage import Coverage, survey
 from lossguard.device import gate as gates
 from lossguard.device.recorder import Recorder
@@ -111,8 +111,7 @@ class Guard:
         self._intake = Intake(self._history, self._handover)
         self._pulses = Pulses(self._handover, min(self.every, 10))
         self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), *sinks]
-        self._batches = 0
-        self._explicit = phases == "explicit"
+        self._batches, self._explicit = 0, phases == "explicit"
         self._schedule = Schedule(self.every, self.dense, accumulate=accumulate, may_skip=scaler is not None and not self._explicit)
         self._overdue: actions.TrainingHalted | None = None
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
@@ -197,7 +196,7 @@ class Guard:
             for gate in self._gates:
                 gate.close()
             if self._record:
-                self._record.summary(self.findings)
+                self._faults.watch(facts.finish, self, self._policy, self._record)
                 self._record.close()
             if _watching.get(self.model) is not None and _watching[self.model]() is self:
                 del _watching[self.model]
@@ -257,6 +256,10 @@ class Guard:
     def coverage(self) -> Coverage:
         """What is observed and what is not, and why."""
         return survey(self._recorder, self._history, self._handover, self.steps, self._taps.backward_seen, self._faults.silenced)
+
+    def report(self, path: str | Path) -> Path:
+        """Write the post-mortem page of the run so far: one HTML file. Needs ``pip install 'lossguard[report]'``."""
+        return report.of_guard(self, facts.of(self, self._policy), path, self._record.folder if self._record else None)
 
     @property
     def memory(self) -> int:

@@ -42,9 +42,10 @@ class Record:
         """One event, as it stands now."""
         self._write("findings", {"kind": "finding", **finding.to_dict()})
 
-    def summary(self, findings: Sequence[Finding]) -> None:
-        """All events as they stand at the end of the run: with their counts and consequences."""
-        self._write("findings", {"kind": "summary", "findings": [f.to_dict() for f in findings]})
+    def summary(self, findings: Sequence[Finding], facts: Mapping[str, Any] | None = None, coverage: Mapping[str, Any] | None = None) -> None:
+        """All events as they stand at the end of the run, with their counts and consequences; what run it was, and what was observed."""
+        ending = {"facts": dict(facts or {}), "coverage": dict(coverage or {})}
+        self._write("findings", {"kind": "summary", "findings": [f.to_dict() for f in findings], **ending})
 
     def losses(self, first: int, totals: list[float], terms: Mapping[str, list[float]]) -> None:
         """The losses of consecutive steps."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import Advice, clip_remedy, finite_losses, informational, lr_remedy, matrices, middle, ranked
+from lossguard.advice import Advice, clip_remedy, finite_losses, informational, lr_remedy, matrices, middle, ranked, typical
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.rules.rule import rule
@@ -146,8 +146,8 @@ class LossSpike:
             found.append((Cause("learning rate too high", 0.8, f"it rose from {number(old)} to {number(new)}"), [back]))
         ratio = history.last("update_ratio")
         if ratio.size and matrices(history).any() and not found:
-            typical_ = np.nanmedian(np.where(np.isfinite(ratio), ratio, np.nan)[:, matrices(history)], axis=1)
-            old, new = middle(typical_[before]), float(np.nanmax(typical_[since], initial=0.0))
+            each = typical(ratio[:, matrices(history)].T)  # the median over matrices of each sample
+            old, new = middle(each[before & np.isfinite(each)]), float(np.nanmax(each[since], initial=0.0))
             if new > self.jumped * old > 0:
                 grown = f"updates grew from {number(old)} to {number(new)} of the weights"
                 found.append((Cause("learning rate too high", 0.6, grown), [lr_remedy(history, 0.1)]))

@@ -1,0 +1,268 @@
+"""The page in a real browser: it draws without a fault, its controls work by mouse and keyboard, it fits a phone."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+
+import pytest
+import torch
+
+from lossguard import Guard, report
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MISSING = [name for name in ("playwright", "plotly") if importlib.util.find_spec(name) is None] + ([] if BROWSER else ["chromium"])
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
+SWITCHES = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+
+
+def run(folder, *, lr=0.1, poison=None, bias=0.0):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))
+    torch.nn.init.constant_(model[0].bias, bias)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    with Guard(model, optimizer, record=folder, halt=None) as guard:
+        for step in range(90):
+            x = torch.randn(32, 8)
+            loss = torch.nn.functional.cross_entropy(model(x), x[:, :3].argmax(dim=1)) * (math.nan if step == poison else 1.0)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step(loss)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    run(folder / "dead", bias=-20.0)
+    run(folder / "nan", poison=60)
+    return {
+        "dead": report.of_folders(folder / "dead", path=folder / "dead.html"),
+        "nan": report.of_folders(folder / "nan", path=folder / "nan.html"),
+        "both": report.of_folders(folder / "dead", folder / "nan", folder / "both.html"),
+    }
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=BROWSER, args=SWITCHES.split())
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, pages):
+    """Opens a page; at the end no fault was logged and nothing was fetched."""
+    contexts, faults = [], []
+
+    def open_page(name, width=1280, height=900, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda request: faults.append(request.url) if not request.url.startswith(("file:", "data:", "blob:")) else None)
+        page.goto(pages[name].as_uri())
+        page.wait_for_selector("html[data-drawn=yes]", timeout=60_000)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+def heat(page):
+    return page.evaluate(
+        "({z: Array.from($('heat').data[0].z[0]), x: $('heat').layout.xaxis.range, y: $('heat').layout.yaxis.range, rows: $('heat').data[0].z.length})"
+    )
+
+
+@pytest.mark.parametrize("name", ["dead", "nan", "both"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_page_draws(visit, name, scheme):
+    """Both charts are drawn in light and in dark, with no fault and no request, and the text stands out from its ground."""
+    page = visit(name, color_scheme=scheme)
+    assert page.locator("#loss .main-svg").count() > 0
+    assert page.locator("#heat .main-svg").count() > 0
+    assert page.locator(".wait").count() == 0
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    for place in ("h1", ".small", "dt, th", ".lede", ".because", ".when", ".verdict .tone"):
+        assert contrast(page, place) >= 4.5, place
+
+
+def contrast(page, place):
+    """The contrast ratio of WCAG between an element's text and the first opaque ground behind it."""
+    return page.evaluate(
+        """(place) => {
+        const rgb = (c) => c.match(/[\\d.]+/g).map(Number);
+        const linear = (v) => (v / 255 <= 0.03928 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+        const light = (c) => { const [r, g, b] = rgb(c).map(linear); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+        let e = document.querySelector(place); const ink = light(getComputedStyle(e).color);
+        while (e && (rgb(getComputedStyle(e).backgroundColor)[3] ?? 1) === 0) e = e.parentElement;
+        const ground = light(getComputedStyle(e).backgroundColor);
+        return (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05);
+    }""",
+        place,
+    )
+
+
+@pytest.mark.parametrize("name", ["dead", "both"])
+@pytest.mark.parametrize("width", [320, 390])
+def test_a_phone_needs_no_sideways_scroll(visit, name, width):
+    """At the width of a phone nothing reaches beyond the page, opened explanations included, and all is drawn."""
+    page = visit(name, width=width, height=844, has_touch=True, is_mobile=True)
+    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_signal_and_the_scale_are_chosen(visit):
+    """The selects and the scale change what is drawn."""
+    page = visit("dead")
+    assert page.locator("#signal").input_value() == "dead_fraction"
+    before = heat(page)
+    page.locator("#signal").select_option("grad_norm")
+    page.wait_for_function("(n) => $('heat').data[0].z.length !== n", arg=before["rows"])
+    assert heat(page)["rows"] == 4
+    page.locator("input[value=log]").check()
+    page.wait_for_function("$('loss').layout.yaxis.type === 'log'")
+
+
+def test_everything_is_reached_by_keyboard(visit):
+    """Tab reaches every control with a visible focus; arrows, space and return work them."""
+    page = visit("dead")
+    reached = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate("(() => { const e = document.activeElement; return e.id || e.dataset.zoom || e.value || e.dataset.mark || e.tagName; })()")
+        )
+        shown = page.evaluate(
+            """(() => { const e = document.activeElement, s = getComputedStyle(e.matches('.segments input') ? e.nextElementSibling : e);
+            return e === document.body || s.outlineStyle !== 'none'; })()"""
+        )
+        assert shown, reached[-1]
+    assert {"theme", "left", "in", "out", "right", "all", "signal", "SUMMARY", "1"} <= set(reached)
+    page.locator("#theme").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.locator("#theme").get_attribute("aria-pressed") == "true"
+    page.locator("input[name=scale]:checked").focus()
+    was = page.locator("input[name=scale]:checked").input_value()
+    page.keyboard.press("ArrowLeft" if was == "log" else "ArrowRight")
+    assert page.locator("input[name=scale]:checked").input_value() != was
+    page.locator("[data-zoom=in]").focus()
+    page.keyboard.press("Space")
+    page.wait_for_function("$('heat').layout.xaxis.range[0] > 10")
+    assert page.evaluate("$('loss').layout.xaxis.range") == heat(page)["x"]
+    page.locator("[data-zoom=all]").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("$('heat').layout.xaxis.range[0] < 0")
+
+
+def test_a_mark_leads_to_its_story_and_the_story_to_the_heat_map(visit):
+    """A click on a finding's mark goes to its story; the story's button shows the layer and the steps of the finding."""
+    page = visit("dead")
+    page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")
+    spot = page.evaluate("""(() => { const l = $('loss')._fullLayout, m = placedMarks()[0], r = $('loss').getBoundingClientRect();
+        return [r.x + l._size.l + l.xaxis.d2p(m.step), r.y + l._size.t + l.yaxis2.d2p(m.y), m.id]; })()""")
+    page.mouse.move(spot[0], spot[1])
+    page.locator("#loss .hoverlayer .hovertext").wait_for()
+    assert "click for its story" in page.locator("#loss .hoverlayer").text_content()
+    page.mouse.click(spot[0], spot[1])
+    page.wait_for_function("(id) => document.activeElement.id === 'f' + id", arg=spot[2])
+    page.locator("#signal").select_option("weight_norm")
+    page.locator(f"[data-mark='{spot[2]}']").click()
+    page.wait_for_function("$('signal').value !== 'weight_norm'")
+    assert page.evaluate("document.activeElement.id") == "signal"
+
+
+def test_not_a_number_is_told_by_a_colour_of_its_own(visit):
+    """Cells that are not finite have the last colour of the scale, which no number has; the legend and the pointer name them."""
+    page = visit("nan")
+    page.locator("#signal").select_option("grad_norm")
+    page.wait_for_function("gridOf().signal === 'grad_norm'")
+    cells = page.evaluate(
+        "({z: Array.from($('heat').data[0].z[0]), top: $('heat').data[0].zmax, scale: $('heat').data[0].colorscale.at(-1)[1], lost: token('lost')})"
+    )
+    assert cells["scale"] == cells["lost"]
+    assert [z == cells["top"] for z in cells["z"]] == [
+        bool(f) for f in page.evaluate("numbersOf(gridOf()).then((n) => Array.from(n.flags.slice(0, gridOf().first.length)))")
+    ]
+    assert any(z == cells["top"] for z in cells["z"])
+    for signal in page.evaluate("data.runs[0].grids.map((g) => g.signal)"):  # however far a finite number is beyond the scale
+        page.locator("#signal").select_option(signal)
+        page.wait_for_function("(s) => gridOf().signal === s", arg=signal)
+        page.evaluate("drawing")
+        highest, border = page.evaluate(
+            """(async () => { const d = $('heat').data[0], n = await numbersOf(gridOf()), C = gridOf().first.length;
+            const finite = d.z.flatMap((row, r) => Array.from(row).filter((v, c) => !Number.isNaN(v) && !n.flags[r * C + c]));
+            const share = finite.map((v) => (v - d.zmin) / (d.zmax - d.zmin));
+            return [Math.max(...share), d.colorscale.find((s) => s[1] === token('lost'))[0]]; })()"""
+        )
+        assert highest < border - 0.01, signal
+    page.locator("#signal").select_option("grad_norm")
+    page.wait_for_function("gridOf().signal === 'grad_norm'")
+    page.evaluate("drawing")
+    page.locator("#heat").scroll_into_view_if_needed()
+    box = page.locator("#heat .nsewdrag").first.bounding_box()
+    page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])
+    page.locator("#tip:not([hidden])").wait_for()
+    assert "NaN" in page.locator("#tip").inner_text()
+    assert "Not finite in 4 rows, first in 0.weight, step 60." in page.locator("#heat-note").inner_text()
+
+
+def test_dragging_zooms_both_charts(visit):
+    """A box drawn over the heat map zooms both charts to its steps; a double click shows all again."""
+    page = visit("dead")
+    page.locator("#signal").select_option("grad_norm")
+    page.wait_for_function("$('heat').data[0].z.length === 4")
+    page.locator("#heat").scroll_into_view_if_needed()
+    box = page.locator("#heat .nsewdrag").first.bounding_box()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 4)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.6 * box["height"], steps=4)
+    page.mouse.up()
+    page.wait_for_function("$('loss').layout.xaxis.range[0] > 15 && $('loss').layout.xaxis.range[1] < 60")
+    page.mouse.dblclick(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
+    page.wait_for_function("$('loss').layout.xaxis.range[0] < 0 && $('heat').layout.yaxis.range[0] === 3.5")
+
+
+def test_two_runs_can_be_chosen_between(visit):
+    """On a page of two runs both losses are drawn, and the heat map shows the run that is chosen."""
+    page = visit("both")
+    assert page.locator("#run").is_visible()
+    assert "A dead" in page.locator("#loss-key").inner_text()
+    assert "B nan" in page.locator("#loss-key").inner_text()
+    page.locator("#run").select_option("1")
+    page.locator("#signal").select_option("grad_norm")
+    page.wait_for_function("view.run === 1 && gridOf().flagged")
+
+
+def test_on_paper_it_fits(visit):
+    """Printed, the page is light, its charts fit the paper, and the screen's state comes back."""
+    page = visit("dead", color_scheme="dark")
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert page.evaluate("[$('loss'), $('heat')].map((c) => c.querySelector('.main-svg').getBoundingClientRect().width)") == [660, 660]
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.evaluate("drawing")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.evaluate("$('heat').querySelector('.main-svg').getBoundingClientRect().width") > 700
+
+
+def test_without_script_the_words_are_there(browser, pages):
+    """Verdict, findings and coverage are read where scripts do not run."""
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(pages["dead"].as_uri())
+    assert page.locator("h1").is_visible()
+    assert "dead_relu" in page.locator("#findings").inner_text()
+    assert page.locator("text=The chart needs JavaScript").first.is_visible()
+    context.close()
