@@ -38,7 +38,8 @@ CHECKPOINTS = 16  # checkpoints remembered
 
 # Variables that explain a fault and hold no secret. Everything else of the environment stays out.
 NAMES = ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "NVIDIA_TF32_OVERRIDE", "PYTHONHASHSEED", "RANK", "SLURM_JOB_ID",
-         "SLURM_JOB_NUM_NODES", "SLURM_NODEID", "SLURM_PROCID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "WORLD_SIZE")  # fmt: skip
+         "SLURM_JOB_NUM_NODES", "SLURM_NODEID", "SLURM_PROCID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID",
+         "WORLD_SIZE")  # fmt: skip
 PREFIXES = ("CUBLAS_", "CUDA_LAUNCH_", "CUDNN_", "KMP_", "MKL_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_NCCL_", "TORCHINDUCTOR_")
 NEVER = ("AUTH", "CREDENTIAL", "KEY", "PASS", "SECRET", "TOKEN")  # in a name: left out whatever it begins with
 
@@ -61,6 +62,7 @@ class Aftermath:
     def __init__(self, folder: str | Path, optimizers: Sequence[Optimizer], scaler: Any, cap: int, lag: int) -> None:
         self._folder, self._optimizers, self._scaler, self._cap = Path(folder), optimizers, scaler, cap
         self._shown: deque[_Shown] = deque(maxlen=lag + 2)
+        self._born = time.time_ns()
         self._checkpoints: deque[tuple[int, str]] = deque(maxlen=CHECKPOINTS)
 
     def show(self, step: int, index: int, batch: Any) -> None:
@@ -76,7 +78,7 @@ class Aftermath:
 
     def leave(self, halt: TrainingHalted, history: History, steps: int) -> None:
         """Write the folder and name it in the halt. A part that cannot be written is named in the state; ``OSError`` if nothing can."""
-        attempt, finding = place.attempt(), halt.finding
+        attempt, finding = place.attempt(self._born), halt.finding
         root = _folder_of(self._folder, finding.step, attempt)
         own = root / f"rank{place.rank()}"
         own.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,7 @@ def random_states() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss], "cuda": []}
     states["numpy"] = [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *(v if isinstance(v, str) else float(v) for v in rest)]
-    if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+    if _cuda() and not torch.cuda.is_current_stream_capturing():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 
@@ -183,7 +185,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 def versions() -> dict[str, Any]:
     """What ran."""
     own = getattr(sys.modules.get("lossguard"), "__version__", None)
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if _cuda() else []
     return {"lossguard": own, "torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__, "python": platform.python_version(),
             "system": platform.platform(), "host": platform.node(), "devices": devices}  # fmt: skip
 
@@ -221,6 +223,10 @@ def _about(shown: _Shown | None, step: int, missing: dict[str, str]) -> dict[str
         _try(missing, "fingerprint", lambda: marks.append(fingerprint(alive)))
     shapes = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in alive]
     return {"step": shown.step, "index": shown.index, "of_the_finding": shown.step == step, "fingerprint": marks[0] if marks else None, "tensors": shapes}
+
+
+def _cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _number(value: Any) -> float:

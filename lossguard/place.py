@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import distributed
-
-_STARTED = time.time_ns()
 
 
 def rank() -> int:
@@ -37,15 +33,14 @@ def own_folder(folder: str | Path) -> Path:
     return Path(folder) / f"rank{me}" if me else Path(folder)
 
 
-def attempt(environment: Mapping[str, str] | None = None) -> str:
-    """The same text on all ranks of one start of the run, another one after a restart."""
-    env = os.environ if environment is None else environment
-    named = [env[k] for k in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID") if k in env]
-    restarts = [env[k] for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT") if k in env]
+def attempt(born: int) -> str:
+    """The same text on all ranks of one start of the run, another one after a restart. born: when this process's run began."""
+    named = [os.environ[k] for k in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID") if k in os.environ]
+    restarts = [os.environ[k] for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT") if k in os.environ]
     if world() == 1:
-        own = [socket.gethostname(), str(os.getpid()), str(_STARTED)]
-    else:  # the parent tells two starts of one address apart, where the launcher runs on this host only
-        own = [env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", "")] + ([] if named else [str(os.getppid())])
+        own = [socket.gethostname(), str(os.getpid()), str(born)]
+    else:  # the parent tells two starts apart where no launcher names them
+        own = [os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")] + ([] if named else [str(os.getppid())])
     return ":".join(named + restarts + own)
 
 

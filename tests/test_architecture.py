@@ -25,10 +25,10 @@ LAYERS = [
     ("rules/rule.py", "rules/judge.py"),
     ("advice.py", "verdict.py"),
     ("rules/",),
-    ("actions.py", "resume.py", "batches.py"),
-    ("sinks.py", "coverage.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "preflight.py"),
+    ("exits.py", "place.py", "watching.py", "actions.py", "resume.py", "batches.py"),
+    ("aftermath.py", "sinks.py", "coverage.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "preflight.py"),
     ("guard.py",),
-    ("integrations/", "report.py", "explain.py", "demo.py"),
+    ("integrations/", "report.py", "explain.py", "demo.py", "replay.py", "launch/"),
     ("__init__.py", "__main__.py", "cli.py"),
 ]
 # The face is imported by what is behind it in the order above.

@@ -343,4 +343,3 @@ class Recorder:
 
     def _default_device(self) -> torch.device:
         return next((b.device for b in self.banks), torch.device("cpu"))
-
