@@ -102,10 +102,10 @@ class Guard:
         self._on_cuda = any(p.device.type == "cuda" for p in parameters)
         lag = (0 if on_host else LAG) if lag is None else arguments.at_least(0, lag, "lag")
         self._silenced: set[str] = set()
-        about = {"torch": torch.__version__, "model": type(model).__name__, "every": every}
-        self._record: Record | None = None if record is None else self._watch(Record, place.own_folder(record), about, part="the record")
         self._codes = exits.check_codes(exit_codes, {rule.diagnosis: rule for rule in chosen})
         self._aftermath = Aftermath(record or "", self.optimizers, scaler, arguments.batch_cap(keep_batch, record), lag)
+        about = {"torch": torch.__version__, "model": type(model).__name__, "every": every}
+        self._record: Record | None = None if record is None else self._watch(Record, place.own_folder(record), about, part="the record")
         self._gates = gates.armed(self.optimizers) if skipped else []
         self._recorder = Recorder(model, self.optimizers, scaler)
         self._history = History(loss_family=loss_family or "unknown", optimizers=len(self.optimizers))

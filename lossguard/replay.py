@@ -101,12 +101,12 @@ def _words(bundle: Bundle, numbers: Mapping[str, Any], differing: list[str], loo
     """What the comparison means."""
     head = f"lossguard: replay of {bundle.finding.diagnosis} at step {bundle.step}, rank {bundle.state['rank']}"
     if not differing:
-        lines = [head, f"  reproducible: two runs gave the same {len(numbers)} results, bit for bit. The fault is in the numbers, the data or the code."]
+        lines = [head, f"  reproducible: two runs gave the same result ({', '.join(list(numbers)[:3])}), bit for bit."]
     elif loose:
         lines = [head, f"  not reproducible: {len(differing)} of {len(numbers)} results differ ({', '.join(differing[:3])}), but the step uses operations",
                  "  without a deterministic form, so this proves nothing about the hardware:", *(f"    {text}" for text in loose[:3])]  # fmt: skip
     else:
-        lines = [head, f"  NOT REPRODUCIBLE: {len(differing)} of {len(numbers)} results differ between two runs from the same state ({', '.join(differing[:3])}).",
+        lines = [head, f"  NOT REPRODUCIBLE: {len(differing)} of {len(numbers)} results differ between two runs ({', '.join(differing[:3])}).",
                  f"  Suspect the hardware: take {bundle.state['versions']['host']} out of service and test its accelerator and memory.",
                  "  (First make sure that the function draws no random numbers of its own and reads no clock.)"]  # fmt: skip
     lines += _beside_the_run(bundle, numbers, differing)
@@ -122,7 +122,9 @@ def _beside_the_run(bundle: Bundle, numbers: Mapping[str, Any], differing: list[
         return []
     again, then = value.double().item(), float(seen)
     lines = [f"  The run saw the loss {then:.6g}, the replay gives {again:.6g}."]
-    if math.isfinite(again) and not math.isfinite(then):
+    if not math.isfinite(again) and not math.isfinite(then):
+        lines.append("  The fault comes back: it is in the numbers, the data or the code, not in the hardware.")
+    elif math.isfinite(again) and not math.isfinite(then):
         lines.append("  The fault did not come back: the weights or the batch are not those of the step, or the run met a passing fault of its hardware.")
     return lines
 

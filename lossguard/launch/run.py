@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         trace = halt.__traceback__
         while trace is not None and trace.tb_frame.f_globals.get("__name__") in (__name__, "runpy"):
             trace = trace.tb_next
-        sys.excepthook(type(halt), halt, trace)
+        sys.excepthook(type(halt), halt.with_traceback(trace), trace)
         return manners.told(halt)
 
 
@@ -64,7 +64,7 @@ def _script(name: str, arguments: list[str]) -> int:
         _fresh_main()
         _as_main()("__main__", alter_argv=False)
         return 0
-    full = os.path.join(os.getcwd(), name.removeprefix("./"))  # noqa: PTH118, PTH109 - python keeps the rest of the path as it was typed
+    full = os.path.join(os.getcwd(), name)  # noqa: PTH118, PTH109 - python keeps the rest of the path as it was typed
     try:
         with io.open_code(full) as file:
             source = file.read()

@@ -91,9 +91,10 @@ def last_line(halt: TrainingHalted) -> None:
 
 
 def _words(finding: Finding) -> str:
-    if not finding.diagnosis.startswith("nonfinite"):
+    heard = [f for f in (finding, *finding.consequences) if f.diagnosis.startswith("nonfinite")]
+    if not heard:
         return ""
-    nan = finding.diagnosis == "nonfinite_loss" and "nan" in finding.message.lower()
+    nan = any(f.diagnosis == "nonfinite_loss" and "nan" in f.message.lower() for f in heard)
     return "non-finite, loss: nan" if nan else "non-finite"
 
 
