@@ -61,7 +61,14 @@ def script(folder, text, name="script.py"):
 
 def python(folder, *arguments, **variables):
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env={**ENVIRONMENT, **variables}, capture_output=True, text=True, timeout=150, check=False)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env={**ENVIRONMENT, **variables}, start_new_session=True, **pipes)
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its children too
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def a_halt(diagnosis="nonfinite_loss", message="the loss is NaN", **keywords):
@@ -100,7 +107,7 @@ def test_codes_that_would_hide_a_halt_are_refused(codes, words):
 def test_a_chosen_code_reaches_the_halt():
     """Guard(exit_codes=) sets the code of its halts."""
     model = torch.nn.Linear(2, 1)
-    guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), exit_codes={"nonfinite_loss": 11})
+    guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), halt={"nonfinite_loss"}, exit_codes={"nonfinite_loss": 11})
     with pytest.raises(TrainingHalted) as caught, guard:
         guard.step(float("nan"))
     assert caught.value.exit_code == 11
@@ -282,7 +289,7 @@ def test_a_script_that_is_not_there(work):
 
 
 def torchrun(folder, *arguments, before=()):
-    command = [*before, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *arguments]
+    command = [*before, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     return python(folder, *command)
 
 
@@ -370,27 +377,14 @@ def test_a_process_stuck_outside_python_dies_all_the_same(work):
         signals.STUCK = 0.5
         exit_on_halt()
         print("under way", flush=True)
-        while True:
-            ctypes.CDLL(None).usleep(999_999) if False else ctypes.CDLL(None).pause_for_ever() if False else ctypes.CDLL(None).pthread_join(ctypes.c_void_p(0), None) if False else stuck()
-    """
-    text = """
-        import ctypes, signal, threading
-        from lossguard.launch import exit_on_halt, signals
-        signals.STUCK = 0.5
-        exit_on_halt()
-        libc = ctypes.CDLL(None)
-        both = (ctypes.c_int * 2)()
-        assert libc.pipe(both) == 0
-        print("under way", flush=True)
-        while True:  # a read that the C library begins again after every signal, without the interpreter
-            libc.system(b"exec 2>/dev/null; trap '' TERM; sleep 30")
+        ctypes.CDLL(None).system(b"sleep 30")  # waits for its child, and goes on waiting after a signal
     """
     process = start(work, script(work, text))
     time.sleep(0.5)
     began = time.monotonic()
     process.terminate()
     assert process.wait(60) == -signal.SIGTERM
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 15
 
 
 def test_a_forked_child_keeps_its_own_ways(work):

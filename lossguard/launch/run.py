@@ -58,13 +58,12 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _script(name: str, arguments: list[str]) -> int:
     sys.argv = [name, *arguments]
-    path = Path(name)
+    path, full = Path(name), os.path.join(os.getcwd(), name)  # noqa: PTH118, PTH109 - python keeps the rest of the path as it was typed
     if path.is_dir() or _is_archive(path):
-        _first_on_path(name, always=True)
+        _first_on_path(full, always=True)
         _fresh_main()
         _as_main()("__main__", alter_argv=False)
         return 0
-    full = os.path.join(os.getcwd(), name)  # noqa: PTH118, PTH109 - python keeps the rest of the path as it was typed
     try:
         with io.open_code(full) as file:
             source = file.read()
