@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -100,17 +99,19 @@ def test_the_first_of_many_writers_wins(tmp_path):
 import sys, time
 from pathlib import Path
 from lossguard.aftermath import first_wins
-while time.time() < float(sys.argv[2]): pass
-print(int(first_wins(Path(sys.argv[1]) / "verdict.json", sys.argv[3] * 100_000)))
+folder = Path(sys.argv[1])
+print("ready", flush=True)
+while not (folder / "go").exists(): pass
+print(int(first_wins(folder / "verdict.json", sys.argv[2] * 100_000)))
 """
-    start = str(time.time() + 12)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), start, str(k)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for k in range(3)
-    ]
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(k)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for k in range(3)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    (tmp_path / "go").touch()
     won = [int(p.communicate(timeout=100)[0]) for p in processes]
     assert sum(won) == 1
     assert (tmp_path / "verdict.json").read_text() == str(won.index(1)) * 100_000
-    assert [p.name for p in tmp_path.iterdir()] == ["verdict.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"go", "verdict.json"}
 
 
 def test_no_secret_is_left_behind(tmp_path, monkeypatch):

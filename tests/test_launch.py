@@ -59,6 +59,9 @@ def script(folder, text, name="script.py"):
     return name
 
 
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
 def python(folder, *arguments, **variables):
     command = [sys.executable, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -288,16 +291,19 @@ def test_a_script_that_is_not_there(work):
 # ---- torchrun
 
 
-def torchrun(folder, *arguments, before=()):
-    command = [*before, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    return python(folder, *command)
+def readme(mark, language):
+    """The block behind a mark of the README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"<!-- {mark} -->\n```{language}\n(.*?)```", text, re.DOTALL).group(1)
 
 
 def test_under_torchrun(work):
-    """Two ranks under torchrun: torchrun shows the code, each rank leaves its part, one verdict stands for both, and the
-    launch command ends with the code that torchrun loses."""
-    name = script(work, "import train\nimport torch.distributed as dist\ndist.init_process_group('gloo')\ntrain.train('record', ill=7)\n")
-    done = torchrun(work, "-m", "lossguard", "run", name, before=["-m", "lossguard", "launch", "--", sys.executable])
+    """The README's command with two ranks: torchrun shows the code, each rank leaves its part, one verdict stands for both, and
+    the launch command ends with the code that torchrun loses."""
+    text = "import train\nimport torch.distributed as dist\ndist.init_process_group('gloo')\ntrain.train('record', ill=7)\n"
+    script(work, text, "work.py")
+    command = readme("torchrun", "bash").replace("train.py", "work.py")
+    done = python(work, "-c", "import os, sys; os.execvp('bash', ['bash', '-c', sys.argv[1]])", command, PATH=PATH)
     assert done.returncode == 83, done.stderr
     assert "exitcode  : 83" in done.stderr
     halt = work / "record" / "halt-7"
@@ -305,6 +311,44 @@ def test_under_torchrun(work):
     assert json.loads((halt / "verdict.json").read_text())["world"] == 2
     for folder in (work / "record", work / "record" / "rank1"):
         assert [line["diagnosis"] for line in read(folder) if line["kind"] == "finding"] == ["nonfinite_gradient"]
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        (0, None, False),
+        (1, None, False),
+        (exits.NO_RETRY, None, False),
+        (exits.ROLL_BACK, None, True),
+        (exits.ROLL_BACK, "2", True),
+        (exits.ROLL_BACK, "3", False),
+    ],
+)
+def test_the_slurm_script(tmp_path, code, restarts, requeued):
+    """The README's batch script requeues on the code for rolling back, three times at most, and passes every code on."""
+    for name, text in (("python", f"exit {code}"), ("scontrol", 'echo "$@" > requeued')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", **({"SLURM_RESTART_COUNT": restarts} if restarts else {})}
+    done = subprocess.run(["bash", "-c", readme("slurm", "bash")], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 42\n"
+
+
+def test_the_kubernetes_job():
+    """The README's Job names our two codes, fails on the one and counts the other, for its own container, whose pods never restart."""
+    import yaml
+
+    job = yaml.safe_load(readme("kubernetes", "yaml"))["spec"]
+    pod = job["template"]["spec"]
+    rules = {rule["action"]: rule.get("onExitCodes") for rule in job["podFailurePolicy"]["rules"]}
+    assert rules["FailJob"]["values"] == [exits.NO_RETRY]
+    assert rules["Count"]["values"] == [exits.ROLL_BACK]
+    assert {rules[action]["containerName"] for action in ("FailJob", "Count")} == {pod["containers"][0]["name"]}
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
+    assert pod["containers"][0]["command"][:5] == ["python", "-m", "lossguard", "launch", "--"]
 
 
 @pytest.mark.parametrize(
