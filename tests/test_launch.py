@@ -141,7 +141,7 @@ def test_the_error_file_is_what_torchrun_reads(tmp_path, monkeypatch):
     message = json.loads(path.read_text())["message"]
     assert message["errorCode"] == 83
     assert "nonfinite_loss" in message["message"]
-    assert Finding.from_dict(message["extraInfo"]["lossguard"]) == a_halt().finding
+    assert Finding.from_dict(message["extraInfo"]["lossguard"]["finding"]) == a_halt().finding
 
 
 def test_the_termination_message_fits_and_the_first_one_stays(tmp_path):
@@ -306,6 +306,7 @@ def test_under_torchrun(work):
     done = python(work, "-c", "import os, sys; os.execvp('bash', ['bash', '-c', sys.argv[1]])", command, PATH=PATH)
     assert done.returncode == 83, done.stderr
     assert "exitcode  : 83" in done.stderr
+    assert "exitcode  : -15" not in done.stderr  # a rank that torchrun ends on its way out keeps its code
     halt = work / "record" / "halt-7"
     assert sorted(p.name for p in halt.iterdir()) == ["attempt", "rank0", "rank1", "verdict.json"]
     assert json.loads((halt / "verdict.json").read_text())["world"] == 2
@@ -357,7 +358,7 @@ def test_the_kubernetes_job():
 )
 def test_launch_keeps_other_codes(work, command, code):
     """Without a halt the launcher's own code is kept; a stale error file of an earlier run says nothing."""
-    (work / "old.json").write_text(json.dumps({"message": {"message": "x", "errorCode": 83, "extraInfo": {"lossguard": {}, "timestamp": "1"}}}))
+    (work / "old.json").write_text(json.dumps({"message": {"message": "x", "errorCode": 83, "extraInfo": {"lossguard": {"exit_code": 83}}}}))
     done = python(work, "-m", "lossguard", "launch", "--", sys.executable, *command, TORCHELASTIC_ERROR_FILE="old.json")
     assert done.returncode == code
 
@@ -394,6 +395,20 @@ def test_sigterm_flushes_and_still_kills(work):
     assert process.wait(60) == -signal.SIGTERM
     assert recorded(work / "record") >= 13  # the block of losses that was under way; without the flush the last is 10
     assert [line["what"] for line in read(work / "record") if line["kind"] == "event"] == ["signal SIGTERM"]
+
+
+def test_a_halt_that_is_ended_keeps_its_code(work):
+    """A rank that has halted and is still ending (here: at exit) when its launcher sends SIGTERM ends with the halt's code."""
+    text = """
+        import atexit, time, train
+        from lossguard.launch import exit_on_halt
+        exit_on_halt()
+        atexit.register(lambda: (print("under way", flush=True), time.sleep(30)))
+        train.train(None, ill=7)
+    """
+    process = start(work, script(work, text))
+    process.terminate()
+    assert process.wait(20) == 83
 
 
 def test_sigterm_reaches_the_handler_that_was_there(work):

@@ -33,8 +33,9 @@ class Manners:
             sys.excepthook = self._hook
 
     def told(self, halt: TrainingHalted) -> int:
-        """Tell everyone, and return the code to end with. From now on the process ends even if its teardown hangs."""
+        """Tell everyone, and return the code to end with. From now on the process ends with it even if its teardown hangs or a launcher ends it."""
         tell.everyone(halt, self._log)
+        self._flush.code = halt.exit_code
         if self._linger is not None and distributed.is_available() and distributed.is_initialized():
             last = threading.Timer(self._linger, os._exit, (halt.exit_code,))  # a communicator may wait for ranks that are gone
             last.daemon = True

@@ -32,6 +32,7 @@ class Flush:
 
     def __init__(self, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
         self._pid, self._tries, self._reached = os.getpid(), 0, False
+        self.code: int | None = None  # of a halt that is on its way out: a launcher that ends the other ranks must not hide it
         self._previous: dict[int, Any] = {}
         self._wake: socket.socket | None = None
         self._old_fd = -1
@@ -78,6 +79,8 @@ class Flush:
         previous = self._previous.get(number, signal.SIG_DFL)
         if callable(previous):
             previous(number, frame)
+        elif self.code is not None and os.getpid() == self._pid:
+            os._exit(self.code)
         else:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -107,6 +110,8 @@ def _wait(owner: weakref.ref[Flush], wake: socket.socket, deadly: frozenset[int]
                     time.sleep(0.05)
                 flush = owner()
                 if flush is not None and not flush._reached:
+                    if flush.code is not None:
+                        os._exit(flush.code)
                     ctypes.pythonapi.PyOS_setsig(number, None)  # SIG_DFL, from this thread: signal.signal refuses
                     os.kill(pid, number)
 

@@ -73,9 +73,10 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _code(path: Path) -> int | None:
-    """The code of a halt in an error file; None for other errors, whose code says nothing about a retry."""
+    """The code of a halt in an error file; None for other errors. Not ``errorCode``: torchrun writes there how the process ended,
+    which is SIGTERM for a rank that halted first and was still ending when the second did."""
     try:
-        message = json.loads(path.read_text(encoding="utf-8"))["message"]
-        return int(message["errorCode"]) if "lossguard" in message["extraInfo"] else None
+        code = int(json.loads(path.read_text(encoding="utf-8"))["message"]["extraInfo"]["lossguard"]["exit_code"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return code if 0 < code < 256 else None
