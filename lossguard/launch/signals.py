@@ -6,11 +6,13 @@ SIGTERM that ended it before; a thread sees the signal at once and ends the proc
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -19,9 +21,11 @@ from types import FrameType
 from typing import Any
 
 from lossguard import watching
+from lossguard.actions import TrainingHalted
 
 STUCK = 5.0  # seconds that the main thread may stay outside Python; our own choice, below the 10 to 30 of launchers before SIGKILL
 BUSY = 0.05, 20  # seconds until a signal that came inside the guard is sent again, and how often
+REST = 10  # seconds for the interpreter to end after its last handler; our own choice, below the 30 of torchrun before SIGKILL
 OUTSIDE = ("lossguard.launch", "lossguard.cli", "lossguard.__main__", "lossguard.batches", "lossguard.integrations", "lossguard.demo")
 
 _all: weakref.WeakSet[Flush] = weakref.WeakSet()
@@ -31,7 +35,7 @@ class Flush:
     """Flushes on these signals until closed. A signal that is ignored, or handled outside of Python, is left alone."""
 
     def __init__(self, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
-        self._pid, self._tries, self._reached = os.getpid(), 0, False
+        self._pid, self._tries = os.getpid(), 0
         self.code: int | None = None  # of a halt that is on its way out: a launcher that ends the other ranks must not hide it
         self._previous: dict[int, Any] = {}
         self._wake: socket.socket | None = None
@@ -62,10 +66,10 @@ class Flush:
         _all.discard(self)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._reached = True
         if os.getpid() == self._pid:
             inside = _inside(frame)
-            if inside and self._previous.get(number) == signal.SIG_DFL and self._tries < BUSY[1]:
+            halting = self.code is None and isinstance(sys.exc_info()[1], TrainingHalted)  # on its way to where it is told
+            if (inside or halting) and self._previous.get(number) == signal.SIG_DFL and self._tries < BUSY[1]:
                 self._tries += 1
                 later = threading.Timer(BUSY[0], os.kill, (self._pid, number))
                 later.daemon = True
@@ -100,20 +104,18 @@ class Flush:
 
 
 def _wait(owner: weakref.ref[Flush], wake: socket.socket, deadly: frozenset[int], pid: int) -> None:
-    """Until the other end closes: a deadly signal whose handler does not run in time takes its course all the same."""
+    """Until the other end closes: a deadly signal that has not ended the process in time takes its course all the same."""
     with wake:
         while numbers := wake.recv(64):
             for number in deadly.intersection(numbers):
-                end = time.monotonic() + STUCK
-                while time.monotonic() < end and (flush := owner()) is not None and not flush._reached:
-                    del flush
-                    time.sleep(0.05)
+                time.sleep(STUCK)
                 flush = owner()
-                if flush is not None and not flush._reached:
+                if flush is not None and signal.getsignal(number) == flush._handle:  # nobody has taken it over meanwhile
                     if flush.code is not None:
                         os._exit(flush.code)
                     ctypes.pythonapi.PyOS_setsig(number, None)  # SIG_DFL, from this thread: signal.signal refuses
                     os.kill(pid, number)
+                del flush
 
 
 def _flush(number: int) -> None:
@@ -133,6 +135,19 @@ def _inside(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+@atexit.register
+def _last() -> None:
+    """Behind all other handlers at exit. From here on the interpreter takes Python's handlers away: a signal would hide the code
+    of a halt in the short rest of its life, so it has none any more, and an alarm ends a rest that is not short."""
+    for flush in list(_all):
+        if flush.code is not None:
+            deadly = [number for number, previous in flush._previous.items() if previous == signal.SIG_DFL]
+            flush.close()
+            for number in deadly:
+                signal.signal(number, signal.SIG_IGN)
+                signal.alarm(REST)
 
 
 def _child() -> None:

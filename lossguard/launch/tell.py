@@ -58,7 +58,11 @@ def error_file(halt: TrainingHalted) -> None:
     if not name:
         return
     stack = "".join(traceback.format_exception(type(halt), halt, halt.__traceback__))
-    extra: dict[str, Any] = {"py_callstack": stack, "timestamp": str(int(time.time())), "lossguard": {"exit_code": halt.exit_code, "finding": halt.finding.to_dict()}}
+    extra: dict[str, Any] = {
+        "py_callstack": stack,
+        "timestamp": str(int(time.time())),
+        "lossguard": {"exit_code": halt.exit_code, "finding": halt.finding.to_dict()},
+    }
     message = {"message": summary(halt), "errorCode": halt.exit_code, "extraInfo": extra}
     write_whole(Path(name), json.dumps({"message": message}, allow_nan=False))
 
