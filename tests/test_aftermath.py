@@ -365,18 +365,20 @@ print(len([w for w in heard if w.category is RuntimeWarning]), halt.finding.step
 """
 
 
-def test_a_disk_that_fills_up(tmp_path):
-    """When the disk fills in the middle of a run, that is one warning; the run goes on to its halt, and what was written is readable."""
+@pytest.mark.parametrize(("room", "told", "heard"), [(6000, 1, ["nonfinite_gradient"]), (200, 2, [])])
+def test_a_disk_that_fills_up(tmp_path, room, told, heard):
+    """When the disk fills in the middle of a run, that is one warning for the record and one for what a halt cannot leave; the run
+    goes on to its halt, and what was written is readable."""
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parent), "6000"],
+        [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parent), str(room)],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout.split()[1:] == ["60", "83"], done.stderr
-    assert int(done.stdout.split()[0]) == 1
+    assert int(done.stdout.split()[0]) == told
     rows = list(read(tmp_path, "rows"))
     assert rows[0]["kind"] == "header"
     assert [line["step"] for line in rows if line["kind"] == "sample"][:5] == list(range(5))
-    assert [f.diagnosis for f in findings(tmp_path)] == ["nonfinite_gradient"]
+    assert [f.diagnosis for f in findings(tmp_path)] == heard
 
 
 def test_a_halt_without_a_place_to_write(tmp_path):

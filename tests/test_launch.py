@@ -428,6 +428,26 @@ def test_sigterm_reaches_the_handler_that_was_there(work):
     assert kinds == ["header", "event", "summary"]
 
 
+def test_a_handler_set_later_decides(work):
+    """A handler that was set after ours and calls it (Lightning's, which ends at the next batch) still decides what happens:
+    the records are flushed and nothing is killed."""
+    text = """
+        import signal, train
+        from lossguard.launch import exit_on_halt, signals
+        signals.STUCK = 0.2
+        exit_on_halt()
+        before = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda number, frame: before(number, frame))
+        train.train('record', steps=15, dense=3, pause=1.0)
+        print("ended by itself")
+    """
+    process = start(work, script(work, text))
+    process.terminate()
+    assert process.communicate(timeout=60)[0] == "ended by itself\n"
+    assert process.returncode == 0
+    assert [line["kind"] for line in read(work / "record")] == ["header", "event", "summary"]
+
+
 def test_a_process_stuck_outside_python_dies_all_the_same(work):
     """A main thread that is stuck in a C call (a collective whose peers are gone) does not outlive SIGTERM."""
     text = """

@@ -69,7 +69,8 @@ class Flush:
         if os.getpid() == self._pid:
             inside = _inside(frame)
             halting = self.code is None and isinstance(sys.exc_info()[1], TrainingHalted)  # on its way to where it is told
-            if (inside or halting) and self._previous.get(number) == signal.SIG_DFL and self._tries < BUSY[1]:
+            ours = self._previous.get(number) == signal.SIG_DFL and signal.getsignal(number) == self._handle
+            if (inside or halting) and ours and self._tries < BUSY[1]:
                 self._tries += 1
                 later = threading.Timer(BUSY[0], os.kill, (self._pid, number))
                 later.daemon = True
@@ -83,6 +84,8 @@ class Flush:
         previous = self._previous.get(number, signal.SIG_DFL)
         if callable(previous):
             previous(number, frame)
+        elif signal.getsignal(number) != self._handle:
+            return  # called by a handler set later (Lightning's), which would have found no other and has its own way to end
         elif self.code is not None and os.getpid() == self._pid:
             os._exit(self.code)
         else:
