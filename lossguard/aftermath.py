@@ -72,6 +72,11 @@ class Aftermath:
             shown.batch, shown.rng = batch, random_states()
         self._shown.append(shown)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the batches kept alive."""
+        return sum(t.numel() * t.element_size() for shown in self._shown if shown.batch is not None for t in leaves(shown.batch))
+
     def saved(self, step: int, checkpoint: str | Path) -> None:
         """A checkpoint was written after so many steps."""
         self._checkpoints.append((step, str(checkpoint)))

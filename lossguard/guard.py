@@ -284,7 +284,7 @@ class Guard:
     @property
     def memory(self) -> int:
         """Bytes the guard holds now, on devices and on the host; bounded, and reached after the first full window."""
-        return self._recorder.nbytes + self._pulses.nbytes + self._handover.nbytes + self._history.nbytes
+        return self._recorder.nbytes + self._pulses.nbytes + self._handover.nbytes + self._history.nbytes + self._aftermath.nbytes
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "watching"

@@ -170,6 +170,21 @@ def test_the_batch_is_kept_on_request(tmp_path):
     assert state_of(halt)["batch"]["fingerprint"] == aftermath.fingerprint([kept[7]])
 
 
+def test_kept_batches_are_counted_and_bounded(tmp_path):
+    """The batches kept alive are part of the guard's memory, two on a CPU, and without keep_batch there are none."""
+
+    def memory(keep):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        with Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), record=tmp_path, keep_batch=keep) as guard:
+            for _ in range(20):
+                guard.batch(torch.zeros(1000))
+                guard.step(1.0)
+            return guard.memory
+
+    assert memory(True) - memory(False) == 2 * 4000
+
+
 def test_a_batch_above_the_cap_is_named_not_kept(tmp_path):
     """A batch larger than the cap stays out, and the state says how to keep it."""
     halt = run(tmp_path, keep_batch=100)

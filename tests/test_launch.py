@@ -411,6 +411,22 @@ def test_a_halt_that_is_ended_keeps_its_code(work):
     assert process.wait(20) == 83
 
 
+def test_a_teardown_that_hangs_is_ended(work):
+    """Where processes train together, a halt whose teardown hangs (here: at exit) ends with its code after ``linger``."""
+    text = """
+        import atexit, time, train
+        import torch.distributed as dist
+        from lossguard.launch import exit_on_halt
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        exit_on_halt(linger=0.2)
+        atexit.register(time.sleep, 60)
+        train.train(None, ill=7)
+    """
+    began = time.monotonic()
+    assert python(work, script(work, text)).returncode == 83
+    assert time.monotonic() - began < 50
+
+
 def test_sigterm_reaches_the_handler_that_was_there(work):
     """A handler set before ours is called after the flush, and its SystemExit ends the process with its code."""
     text = """

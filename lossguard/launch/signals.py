@@ -150,7 +150,8 @@ def _last() -> None:
             flush.close()
             for number in deadly:
                 signal.signal(number, signal.SIG_IGN)
-                signal.alarm(REST)
+                if hasattr(signal, "alarm"):
+                    signal.alarm(REST)
 
 
 def _child() -> None:
@@ -160,4 +161,5 @@ def _child() -> None:
             flush.close()
 
 
-os.register_at_fork(after_in_child=_child)
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork either
+    os.register_at_fork(after_in_child=_child)
