@@ -17,7 +17,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class _Shown:
     index: int
     leaves: list[weakref.ref[Tensor]]
     batch: Any = None
-    rng: dict[str, Any] = field(default_factory=dict)
+    rng: tuple[Any, ...] = ()
 
 
 class Aftermath:
@@ -69,7 +69,7 @@ class Aftermath:
         """The batch of the coming step. Kept alive only on request, else its fingerprint is taken if it lives at the halt."""
         shown = _Shown(step, index, [weakref.ref(t) for t in leaves(batch)])
         if self._cap:
-            shown.batch, shown.rng = batch, random_states()
+            shown.batch, shown.rng = batch, _raw_states()
         self._shown.append(shown)
 
     @property
@@ -92,7 +92,7 @@ class Aftermath:
             halt.exit_code = exits.NO_RETRY  # a retry has brought the same halt at the same step: another one would do so too
         shown = next((s for s in self._shown if s.step == finding.step), self._shown[-1] if self._shown else None)
         exact = shown is not None and shown.step == finding.step and bool(shown.rng)
-        states = shown.rng if shown is not None and exact else random_states()
+        states = random_states(shown.rng if shown is not None and exact else None)
         missing: dict[str, str] = {}
         _try(missing, "tape.npz", lambda: _write_tape(own / "tape.npz", history))
         _try(missing, "rng.pt", lambda: torch.save(resume.pack({"at": "before the step" if exact else "at the halt", **states}), own / "rng.pt"))
@@ -165,15 +165,16 @@ def fingerprint(tensors: Sequence[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def random_states() -> dict[str, Any]:
-    """The states of all random generators, as plain types and tensors. Reads host memory only."""
-    version, words, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state(legacy=True)
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss], "cuda": []}
-    states["numpy"] = [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *(v if isinstance(v, str) else float(v) for v in rest)]
-    if _cuda() and not torch.cuda.is_current_stream_capturing():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
+def random_states(raw: tuple[Any, ...] | None = None) -> dict[str, Any]:
+    """The states of all random generators, now or as they were, as plain types and tensors. Reads host memory only."""
+    torchs, (version, words, gauss), (name, keys, *rest), cuda = raw or _raw_states()
+    numpys = [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *(float(v) for v in rest)]
+    return {"torch": torchs, "python": [version, list(words), gauss], "numpy": numpys, "cuda": cuda}
+
+
+def _raw_states() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if _cuda() and not torch.cuda.is_current_stream_capturing() else []
+    return torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True), cuda
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
