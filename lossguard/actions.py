@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from lossguard import exits
 from lossguard.findings import Finding, Severity, check_names
 
 logger = logging.getLogger("lossguard")
 
 LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR, Severity.HALT: logging.ERROR}
-EXIT_CODE = 83  # halted, and a retry will not help; outside the codes of shells, sysexits and launchers
 
 
 class TrainingHalted(RuntimeError):
     """A finding ended the run. The message is the finding as people read it.
+
+    exit_code: what the process should end with, by the table in ``lossguard.exits``. folder: what was left behind for a
+    post-mortem, None without a record.
 
     >>> finding = Finding("nonfinite_loss", Severity.HALT, 7, "loss", "NaN")
     >>> TrainingHalted(finding).exit_code, TrainingHalted(finding).finding.step
     (83, 7)
     """
 
-    def __init__(self, finding: Finding, exit_code: int = EXIT_CODE) -> None:
-        super().__init__(finding, exit_code)
+    def __init__(self, finding: Finding, exit_code: int | None = None, *, codes: Mapping[str, int] | None = None) -> None:
+        code = exits.code_of(finding.diagnosis, codes) if exit_code is None else exit_code
+        super().__init__(finding, code)
         self.finding = finding
-        self.exit_code = exit_code
+        self.exit_code = code
+        self.folder: Path | None = None
 
     def __str__(self) -> str:
         return str(self.finding)
@@ -54,6 +60,16 @@ class Policy:
         if self.severity is not None:
             return finding.severity >= self.severity
         return finding.diagnosis in self.names and finding.severity >= Severity.WARNING
+
+
+def spared(finding: Finding, skippable: Collection[str], skipped: Collection[int]) -> Finding:
+    """What the gate skips has done no harm, and says so. skipped: the steps whose update was left out."""
+    if finding.diagnosis in skippable:
+        note = "the updates with such gradients were skipped on the device: weights and moments are those before them"
+        return replace(finding, severity=min(finding.severity, Severity.WARNING), note=note)
+    if finding.diagnosis.startswith("nonfinite") and finding.step in skipped:
+        return replace(finding, note="the update of this step was skipped on the device: weights and moments are those before it")
+    return finding
 
 
 def log(finding: Finding) -> None:

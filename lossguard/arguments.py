@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from lossguard.device.taps import unwrap
 from lossguard.rules import RULES, Rule
 
+KEPT = 64 * 2**20  # bytes of a batch kept by keep_batch=True; our own choice, because one batch of images or tokens fits, a dataset does not
+
 
 def a_model(model: Any) -> nn.Module:
     """A module with parameters."""
@@ -38,6 +40,19 @@ def at_least(low: int, value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
     return value
+
+
+def batch_cap(keep: Any, record: Any) -> int:
+    """The most bytes of a batch that are kept at a halt; 0 for none.
+
+    >>> batch_cap(False, None), batch_cap(True, "run"), batch_cap(1000, "run")
+    (0, 67108864, 1000)
+    """
+    if not isinstance(keep, int) or keep < 0:
+        raise ValueError(f"keep_batch must be True, False or a number of bytes, got {keep!r}")
+    if keep and record is None:
+        raise ValueError("keep_batch= needs a folder to keep the batch in; give record= as well")
+    return KEPT if keep is True else int(keep)
 
 
 def some_rules(given: Iterable[Rule]) -> list[Rule]:

@@ -1,4 +1,4 @@
-"""``python -m lossguard``: demo, explain, findings of a record, report. Arguments flow in, text flows out."""
+"""``python -m lossguard``: demo, explain, findings of a record, report, run, launch, replay. Arguments flow in, text flows out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lossguard import __version__, explain, report, sinks
+from lossguard import __version__, explain, replay, report, sinks
+from lossguard.launch import run, wrap
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 wrong use)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["run"]:
+        return run.main(given[1:])
+    if given[:1] == ["launch"]:
+        return wrap.main(given[1:])
     parser = argparse.ArgumentParser(prog="lossguard", description="The guard for PyTorch training runs.")
     parser.add_argument("--version", action="version", version=f"lossguard {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -28,10 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     html.add_argument("folder", type=Path, help="the folder given as Guard(record=...)")
     html.add_argument("--compare", type=Path, metavar="OTHER", help="the record of a second run, to stand beside the first")
     html.add_argument("-o", "--output", type=Path, metavar="FILE", help="where the page goes (default: report.html in the folder)")
-    options = parser.parse_args(arguments)
+    again = commands.add_parser("replay", help="run the step that halted twice: the same result, or a fault of the hardware?")
+    again.add_argument("folder", type=Path, help="the record, or a folder halt-STEP or rankN in it")
+    again.add_argument("--step", required=True, metavar="MODULE:FUNCTION", help="called with the Bundle; gives the loss, or a dict of tensors")
+    again.add_argument("--once", type=Path, help=argparse.SUPPRESS)
+    commands.add_parser("run", help="run a script so that a halt ends it with its exit code: run [--module] TARGET ...")
+    commands.add_parser("launch", help="run a launcher and end with the code that its workers halted with: launch -- torchrun ...")
+    options = parser.parse_args(given)
     try:
         if options.command == "demo":
             return _demo(options.folder, options.steps)
+        if options.command == "replay":
+            return replay.once(options.folder, options.step, options.once) if options.once else replay.main(options.folder, options.step)
         if options.command == "report":
             print(f"wrote {report.of_folders(options.folder, options.compare, options.output)}")
             return 0

@@ -39,9 +39,12 @@ def of(guard: Guard, policy: Policy) -> dict[str, Any]:
 
 
 def finish(guard: Guard, policy: Policy, record: Record) -> None:
-    """The record's last line. A fault in the facts costs the facts, not the findings."""
+    """The record's last line, and its end. A fault in the facts costs the facts, not the findings."""
     facts, coverage = {}, {}
     try:
         facts, coverage = of(guard, policy), asdict(guard.coverage)
     finally:
-        record.summary(guard.findings, facts, coverage)
+        try:
+            record.summary(guard.findings, facts, coverage)
+        finally:
+            record.close()

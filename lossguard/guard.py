@@ -5,11 +5,8 @@ Users call it once an iteration; it raises only ``TrainingHalted`` and errors ab
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossguard import actions, arguments, batches, facts, report, resume, verdict
+from lossguard import actions, arguments, batches, exits, facts, place, report, resume, verdict, watching
+from lossguard.aftermath import Aftermath
 from lossguard.coverage import Coverage, survey
 from lossguard.device import gate as gates
 from lossguard.device.recorder import Recorder
@@ -37,8 +35,6 @@ from lossguard.sinks import Record, Sink
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
-_watching: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Guard]] = weakref.WeakKeyDictionary()
-
 
 class Guard:
     """Watches one training run.
@@ -47,7 +43,9 @@ class Guard:
     costly signals; the first ``dense`` steps are all sampled. halt: diagnosis names, or a ``Severity`` and above, that
     raise ``TrainingHalted``; None for never. skip: diagnoses whose update is left out on the device
     (``nonfinite_gradient``; needs fused optimizers). mute: diagnosis names not to report. rules: rule objects that
-    replace the default of the same diagnosis or join them. record: a folder for the run's record. scaler: the
+    replace the default of the same diagnosis or join them. record: a folder for the run's record; after a halt
+    it holds a folder ``halt-STEP`` with what a post-mortem needs. keep_batch: the batch too, True for up to 64 MiB or a cap in bytes
+    (holds ``lag + 2`` batches; 0.1 ms a step). exit_codes: diagnosis -> code of the process, where it differs from ``lossguard.exits``. scaler: the
     ``GradScaler``, so that gradient norms have their true scale. accumulate: micro-batches per update, where the guard
     is stepped for each. loss_family: such as ``"adversarial"`` where the loss's fall means nothing. lag: steps between
     recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
@@ -77,6 +75,8 @@ class Guard:
         mute: Iterable[str] = (),
         rules: Iterable[Rule] = (),
         record: str | Path | None = None,
+        keep_batch: bool | int = False,
+        exit_codes: Mapping[str, int] | None = None,
         scaler: Any = None,
         accumulate: int | None = None,
         loss_family: str | None = None,
@@ -100,8 +100,11 @@ class Guard:
         on_host = all(p.device.type == "cpu" for p in parameters)
         self._on_cuda = any(p.device.type == "cuda" for p in parameters)
         lag = (0 if on_host else LAG) if lag is None else arguments.at_least(0, lag, "lag")
-        self._record = None if record is None else Record(record, {"torch": torch.__version__, "model": type(model).__name__, "every": every})
         self._faults = Faults()
+        self._codes = exits.check_codes(exit_codes, {rule.diagnosis: rule for rule in chosen})
+        self._aftermath = Aftermath(record or "", self.optimizers, scaler, arguments.batch_cap(keep_batch, record), lag)
+        about = {"torch": torch.__version__, "model": type(model).__name__, "every": every}
+        self._record: Record | None = None if record is None else self._faults.watch(Record, place.own_folder(record), about, part="the record")
         self._gates = gates.armed(self.optimizers) if skipped else []
         self._recorder = Recorder(model, self.optimizers, scaler)
         self._history = History(loss_family=loss_family or "unknown", optimizers=len(self.optimizers))
@@ -116,7 +119,7 @@ class Guard:
         self._overdue: actions.TrainingHalted | None = None
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
         self._skipped: deque[int] = deque(maxlen=1024)  # sampled steps whose update was left out
-        _take_over(model, self)
+        watching.take_over(model, self)
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
         self._open_step()
 
@@ -177,17 +180,35 @@ class Guard:
         if self._handover.due(self.steps - 1):
             self._receive(self.steps - 1)
 
-    def flush(self) -> None:
-        """Judge all that was recorded; may wait for the device. Raises ``TrainingHalted`` as :meth:`step` does."""
+    def flush(self, *, patience: float | None = None) -> None:
+        """Judge all that was recorded; waits for the device, ``patience`` seconds at most. Raises ``TrainingHalted`` as :meth:`step` does."""
         self._pulses.send()
-        self._receive(self.steps, everything=True)
+        if patience is None or self._handover.arrived(patience):
+            self._receive(self.steps, everything=True)
 
-    def close(self) -> None:
+    def settle(self, *, patience: float | None = None) -> None:
+        """As :meth:`flush`, but a finding that halts is raised by the next step."""
+        try:
+            self.flush(patience=patience)
+        except actions.TrainingHalted as halt:
+            self._overdue, self._quiet = halt, 0
+
+    def saved(self, checkpoint: str | Path) -> None:
+        """The run's checkpoint was written there: a halt names the newest one from before its finding."""
+        self._aftermath.saved(self.steps, checkpoint)
+        self.note(f"saved {checkpoint}")
+
+    def note(self, event: str) -> None:
+        """A line in the run's record, such as a signal; nothing without a record."""
+        if self._record:
+            self._faults.watch(self._record.event, self.steps, event)
+
+    def close(self, *, patience: float | None = None) -> None:
         """Flush, then take every hook off. A finding that would halt is kept, not raised. Harmless when closed already."""
         if self.closed:
             return
         try:
-            self.flush()
+            self.flush(patience=patience)
         except actions.TrainingHalted:
             pass  # the run is over anyway: the finding stands in ``findings``
         finally:
@@ -197,9 +218,7 @@ class Guard:
                 gate.close()
             if self._record:
                 self._faults.watch(facts.finish, self, self._policy, self._record)
-                self._record.close()
-            if _watching.get(self.model) is not None and _watching[self.model]() is self:
-                del _watching[self.model]
+            watching.release(self.model, self)
 
     def __enter__(self) -> Guard:
         return self
@@ -264,7 +283,7 @@ class Guard:
     @property
     def memory(self) -> int:
         """Bytes the guard holds now, on devices and on the host; bounded, and reached after the first full window."""
-        return self._recorder.nbytes + self._pulses.nbytes + self._handover.nbytes + self._history.nbytes
+        return self._recorder.nbytes + self._pulses.nbytes + self._handover.nbytes + self._history.nbytes + self._aftermath.nbytes
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "watching"
@@ -274,10 +293,7 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to give the same alarms; tensors and plain types, safe to ``torch.save``."""
-        try:
-            self.flush()
-        except actions.TrainingHalted as halt:
-            self._overdue, self._quiet = halt, 0  # raised by the next step: a checkpoint is written first
+        self.settle()  # a checkpoint is written first
         if not self._recorder.banks:
             self._recorder.build()
             self._introduction.update()
@@ -301,6 +317,8 @@ class Guard:
         self._batches += 1
         self._recorder.targets = targets if isinstance(targets, Tensor) else None
         self._pulses.show((inputs, targets), handed=handed)
+        if self._record:
+            self._faults.watch(self._aftermath.show, self.steps, self._batches - 1, (inputs, targets))
 
     def _open_step(self) -> None:
         """Decide whether the coming step is sampled, and attach what it needs."""
@@ -359,30 +377,14 @@ class Guard:
                 self._faults.watch(sink, finding)
         halting = [f for f in heard if self._policy.halts(f)]
         if halting:
-            raise actions.TrainingHalted(max(halting, key=lambda f: f.severity))
+            halt = actions.TrainingHalted(max(halting, key=lambda f: f.severity), codes=self._codes)
+            if self._record:
+                self._faults.watch(self._aftermath.leave, halt, self._history, self.steps)
+            raise halt
 
     def _with_gate(self, finding: Finding) -> Finding:
-        """What the gate skips has done no harm, and says so."""
-        if not self._gates:
-            return finding
-        if finding.diagnosis in gates.SKIPPABLE:
-            note = "the updates with such gradients were skipped on the device: weights and moments are those before them"
-            return replace(finding, severity=min(finding.severity, Severity.WARNING), note=note)
-        if finding.diagnosis.startswith("nonfinite") and finding.step in self._skipped:
-            return replace(finding, note="the update of this step was skipped on the device: weights and moments are those before it")
-        return finding
+        return actions.spared(finding, gates.SKIPPABLE, self._skipped) if self._gates else finding
 
     def _check_open(self) -> None:
         if self.closed:
             raise ValueError("this guard is closed; make a new one with Guard(model, optimizer), a closed guard keeps only its findings")
-
-
-def _take_over(model: nn.Module, guard: Guard) -> None:
-    """One guard a model: a second one (a notebook cell run again) closes the first."""
-    held = _watching.get(model)
-    old = held() if held is not None else None
-    if old is not None and not old.closed:
-        message = "this model was watched by another Guard, which is closed now; use one Guard for each model, or close() the old one first"
-        warnings.warn(message, UserWarning, stacklevel=3)
-        old.close()
-    _watching[model] = weakref.ref(guard)

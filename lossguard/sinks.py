@@ -5,6 +5,7 @@ Each line is complete when it is written, so a record is readable after a kill; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
@@ -30,6 +31,7 @@ class Record:
         self.folder.mkdir(parents=True, exist_ok=True)
         header = {"kind": "header", "schema": SCHEMA, "time": time.time(), "python": platform.python_version(), **facts}
         self._files: dict[str, IO[str]] = {}
+        self._told = False  # that a file could not be written
         for name in ("findings", "rows"):
             path = self.folder / f"{name}.jsonl"
             _end_last_line(path)
@@ -71,17 +73,30 @@ class Record:
         facts = {k: plain(v) for k, v in sample.facts.items() if isinstance(v, (int, float, str))}
         self._write("rows", {"kind": "sample", "step": sample.step, "facts": facts, "values": values})
 
+    def event(self, step: int, what: str) -> None:
+        """Something that happened to the run, such as a signal."""
+        self._write("findings", {"kind": "event", "step": step, "what": what, "time": time.time()})
+
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
-            file.close()
+            _close(file)
         self._files.clear()
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
+        """A line in a file; a file that cannot be written (a full disk) is given up, and the first such failure is raised."""
         file = self._files.get(name)
-        if file is not None:
-            file.write(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n")
+        if file is None:
+            return
+        text = json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n"
+        try:
+            file.write(text)
             file.flush()
+        except OSError:
+            _close(self._files.pop(name))
+            if not self._told:
+                self._told = True
+                raise
 
 
 def read(folder: str | Path, name: str = "findings") -> Iterator[dict[str, Any]]:
@@ -115,6 +130,11 @@ def findings(folder: str | Path) -> list[Finding]:
         elif line["kind"] == "summary":
             heard = [Finding.from_dict(f) for f in line["findings"]]
     return heard
+
+
+def _close(file: IO[str]) -> None:
+    with contextlib.suppress(OSError):  # what cannot be written any more was told already
+        file.close()
 
 
 def _short(value: float) -> Any:

@@ -27,12 +27,12 @@ LAYERS = [
     ("readings.py", "obstacles.py"),
     ("verdict.py",),
     ("rules/",),
-    ("actions.py", "resume.py", "batches.py", "faults.py"),
-    ("sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "preflight/"),
+    ("exits.py", "place.py", "watching.py", "actions.py", "resume.py", "batches.py", "faults.py"),
+    ("aftermath.py", "sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "preflight/"),
     ("record.py", "facts.py", "explain.py"),
     ("report/",),
     ("guard.py",),
-    ("integrations/", "demo.py"),
+    ("integrations/", "demo.py", "replay.py", "launch/"),
     ("__init__.py", "__main__.py", "cli.py"),
 ]
 # The face is imported by what is behind it in the order above.

@@ -131,7 +131,7 @@ def test_everything_comes_off(end, taken):
         gc.collect()
         assert gone() is None
     else:
-        for wrong in ({"lag": -1}, {"record": "/dev/null/x"}, {"rules": [3]}, {"halt": {"x"}}):
+        for wrong in ({"lag": -1}, {"exit_codes": {"loss_spike": 0}}, {"keep_batch": True}, {"rules": [3]}, {"halt": {"x"}}):
             with pytest.raises((ValueError, OSError)):
                 Guard(model, optimizer, **options, **wrong)
         with pytest.raises(ValueError, match="fused"):

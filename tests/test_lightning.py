@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import pickle
 import re
@@ -362,6 +363,19 @@ def test_a_bad_batch_halts_the_fit(ns, kind):
     assert callback.findings[0].diagnosis == "nonfinite_input"
     assert callback.guard.closed
     assert hooks_on(module, callback.guard.optimizers) == 0
+
+
+@namespaces
+def test_a_halt_names_the_last_good_checkpoint(ns, tmp_path):
+    """The folder of a halt names the newest checkpoint that the Trainer wrote before the bad batch."""
+    saver = ns.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=3, save_top_k=-1)
+    guarding = LossGuardCallback(record=tmp_path / "record")
+    with pytest.raises(TrainingHalted) as caught:
+        trainer(guarding, saver, ns=ns, enable_checkpointing=True).fit(classifier(ns), loader(poison=8))
+    told = json.loads((caught.value.folder / "state.json").read_text())["checkpoint"]
+    assert told["after_steps"] == 6
+    assert Path(told["path"]).exists()
+    assert "step=6" in told["path"]
 
 
 def test_a_late_finding_halts_before_the_fit_returns():

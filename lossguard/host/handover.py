@@ -6,6 +6,7 @@ behind it is asked at a fixed later step. On a CPU device the numbers are there 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -62,6 +63,20 @@ class Handover:
             yield numbers, meaning
             if event is not None:
                 self._spare.setdefault(mirror.numel(), []).append(mirror)
+
+    def arrived(self, patience: float) -> bool:
+        """Whether all that was sent is there, asked for ``patience`` seconds at most; False while a CUDA graph is captured."""
+        events = [event for _, _, event, _ in self._queue if event is not None]
+        if not events:
+            return True
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False  # asking an event would break the capture
+        end = time.monotonic() + patience
+        while not events[-1].query():  # one stream: the last is behind all others
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.005)
+        return all(event.query() for event in events)
 
     @property
     def nbytes(self) -> int:

@@ -79,6 +79,7 @@ class LossGuardCallback(Callback):
         self._clock: dict[int, int] = {}  # guard's step -> the loggers' step, until its sample has arrived
         self._logged: int | None = None  # the loggers' step of the newest scalars
         self._logs = True
+        self._checkpoint = ""  # the newest that the guard was told of
 
     @property
     def findings(self) -> list[Finding]:
@@ -129,6 +130,10 @@ class LossGuardCallback(Callback):
         self._losses.clear()
         guard = self._watching()
         if guard is not None:
+            newest = _newest_checkpoint(trainer)
+            if newest not in ("", self._checkpoint):
+                guard.saved(newest)
+            self._checkpoint = newest
             guard.batch(*split(batch))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
@@ -247,6 +252,11 @@ def _micro_batches(trainer: Any) -> int:
     """The most batches that make an update, now or by a schedule (``GradientAccumulationScheduler``)."""
     schedules = [s for c in trainer.callbacks if isinstance(s := getattr(c, "scheduling", None), dict)]
     return int(max([1, trainer.accumulate_grad_batches, *(n for s in schedules for n in s.values())]))
+
+
+def _newest_checkpoint(trainer: Any) -> str:
+    """Where ``ModelCheckpoint`` wrote last, as far as it says so."""
+    return next((path for c in trainer.checkpoint_callbacks if (path := str(getattr(c, "_last_checkpoint_saved", "")))), "")
 
 
 def _logger_step(trainer: Any) -> int:
