@@ -5,13 +5,13 @@ Users call it once an iteration; it raises only ``TrainingHalted`` and errors ab
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ from lossguard.device.recorder import Recorder
 from lossguard.device.taps import Taps
 from lossguard.faults import Faults
 from lossguard.findings import Finding, Severity, check_names
+from lossguard.host import agreement
+from lossguard.host.agreement import Agreement
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
 from lossguard.host.intake import Intake
@@ -49,7 +51,8 @@ class Guard:
     ``GradScaler``, so that gradient norms have their true scale. accumulate: micro-batches per update, where the guard
     is stepped for each. loss_family: such as ``"adversarial"`` where the loss's fall means nothing. lag: steps between
     recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
-    plain loop, ``"explicit"`` for trainers that call ``after_backward`` themselves, once before each update.
+    plain loop, ``"explicit"`` for trainers that call ``after_backward`` themselves, once before each update. agree: whether
+    the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several.
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 
@@ -83,6 +86,7 @@ class Guard:
         lag: int | None = None,
         sinks: Sequence[Sink] = (),
         phases: str = "hooks",
+        agree: bool | None = None,
     ) -> None:
         model = arguments.a_model(model)
         parameters = list(model.parameters())
@@ -121,6 +125,8 @@ class Guard:
         self._skipped: deque[int] = deque(maxlen=1024)  # sampled steps whose update was left out
         watching.take_over(model, self)
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
+        settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity)
+        self._agreement = Agreement(settings) if agreement.wanted(agree) else None
         self._open_step()
 
     # ---- what a loop calls
@@ -153,8 +159,10 @@ class Guard:
         self._open_step()
         if self._handover.due(now):
             self._receive(now)
-        if self._overdue is not None:
-            halt, self._overdue = self._overdue, None
+        if self._agreement is not None and self._schedule.regular(now) and (verdict := self._agreement.round()) is not None:
+            self._overdue = self._overdue or self._halt(verdict)
+        halt, self._overdue = self._overdue, None
+        if halt is not None:
             raise halt
 
     def batches(self, loader: Iterable[Any]) -> batches.Batches:
@@ -213,6 +221,8 @@ class Guard:
             pass  # the run is over anyway: the finding stands in ``findings``
         finally:
             self.closed, self._quiet = True, 0
+            if self._agreement is not None:
+                self._agreement.leave(wait=patience is None and sys.exc_info()[0] is None)
             self._taps.close()
             for gate in self._gates:
                 gate.close()
@@ -340,19 +350,13 @@ class Guard:
         self._taps.listen(sampled or bool(self._gates) or self._recorder.expects_clearing)
 
     def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None) -> None:
-        for k, gate in enumerate(self._gates):
-            row = self._recorder.row(gate.device)
-            row.add_scalars("consecutive_skips", np.array([k]), [gate.in_a_row])
-            row.add_scalars("total_skips", np.array([k]), [gate.total])
+        gates.lay(self._gates, self._recorder.row)
         parts = self._faults.watch(self._recorder.finish, losses, logits)
         self._pulses.send()
         if parts is None:
             return
         facts = {**self._recorder.facts, "batch": self._batches - 1 if self._batches else now}
-        if self._scaler is not None:
-            facts["scaler"] = 1.0
-        if self._gates:
-            facts["gated"] = 1.0
+        facts.update({name: 1.0 for name, there in (("scaler", self._scaler is not None), ("gated", bool(self._gates))) if there})
         self._introduction.update()
         for k, (row, segments) in enumerate(parts):
             self._handover.send(now, row, ("row", now, segments, facts, k == len(parts) - 1))
@@ -377,10 +381,16 @@ class Guard:
                 self._faults.watch(sink, finding)
         halting = [f for f in heard if self._policy.halts(f)]
         if halting:
-            halt = actions.TrainingHalted(max(halting, key=lambda f: f.severity), codes=self._codes)
-            if self._record:
-                self._faults.watch(self._aftermath.leave, halt, self._history, self.steps)
-            raise halt
+            worst = max(halting, key=lambda f: f.severity)
+            if self._agreement is None or self._agreement.over is not None:
+                raise self._halt(worst)
+            self._agreement.accuse(worst)
+
+    def _halt(self, finding: Finding) -> actions.TrainingHalted:
+        halt = actions.TrainingHalted(finding, codes=self._codes)
+        if self._record:
+            self._faults.watch(self._aftermath.leave, halt, self._history, self.steps)
+        return halt
 
     def _with_gate(self, finding: Finding) -> Finding:
         return actions.spared(finding, gates.SKIPPABLE, self._skipped) if self._gates else finding

@@ -30,6 +30,10 @@ class Schedule:
         """Whether this step is sampled."""
         return self._tries > 0 or step % self.every == 0 or self.settling(step)
 
+    def regular(self, step: int) -> bool:
+        """Whether the arguments alone make this step a sampled one: so it is on every rank."""
+        return step % self.every == 0 or step < self.dense
+
     def next_due(self, step: int) -> int:
         """The first step after this one that is sampled, if nothing happens until then.
 

@@ -8,14 +8,16 @@ not honour it are refused, for no other way of skipping is exact.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lossguard.device import signals
+from lossguard.device.tape import Row
 
 SKIPPABLE = ("nonfinite_gradient",)  # what the device can decide before the update
 FUSED = "Adam, AdamW, SGD, Adagrad"
@@ -111,3 +113,10 @@ def _call(mine: weakref.ref[Gate], method: str) -> None:
     gate = mine()
     if gate is not None:
         getattr(gate, method)()
+
+
+def lay(some: Sequence[Gate], row_of: Callable[[torch.device], Row]) -> None:
+    """The counters of skipped updates, into rows of the tape."""
+    for k, gate in enumerate(some):
+        row_of(gate.device).add_scalars("consecutive_skips", np.array([k]), [gate.in_a_row])
+        row_of(gate.device).add_scalars("total_skips", np.array([k]), [gate.total])

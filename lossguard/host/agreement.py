@@ -1,0 +1,153 @@
+"""Ranks stop together: one 8-byte vote a sampled step, counted exactly one such step later. Host values only.
+
+A vote travels on a group of its own (gloo), so nothing enters the order of the training's own collectives. Every rank
+votes at the same steps, known from the arguments alone, and takes what all voted one round later: so that all of them
+see the same verdict at the same step, with no training collective open. A rank that leaves says so with its last vote,
+which ends the voting everywhere at the same round; a rank that dies ends it by a closed connection, within the timeout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lossguard.findings import DIAGNOSES, Finding
+
+LEAVING = 1 << 62  # above every verdict: a rank that votes no more
+PATIENCE = timedelta(minutes=30)  # that a vote may wait for the slowest rank: as long as torch's own collectives of gloo do
+GATHER = timedelta(minutes=5)  # that the first rank waits for guards on the others
+FAREWELL = timedelta(seconds=20)  # that a rank which ends well waits for the others to hear that it leaves
+
+
+def wanted(agree: bool | None) -> bool:
+    """Whether ranks are to agree: by default where a process group of several ranks exists."""
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if agree and not together:
+        raise ValueError("agree=True needs an initialised torch.distributed process group of several ranks; call init_process_group before Guard(...)")
+    return together if agree is None else agree
+
+
+_made = 0  # agreements made by this process: the same number on every rank
+
+
+class Agreement:
+    """The votes of one rank. Made on all ranks at once. Raises ``ValueError`` where ranks are configured differently.
+
+    settings: what must be the same on every rank for votes to be cast at the same steps.
+    """
+
+    def __init__(self, settings: Sequence[object], timeout: timedelta = PATIENCE, gather: timedelta = GATHER) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._await_all(gather)
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        self._names = sorted(DIAGNOSES)
+        self._work: Any = None
+        self._vote = torch.zeros(1, dtype=torch.int64)
+        self._accused: Finding | None = None  # what this rank will vote for,
+        self._voted: Finding | None = None  # and what it voted for last
+        self.over: str | None = None  # why votes are no longer cast
+        self._compare(settings)
+
+    def accuse(self, finding: Finding) -> None:
+        """This rank wants to halt, and says so in its next vote."""
+        if self._accused is None or finding.severity > self._accused.severity:
+            self._accused = finding
+
+    def round(self) -> Finding | None:
+        """Take the verdict of the last round and vote in the next. Returns the finding for which this rank halts now: that of
+        all ranks, or its own once the others are gone."""
+        if self.over is None:
+            verdict = self._count()
+            if LEAVING > verdict > 0:
+                self.over = "all ranks halt"
+                return self._share(verdict)
+            if verdict >= LEAVING:
+                self.over = "a rank has ended its run"
+            elif self.over is None:
+                self._voted = self._accused
+                self._cast(0 if self._voted is None else self._encode(self._voted))
+        accused, self._accused = (self._accused, None) if self.over is not None else (None, self._accused)
+        return accused
+
+    def leave(self, *, wait: bool) -> None:
+        """Vote no more. wait: give the others a while to hear of it; not where this rank ends by an error."""
+        if self.over is None:
+            try:
+                if wait or self._work is None or self._work.is_completed():
+                    self._wait(FAREWELL)
+                    self._cast(LEAVING)
+                    self._wait(FAREWELL) if wait else None
+            except RuntimeError:
+                pass  # the others are gone, or busy: they will find the connection closed
+            self.over = "this rank has ended its run"
+
+    # ---- inside
+
+    def _await_all(self, at_most: timedelta) -> None:
+        """No rank may be without a guard: it would never vote."""
+        global _made
+        _made += 1
+        store = dist.distributed_c10d._get_default_store()
+        keys = [f"lossguard/{_made}/{rank}" for rank in range(self.world)]
+        store.set(keys[self.rank], "here")
+        try:
+            store.wait(keys, at_most)
+        except RuntimeError as error:
+            missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+            raise ValueError(f"rank(s) {missing} have no Guard; make one on every rank, or say Guard(agree=False) where ranks may halt alone") from error
+
+    def _compare(self, settings: Sequence[object]) -> None:
+        mine = int.from_bytes(hashlib.sha256(repr((*settings, self._names)).encode()).digest()[:7], "big")
+        all_of_them = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(all_of_them, torch.tensor([mine]), group=self._group)
+        others = [rank for rank, theirs in enumerate(all_of_them) if int(theirs) != mine]
+        if others:
+            raise ValueError(f"rank {self.rank} and rank(s) {', '.join(map(str, others))} have guards with different arguments; give every rank the same")
+
+    def _cast(self, vote: int) -> None:
+        self._vote = torch.tensor([vote], dtype=torch.int64)
+        self._work = dist.all_reduce(self._vote, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def _count(self) -> int:
+        """The verdict of the last round. Waits for the slowest rank, for which the next training collective would wait as long."""
+        try:
+            self._wait(None)
+        except RuntimeError as error:
+            self._end(error)
+            return 0
+        return int(self._vote)
+
+    def _wait(self, at_most: timedelta | None) -> None:
+        if self._work is not None:
+            work, self._work = self._work, None
+            work.wait() if at_most is None else work.wait(at_most)
+
+    def _end(self, error: Exception) -> None:
+        self.over = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        warnings.warn(f"lossguard: ranks no longer agree on halts, a rank has gone ({self.over}); this rank decides alone", RuntimeWarning, stacklevel=4)
+
+    def _encode(self, finding: Finding) -> int:
+        """Orders votes: the gravest, then the earliest, then the highest rank."""
+        step = (1 << 32) - 1 - min(max(finding.step, 0), (1 << 32) - 1)
+        return (1 + int(finding.severity)) << 57 | self._names.index(finding.diagnosis) << 48 | step << 16 | self.rank
+
+    def _share(self, verdict: int) -> Finding | None:
+        """The accusing rank's finding, on all ranks, with the name of the accuser."""
+        accuser = verdict & 0xFFFF
+        box: list[Any] = [None]
+        if accuser == self.rank and self._voted is not None:
+            where = f"{self._voted.where} on rank {self.rank} of {self.world} ({socket.gethostname()})"
+            box = [replace(self._voted, where=where).to_dict()]
+        try:
+            dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, accuser), group=self._group)
+        except RuntimeError as error:
+            self._end(error)
+        return Finding.from_dict(box[0]) if box[0] else self._voted
