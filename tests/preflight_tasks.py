@@ -814,5 +814,28 @@ ILL = [
     (dead_at_birth, "poor_initialization", "units dead at the start"), (missing_value, "nonfinite_input", "missing or corrupt values in the data"),
     (too_fast, "learning_rate_range", "learning rate too high"), (too_slow, "learning_rate_range", "learning rate too low"),
     (half_given, "unchanged_weights", "not given to the optimizer"), (other_model, "unchanged_weights", "the optimizer holds another model's parameters"),
-    (leaking, "unchanged_weights", "samples leak into each other"), (no_graph, "unchanged_weights", "detached graph"),
+    (leaking, "cross_sample_leak", "samples leak into each other"), (no_graph, "unchanged_weights", "detached graph"),
+]  # fmt: skip
+
+
+def paired_by_hand():
+    """A loss written by hand over outputs (N, 1) and targets (N,)."""
+    x = torch.randn(300, 8)
+    model = mlp(8, 1)
+    return model, loader(x, x[:, 0]), lambda out, y: ((out - y) ** 2).mean(), adam(model), {}
+
+
+def masks_of_255():
+    x, _ = digits()
+    model = mlp(64, 64)
+    return model, loader(x, (x > 0.5).float() * 255), nn.BCEWithLogitsLoss(), adam(model), {}
+
+
+def wrong_axis():
+    return with_digits(nn.Sequential(mlp(64, 10), nn.LogSoftmax(0)), nn.NLLLoss())
+
+
+ILL += [
+    (paired_by_hand, "invalid_labels", "shapes are broadcast"), (masks_of_255, "invalid_labels", "targets are no probabilities"),
+    (wrong_axis, "wrong_output_activation", "softmax over the wrong axis"),
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lossguard.device.taps import unwrap
 from lossguard.findings import Finding, check_names
 from lossguard.preflight.bench import Bench, Forward, told
+from lossguard.preflight.cascade import cascade
 from lossguard.preflight.check import CHECKS, Answer, Check, unknown
 from lossguard.preflight.keep import Keeper
 from lossguard.preflight.take import take
@@ -27,6 +28,7 @@ ORDER = (
     "wrong_output_activation",
     "poor_initialization",
     "unchanged_weights",
+    "cross_sample_leak",
     "initial_loss_off",
     "validation_mismatch",
     "cannot_overfit_batch",
@@ -37,7 +39,7 @@ ORDER = (
 
 
 class Preflight(list[Finding]):
-    """The findings, roots first, and what each check answered.
+    """The findings, roots first with what follows from them as ``.consequences``, and what each check answered.
 
     ``answers``: check -> "pass", "fail" or "cannot tell"; ``reasons``: check -> why. ``batches``: where an iterator was given that can be
     read only once, the batches that were taken and then the rest; else the loader itself. ``seconds``: how long it took.
@@ -105,7 +107,7 @@ def preflight(
             for one in chosen:
                 answers[one.diagnosis] = _ask(one, bench)
                 bench.found += answers[one.diagnosis].findings
-            findings = bench.found
+            findings = cascade(bench.found)
     finally:
         keeper.restore()
     return Preflight(findings, answers, sample.rest, time.monotonic() - started)
