@@ -34,5 +34,5 @@ def cascade(found: Iterable[Finding]) -> list[Finding]:
 
 
 def _explains(root: Finding, finding: Finding) -> bool:
-    own = bool(finding.causes) and finding.causes[0].name in OWN_CAUSES
+    own = finding.diagnosis == "initial_loss_off" and bool(finding.causes) and finding.causes[0].name in OWN_CAUSES
     return root.severity >= Severity.WARNING and finding.severity < Severity.HALT and not own and finding.diagnosis in FOLLOWS.get(root.diagnosis, ())
