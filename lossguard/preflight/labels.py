@@ -190,9 +190,11 @@ class InvalidLabels:
                 pair = (Cause("labels are -1 and 1", 0.9, "no other value occurs"), [Remedy("use (labels + 1) / 2", {"labels": "repair"})])
             elif values == [1.0, 2.0]:
                 pair = (Cause("labels start at 1", 0.9, "they are 1 and 2"), [Remedy("subtract 1 from the labels", {"labels": "repair"})])
-            elif low == 0 and (len(values) == 2 or (self.gray < high <= PIXEL and values[-1] == int(high))):
+            elif low >= 0 and ((low == 0 and len(values) == 2) or (self.gray < high <= PIXEL and high == int(high))):
                 pair = (
-                    Cause("targets are no probabilities", 0.9, f"they reach from 0 to {number(high)}, as masks and pixels do that were not divided"),
+                    Cause(
+                        "targets are no probabilities", 0.9, f"they reach from {number(low)} to {number(high)}, as masks and pixels do that were not divided"
+                    ),
                     [Remedy(f"divide the targets by {number(PIXEL if high > self.gray else high)}", {"labels": "repair"})],
                 )
             elif all(v == int(v) for v in values):
