@@ -801,7 +801,7 @@ ILL = [
     (own_sum, "initial_loss_off", "sum reduction"), (raw_targets, "initial_loss_off", "targets not standardised"),
     (huge_penalty, "initial_loss_off", "over-regularised"), (eval_dropout, "validation_mismatch", "train/eval mismatch"),
     (wrong_statistics, "validation_mismatch", "train/eval mismatch"), (detached, "unchanged_weights", "detached graph"),
-    (deaf, "cannot_overfit_batch", "dead units"), (blurred, "cannot_overfit_batch", "the same output for every sample"),
+    (deaf, "unnormalized_input", "input carries no information"), (blurred, "cannot_overfit_batch", "the same output for every sample"),
     (pixels, "unnormalized_input", "raw pixels"),
     (kilometres, "unnormalized_input", "features in different units"), (twice_divided, "unnormalized_input", "normalised twice, or in too small a unit"),
     (from_one, "invalid_labels", "labels start at 1"), (minus_one, "invalid_labels", "padding value"), (float_labels, "invalid_labels", "wrong dtype"),
