@@ -86,6 +86,7 @@ DIAGNOSES: dict[str, tuple[Severity, str]] = {
     "class_imbalance": (Severity.WARNING, "some classes are starved"),
     "unshuffled_data": (Severity.WARNING, "samples come sorted by label"),
     "wrong_output_activation": (Severity.WARNING, "the last operation does not fit the loss"),
+    "cross_sample_leak": (Severity.WARNING, "the output for one sample depends on the others of its batch"),
     "learning_rate_range": (Severity.INFO, "the learning rate lies at an edge of the range that works"),
 }
 
@@ -226,14 +227,18 @@ class Finding:
         rows += [("measured", "; ".join(str(e) for e in self.evidence))] if self.evidence else []
         rows += [("cause" if i == 0 else "", str(c)) for i, c in enumerate(self.causes)]
         rows += [("try" if i == 0 else "", str(r)) for i, r in enumerate(self.remedies)]
-        rows += [("then", "; ".join(f"{f.diagnosis} at step {f.step} ({f.where})" for f in self.consequences))] if self.consequences else []
+        rows += [("then", "; ".join(f"{f.diagnosis} {f.when} ({f.where})" for f in self.consequences))] if self.consequences else []
         rows += [("kept", self.note)] if self.note else []
         call = "preflight(..., " if self.step < 0 else "Guard("
         rows += [("more", f'python -m lossguard explain {self.diagnosis}      silence: {call}mute={{"{self.diagnosis}"}})')]
         again = f", {self.count} times until step {self.last_step}" if self.count > 1 else ""
-        when = "before the first step" if self.step < 0 else f"at step {self.step}"
-        head = f"lossguard: {self.severity.label} {self.diagnosis} {when}{again}"
+        head = f"lossguard: {self.severity.label} {self.diagnosis} {self.when}{again}"
         return "\n".join([head] + [f"  {label:<10} {text}" for label, text in rows])
+
+    @property
+    def when(self) -> str:
+        """The step in words."""
+        return "before the first step" if self.step < 0 else f"at step {self.step}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON; non-finite numbers become the strings ``NaN``, ``Infinity``, ``-Infinity``."""

@@ -801,7 +801,7 @@ ILL = [
     (own_sum, "initial_loss_off", "sum reduction"), (raw_targets, "initial_loss_off", "targets not standardised"),
     (huge_penalty, "initial_loss_off", "over-regularised"), (eval_dropout, "validation_mismatch", "train/eval mismatch"),
     (wrong_statistics, "validation_mismatch", "train/eval mismatch"), (detached, "unchanged_weights", "detached graph"),
-    (deaf, "cannot_overfit_batch", "dead units"), (blurred, "cannot_overfit_batch", "the same output for every sample"),
+    (deaf, "unnormalized_input", "input carries no information"), (blurred, "cannot_overfit_batch", "the same output for every sample"),
     (pixels, "unnormalized_input", "raw pixels"),
     (kilometres, "unnormalized_input", "features in different units"), (twice_divided, "unnormalized_input", "normalised twice, or in too small a unit"),
     (from_one, "invalid_labels", "labels start at 1"), (minus_one, "invalid_labels", "padding value"), (float_labels, "invalid_labels", "wrong dtype"),
@@ -814,5 +814,28 @@ ILL = [
     (dead_at_birth, "poor_initialization", "units dead at the start"), (missing_value, "nonfinite_input", "missing or corrupt values in the data"),
     (too_fast, "learning_rate_range", "learning rate too high"), (too_slow, "learning_rate_range", "learning rate too low"),
     (half_given, "unchanged_weights", "not given to the optimizer"), (other_model, "unchanged_weights", "the optimizer holds another model's parameters"),
-    (leaking, "unchanged_weights", "samples leak into each other"), (no_graph, "unchanged_weights", "detached graph"),
+    (leaking, "cross_sample_leak", "samples leak into each other"), (no_graph, "unchanged_weights", "detached graph"),
+]  # fmt: skip
+
+
+def paired_by_hand():
+    """A loss written by hand over outputs (N, 1) and targets (N,)."""
+    x = torch.randn(300, 8)
+    model = mlp(8, 1)
+    return model, loader(x, x[:, 0]), lambda out, y: ((out - y) ** 2).mean(), adam(model), {}
+
+
+def masks_of_255():
+    x, _ = digits()
+    model = mlp(64, 64)
+    return model, loader(x, (x > 0.5).float() * 255), nn.BCEWithLogitsLoss(), adam(model), {}
+
+
+def wrong_axis():
+    return with_digits(nn.Sequential(mlp(64, 10), nn.LogSoftmax(0)), nn.NLLLoss())
+
+
+ILL += [
+    (paired_by_hand, "invalid_labels", "shapes are broadcast"), (masks_of_255, "invalid_labels", "targets are no probabilities"),
+    (wrong_axis, "wrong_output_activation", "softmax over the wrong axis"),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 
 from lossguard.findings import Finding, Severity
 from lossguard.host.history import History, Sample
+from lossguard.preflight import CHECKS
 from lossguard.rules.judge import FOLLOWS, Judge
 from lossguard.rules.rule import RULES, Rule
 
@@ -151,10 +152,11 @@ def test_a_resumed_judge_goes_on() -> None:
 
 
 def test_consequences_are_known_diagnoses() -> None:
-    """The table of cascades names rules, and nothing follows from itself."""
-    assert set(FOLLOWS) <= set(RULES)
+    """The table of cascades names rules and checks, and nothing follows from itself."""
+    known = set(RULES) | set(CHECKS)
+    assert set(FOLLOWS) <= known
     for root, symptoms in FOLLOWS.items():
-        assert set(symptoms) <= set(RULES), root
+        assert set(symptoms) <= known, root
 
 
 def test_every_rule_of_the_registry_is_a_rule() -> None:

@@ -458,7 +458,7 @@ def test_the_digits_example_runs(capsys):
     names = runpy.run_path(str(Path(preflight_tasks.__file__).parent.parent / "examples" / "preflight_digits.py"))
     assert list(names["main"](ill=False)) == []
     assert [f.diagnosis for f in names["main"](ill=True)][:2] == ["unnormalized_input", "wrong_output_activation"]
-    assert "12 checks" in capsys.readouterr().out
+    assert "13 checks" in capsys.readouterr().out
 
 
 def test_mlp_of_the_house_is_cleared():

@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lossguard.batches import split
 from lossguard.findings import Cause, Evidence, Remedy, Severity, number
 from lossguard.preflight.bench import Bench
 from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
 from lossguard.preflight.labels import calls, in_order
+from lossguard.preflight.take import tensors
 
 
 @check
@@ -21,16 +23,22 @@ class ClassImbalance:
     """class_imbalance: some classes are starved (detectors A, class_imbalance; SYMPTOMS E6).
 
     The largest class over the smallest that occurs, over the labels looked at. Moderate imbalance is an info: 20:1 was measured to be
-    learned all the same. It is a warning where always answering the largest class would be right on more than 99 %.
+    learned all the same. It is a warning where a class is starved: fewer than ten samples in the whole data set, which is less than is
+    needed to learn it or to measure that it was learned; or so rare that always answering the largest class would be right on more than
+    99 % while most batches hold no sample of it.
 
     Why: rare events (fraud, defects, diseases), a class lost in preprocessing, a filter that removed most of a class.
     Do: weight the loss by inverse class frequency (the finding gives the weight), or draw with a WeightedRandomSampler; judge by recall, not accuracy.
-    False alarm: vocabularies, pixel labels, class-weighted losses and weighted samplers are known and silent. Imbalance that is meant: raise ``ratio``.
+    False alarm: vocabularies, pixel labels, class-weighted losses and weighted samplers are known and silent; a long tail of classes is
+        an info. Imbalance that is meant: raise ``ratio``.
     """
 
     diagnosis: ClassVar[str] = "class_imbalance"
     ratio: float = 20.0  # largest class over smallest, an info above; detectors A
-    starved: float = 100.0  # the same, a warning from there on; our own choice: one answer is then right on over 99 %
+    few: int = 10  # samples of a class in the whole data set, a warning below; our own choice: three in ten right is then a standard error of 15 %
+    tail: int = 20  # classes, above which a long tail is the nature of the data; our own choice: letters, species, words
+    starved: float = 100.0  # largest class over smallest, one half of a warning; our own choice: one answer is then right on over 99 %
+    seldom: float = 0.2  # samples of the class per batch, the other half below; our own choice: four batches in five push the other way
     labels: int = 200  # labels needed; detectors A has 2000 for a stream, a whole pass of a small data set is exact
     most_classes: int = 1000  # above, the labels are a vocabulary; detectors A
 
@@ -68,7 +76,11 @@ class ClassImbalance:
                 ],
             )
         ]
-        severity = Severity.WARNING if most >= self.starved * least else Severity.INFO
+        per_batch = least / max(bench.sample.looked_at, 1)
+        evidence.append(Evidence(f"samples of class {rare} per batch", per_batch, self.seldom))
+        seldom = most >= self.starved * least and per_batch < self.seldom
+        few = bench.sample.complete and least < self.few
+        severity = Severity.WARNING if (few or seldom) and len(values) <= self.tail and not _tokens(bench) else Severity.INFO
         return failed(
             finding(self.diagnosis, f"class {rare}", f"class {rare} is {most / least:.0f} times rarer than class {common}", evidence, advice, severity)
         )
@@ -136,6 +148,12 @@ class UnshuffledData:
             )
         ]
         return failed(finding(self.diagnosis, "order of samples", "neighbouring samples have the same label", evidence, advice))
+
+
+def _tokens(bench: Bench) -> bool:
+    """What enters is whole numbers: then the classes may be words too, and rare words are the nature of language."""
+    given = [t for _, t in tensors(split(bench.kept[0])[0])]
+    return bool(given) and not any(t.is_floating_point() or t.is_complex() for t in given)
 
 
 def _entropy_ratio(labels: list[Tensor], p: Tensor) -> float:

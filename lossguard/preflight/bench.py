@@ -7,6 +7,7 @@ where a model cannot be copied it runs on the original, under a keeper that puts
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 
 from lossguard.device import graph
 from lossguard.findings import Finding
+from lossguard.preflight.alone import OutOfTime, groups, unsynchronised
 from lossguard.preflight.keep import Keeper
 from lossguard.preflight.listen import LabelFault, Listener, LossCall, total_of
 from lossguard.preflight.take import Sample, chosen, fresh, mapped, sizes
@@ -71,11 +73,13 @@ class Pass:
 class Twin:
     """A model and its criterion to be run, trained and spoiled."""
 
-    def __init__(self, model: nn.Module, criterion: Any, forward: Forward) -> None:
-        self.model, self.criterion, self._forward = model, criterion, forward
+    def __init__(self, model: nn.Module, criterion: Any, forward: Forward, end: float = math.inf) -> None:
+        self.model, self.criterion, self._forward, self._end = model, criterion, forward, end
 
     def run(self, batch: Any, *, mode: str = "calm", grad: bool = False, quiet: bool | None = None, into: Pass | None = None) -> Pass:
-        """One pass. mode: "train" as training does, "calm" the same without dropout, "eval". Raises what the user's code raises."""
+        """One pass. mode: "train" as training does, "calm" the same without dropout, "eval". Raises what the user's code raises, and ``OutOfTime``."""
+        if time.monotonic() > self._end:
+            raise OutOfTime
         self.set(mode)
         done = Pass() if into is None else into
         with Listener(quiet=mode == "calm" if quiet is None else quiet) as listener:
@@ -140,11 +144,19 @@ class Bench:
     """What the checks share. ``found`` holds the findings of the checks before."""
 
     def __init__(
-        self, model: nn.Module, criterion: Any, optimizers: Sequence[Optimizer], forward: Forward | None, sample: Sample, seconds: float, roots: Sequence[Any]
+        self,
+        model: nn.Module,
+        criterion: Any,
+        optimizers: Sequence[Optimizer],
+        forward: Forward | None,
+        sample: Sample,
+        seconds: float,
+        roots: Sequence[Any],
+        started: float,
     ) -> None:
         self.model, self.criterion, self.optimizers, self.sample = model, criterion, list(optimizers), sample
         self.forward = default_forward if forward is None else forward
-        self.seconds, self._started, self._roots = seconds, time.monotonic(), roots
+        self.seconds, self._started, self._roots = seconds, started, roots
         self.found: list[Finding] = []
         self._copies = True
         self._prepare()
@@ -162,10 +174,10 @@ class Bench:
     def _prepare(self) -> None:
         """Find out whether copies can be made and are used by ``forward``; cut the batches of a slow model."""
         try:
-            copy.deepcopy((self.model, self.criterion))
+            copy.deepcopy((self.model, self.criterion), self._shared)
         except Exception:
             self._copies = False
-        if not self.kept:
+        if not self.kept or self.left <= 0:
             return
         called: list[str] = []
         with self.twin() as twin:
@@ -188,12 +200,12 @@ class Bench:
         """A copy of model and criterion; or the originals, put back afterwards, where they cannot be copied."""
         model, criterion, keeper = self.model, self.criterion, None
         if self._copies:
-            model, criterion = copy.deepcopy((self.model, self.criterion))
+            model, criterion = copy.deepcopy((self.model, self.criterion), self._shared)
         else:
             keeper = Keeper(self._roots)
-        twin = Twin(model, criterion, self.forward)
+        twin = Twin(model, criterion, self.forward, self._started + self.seconds)
         _seed()
-        try:
+        with unsynchronised(model), unsynchronised(criterion), self._restored(keeper):
             if any(nn.parameter.is_lazy(p) for p in model.parameters()):
                 self._materialise(twin)
             if flush:
@@ -202,6 +214,17 @@ class Bench:
             if thawed:
                 twin.thaw()
             yield twin
+
+    @property
+    def _shared(self) -> dict[int, Any]:
+        """What copies share with the originals."""
+        return {**groups(self.model), **groups(self.criterion)}
+
+    @staticmethod
+    @contextmanager
+    def _restored(keeper: Keeper | None) -> Iterator[None]:
+        try:
+            yield
         finally:
             if keeper is not None:
                 keeper.restore()

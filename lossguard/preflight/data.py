@@ -100,9 +100,11 @@ class UnnormalizedInput:
     """unnormalized_input: what reaches the first weights is far from zero mean and unit scale (detectors A, unnormalized_input; SYMPTOMS E4).
 
     Looked at is what enters each layer with weights before which no parameters stand, so that normalising inside the model counts. Ill is
-    a standard deviation above or below the bounds, a mean many deviations from zero, or one feature on another scale than the median.
+    a standard deviation above or below the bounds, a mean many deviations from zero, or one feature on another scale than the median; and an
+    input that is the same for every sample although the targets differ.
 
-    Why: raw pixels from 0 to 255, raw physical units, kilometres beside centimetres, or a normalisation done twice.
+    Why: raw pixels from 0 to 255, raw physical units, kilometres beside centimetres, a normalisation done twice, or a
+        cast to integers that leaves only zeros.
     Do: subtract the training set's mean and divide by its standard deviation, feature by feature (the finding gives both); pixels: divide by 255.
     False alarm: images in [0, 1], one-hot and sparse counts, token numbers and rows of unit length are known and silent, and so is a model
         that begins with a normalisation layer. Inputs on another scale by design: raise ``high``.
@@ -117,6 +119,7 @@ class UnnormalizedInput:
     sparse: float = 0.5  # share of exact zeros from which inputs are sparse and have no common scale; our own choice
     sparse_peak: float = 100.0  # largest magnitude of sparse inputs; raw pixels reach 255, counts are mostly below; our own choice
     least: int = 64  # values needed; our own choice
+    alike: int = 8  # samples that must be equal before the input is called empty; our own choice
 
     def look(self, bench: Bench) -> Answer:
         """The law of the class docstring."""
@@ -131,6 +134,8 @@ class UnnormalizedInput:
             if not floats:
                 return passed("the inputs are whole numbers (tokens)") if done.roots else unknown("no tensor enters the model")
             raw = [Layer("the model", "model", True, floats[0].dim() > 3, [t for t in floats if t.shape[1:] == floats[0].shape[1:]])]
+        if self._empty(bench, raw, [t for _, t in done.roots]):
+            return failed(self._nothing(raw[0]))
         sick = []
         for layer in raw:
             scale = _scale(layer)
@@ -141,6 +146,24 @@ class UnnormalizedInput:
             return failed(*sick[:1])
         scale = _scale(raw[0])
         return passed(f"mean {number(scale.mean)}, standard deviation {number(scale.std)} at {raw[0].name}")
+
+    def _empty(self, bench: Bench, raw: list[Layer], given: list[Tensor]) -> bool:
+        """Every sample brings the same numbers to every first layer, although their targets differ."""
+        call = bench.sound[0].calls[0] if bench.sound and len(bench.sound[0].calls) == 1 else None
+        if call is None or not call.target.numel() or bool((call.target == call.target.reshape(-1)[0]).all()):
+            return False
+        if any(not t.is_floating_point() for t in given):  # tokens, times or indices bring the information
+            return False
+        joined = [torch.cat([t.reshape(t.shape[0], -1) for t in layer.inputs]) for layer in raw if len({t.shape[1:] for t in layer.inputs}) == 1]
+        samples = call.target.shape[0] if call.target.dim() else 0
+        return len(joined) == len(raw) and samples >= self.alike and all(len(rows) >= self.alike and bool((rows == rows[:1]).all()) for rows in joined)
+
+    def _nothing(self, layer: Layer) -> Finding:
+        value = float(layer.inputs[0].reshape(-1)[0])
+        cause = Cause("input carries no information", 0.95, f"all samples are equal where they enter {layer.name}: they begin with {number(value)}")
+        remedy = Remedy("look at the preprocessing for a cast to integers, a scale that rounds to 0, or a product with 0; give float features", {"look_at": 2})
+        evidence = [Evidence("largest difference between samples", 0.0)]
+        return finding(self.diagnosis, f"input of {layer.name}", "all samples are the same where they enter the model", evidence, [(cause, [remedy])])
 
     def _wrong(self, s: _Scale) -> tuple[str, Evidence] | None:
         if s.count < self.least or not math.isfinite(s.std + s.mean) or s.std == 0:

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lossguard.device import roles
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity
 from lossguard.preflight.bench import Bench
 from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
 from lossguard.preflight.survey import WEIGHTED
-from lossguard.preflight.take import chosen, sizes, tensors
 from lossguard.preflight.trial import STEPS, Trial, trial
 
 
 @check
 @dataclass(frozen=True)
 class UnreachedWeights:
-    """unchanged_weights: a trainable parameter would not be trained, or samples reach into each other (detectors A, unchanged_weights; SYMPTOMS E12).
+    """unchanged_weights: a trainable parameter would not be trained (detectors A, unchanged_weights; SYMPTOMS E12).
 
     A copy is trained for a few steps. Parameters that get a gradient must belong to an optimizer; layers that run must get a gradient,
-    and one that is not zero at every step. Then one sample is exchanged: the outputs of the others must stay as they are (in eval mode).
+    and one that is not zero at every step.
 
-    Why: parameters added after the optimizer was made, an optimizer made for another copy, a detach or an argmax on the way, dead units,
-        batch_first=False with batches first.
-    Do: give all parameters to the optimizer, remove the detach, give the right order of dimensions.
+    Why: parameters added after the optimizer was made, an optimizer made for another copy, a detach or an argmax on the way, dead units.
+    Do: give all parameters to the optimizer, remove the detach.
     False alarm: frozen parameters, modules that are not called, LoRA's zero half, zero heads and teachers are known and silent; a few unused
-        weights are an info. Graph networks and losses over whole batches are only tested where each sample has its own label and input.
+        weights are an info.
     """
 
     diagnosis: ClassVar[str] = "unchanged_weights"
     share: float = 0.1  # of the trainable elements that must be hit for a warning; our own choice: unused poolers are below 0.01
-    leak: float = 1e-4  # change of the other samples' outputs over the outputs' scale; our own choice: float32 rounding is below 1e-5
-    samples: int = 8  # samples of the batch in which one is exchanged; our own choice
 
     def look(self, bench: Bench) -> Answer:
         """The law of the class docstring."""
@@ -47,9 +42,9 @@ class UnreachedWeights:
             return failed(missing)
         if done.error:
             return unknown(f"the model could not be trained for a few steps: {done.error}")
-        found = [f for f in (self._unreached(bench, done), self._leak(bench)) if f is not None]
-        if found:
-            return failed(*found)
+        found = self._unreached(bench, done)
+        if found is not None:
+            return failed(found)
         unused = f"; {len(done.absent)} are not used" if done.absent else ""
         return passed(f"{len(done.arrived)} of {len(done.elements)} trainable parameters get a gradient{unused}")
 
@@ -119,40 +114,3 @@ class UnreachedWeights:
                 (Cause("dead units", 0.8, "no sample passes through these layers"), [Remedy("initialise weights by He and biases by zero", {"init": "he"})])
             ]
         return finding(self.diagnosis, names[0], message, evidence, advice, Severity.WARNING if share > self.share else Severity.INFO)
-
-    def _leak(self, bench: Bench) -> Finding | None:
-        """One sample is exchanged for another: what becomes of the outputs of the rest?"""
-        call = bench.sound[0].calls[0] if bench.sound and len(bench.sound[0].calls) == 1 else None
-        n = next(iter(sizes(bench.kept[0])), 0) if len(sizes(bench.kept[0])) == 1 else 0
-        if call is None or n < 3 or call.target.numel() != n or (bench.sample.complete and bench.sample.looked_at == 1):
-            return None
-        m = min(n, self.samples)
-        with bench.twin() as twin:
-            plain = [
-                _output(twin.try_run(chosen(bench.kept[0], order), mode="eval", quiet=True).outputs, m)
-                for order in (list(range(m)), list(range(m)), [m - 1, *range(1, m)])
-            ]
-        base, again, changed = plain
-        if base is None or again is None or changed is None or not torch.equal(base, again) or not bool(torch.isfinite(base).all()):
-            return None
-        scale = float(base.square().mean().sqrt())
-        moved = float((changed[1:] - base[1:]).abs().max()) / max(scale, 1e-12)
-        if moved <= self.leak:
-            return None
-        wrong = [name for name, module in bench.model.named_modules() if getattr(module, "batch_first", None) is False]
-        evidence = [Evidence("change of the other samples' outputs over the outputs' scale", moved, self.leak)]
-        if wrong:
-            cause = Cause("samples leak into each other", 0.9, f"{wrong[0]!r} has batch_first=False, and the batch is the first dimension here")
-            remedies = [Remedy(f"batch_first=True in {wrong[0]!r}", {"batch_first": True, "parameter": wrong[0]})]
-        else:
-            cause = Cause(
-                "samples leak into each other", 0.7, "an operation runs over the batch dimension (softmax, mean, reshape or attention over dimension 0)"
-            )
-            remedies = [Remedy("look for dim=0, and for views that mix the batch with another dimension", {})]
-        return finding(self.diagnosis, wrong[0] if wrong else "model", "exchanging one sample changes the outputs of the others", evidence, [(cause, remedies)])
-
-
-def _output(outputs: Any, n: int) -> Tensor | None:
-    """The first tensor of the outputs if it has one row a sample."""
-    found = next((t for _, t in tensors(outputs)), None)
-    return found.float() if found is not None and found.dim() > 0 and found.shape[0] == n else None

@@ -18,9 +18,10 @@ from lossguard.batches import split
 from lossguard.findings import Cause, Evidence, Finding, Remedy, number
 from lossguard.preflight.bench import Bench
 from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
-from lossguard.preflight.listen import BINARY, CLASSIFIES, REGRESSES, LossCall
+from lossguard.preflight.listen import BINARY, CLASSIFIES, REGRESSES, LossCall, total_of
 
 Advice = list[tuple[Cause, list[Remedy]]]
+PIXEL = 255.0  # the largest value of an 8-bit pixel
 
 
 def calls(bench: Bench) -> list[LossCall]:
@@ -51,8 +52,8 @@ class InvalidLabels:
     """invalid_labels: the loss function cannot take the labels, or takes them for something else (detectors A, invalid_labels; SYMPTOMS E5).
 
     Class numbers must lie in [0, classes) or be the ignored index, and be integers; probabilities must lie in [0, 1] and sum to one;
-    outputs and targets of a regression must have one shape (else they are broadcast against each other); not all labels may be ignored,
-    nor all be of one class.
+    outputs and targets of a regression must have one shape (else they are broadcast against each other, also in a loss written by hand);
+    not all labels may be ignored, nor all be of one class.
 
     Why: labels that start at 1; a padding value such as -1 or 255 that the loss does not know; a head with too few outputs; a missing squeeze.
     Do: subtract the smallest label, or say ignore_index= to the loss, or give the head max(label) + 1 outputs; bring both to one shape.
@@ -63,12 +64,17 @@ class InvalidLabels:
     diagnosis: ClassVar[str] = "invalid_labels"
     off: float = 1e-3  # by how much soft labels may miss a sum of 1; detectors A
     one_class: int = 100  # labels seen before one class only is a fault; our own choice: by chance at 9:1 once in 4e4 times
+    gray: float = 100.0  # targets up to 255 and above this are pixels; our own choice, as in unnormalized_input
+    blind: float = 1e-5  # relative change of a loss by exchanging all targets, below which it pairs all with all; rounding stays below
     padding: tuple[int, ...] = (-100, -1, 255)  # values that mean "no label" in common data sets; detectors A
 
     def look(self, bench: Bench) -> Answer:
         """The law of the class docstring."""
         heard = calls(bench)
         if not heard:
+            found = self._paired(bench)
+            if found is not None:
+                return failed(found)
             return unknown(bench.why_no_pass if not bench.sound else "the loss calls no known loss function, or several")
         tests = (self._range, self._type, self._soft, self._binary, self._shapes, self._ignored, self._single)
         for test in tests:
@@ -184,6 +190,13 @@ class InvalidLabels:
                 pair = (Cause("labels are -1 and 1", 0.9, "no other value occurs"), [Remedy("use (labels + 1) / 2", {"labels": "repair"})])
             elif values == [1.0, 2.0]:
                 pair = (Cause("labels start at 1", 0.9, "they are 1 and 2"), [Remedy("subtract 1 from the labels", {"labels": "repair"})])
+            elif low >= 0 and ((low == 0 and len(values) == 2) or (self.gray < high <= PIXEL and high == int(high))):
+                pair = (
+                    Cause(
+                        "targets are no probabilities", 0.9, f"they reach from {number(low)} to {number(high)}, as masks and pixels do that were not divided"
+                    ),
+                    [Remedy(f"divide the targets by {number(PIXEL if high > self.gray else high)}", {"labels": "repair"})],
+                )
             elif all(v == int(v) for v in values):
                 pair = (
                     Cause("class numbers where yes or no is expected", 0.8, f"{len(values)} whole numbers occur, from {number(low)} to {number(high)}"),
@@ -202,9 +215,28 @@ class InvalidLabels:
         call = heard[0]
         if call.family not in REGRESSES or call.input.shape == call.target.shape or call.target.numel() == 1:
             return None
-        shapes = f"outputs {tuple(call.input.shape)}, targets {tuple(call.target.shape)}"
-        wide = math.prod(torch.broadcast_shapes(call.input.shape, call.target.shape))  # type: ignore[no-untyped-call]
-        evidence = [Evidence("pairs compared", wide, max(call.input.numel(), call.target.numel()))]
+        return self._broadcast(call.input, call.target)
+
+    def _paired(self, bench: Bench) -> Finding | None:
+        """The same of a loss written by hand: outputs (N, 1) and targets (N,), and no order of the targets makes a difference."""
+        outputs, targets = (bench.sound[0].outputs, bench.sound[0].targets) if bench.sound else (None, None)
+        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or not targets.is_floating_point():
+            return None
+        n = targets.numel()
+        if n < 3 or sorted([tuple(outputs.shape), tuple(targets.shape)]) != [(n,), (n, 1)] or bool((targets == targets.reshape(-1)[0]).all()):
+            return None
+        with bench.twin() as twin:
+            order = torch.arange(n, device=targets.device).roll(1)
+            losses = [float(total_of(twin.criterion(outputs.clone(), t.clone())).detach()) for t in (targets, targets[order], targets.flip(0))]
+            each = [float(total_of(twin.criterion(outputs.reshape(-1).clone(), t.clone())).detach()) for t in (targets.reshape(-1), targets.reshape(-1)[order])]
+        if max(losses) - min(losses) > self.blind * abs(losses[0]) or abs(each[0] - each[1]) <= 10 * self.blind * abs(each[0]):
+            return None
+        return self._broadcast(outputs, targets)
+
+    def _broadcast(self, outputs: Tensor, targets: Tensor) -> Finding:
+        shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
+        wide = math.prod(torch.broadcast_shapes(outputs.shape, targets.shape))  # type: ignore[no-untyped-call]
+        evidence = [Evidence("pairs compared", wide, max(outputs.numel(), targets.numel()))]
         cause = Cause("shapes are broadcast", 0.95, f"{shapes}: each output is compared with other samples' targets")
         message = "outputs and targets have different shapes"
         return finding(self.diagnosis, "targets", message, evidence, [(cause, [Remedy("use targets.view_as(outputs)", {"labels": "repair"})])])

@@ -1,4 +1,4 @@
-"""Checks of the first loss: against chance, against the batch size, against eval mode. The bench flows in, answers flow out."""
+"""The check of the first loss: against chance, against the batch size, against the first steps. The bench flows in, an answer flows out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
-from lossguard.preflight.bench import Bench, Pass, Twin
+from lossguard.preflight.bench import Bench, Pass
 from lossguard.preflight.chance import chance
 from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
 from lossguard.preflight.listen import CLASSIFIES, REGRESSES, LossCall
+from lossguard.preflight.pace import pace
 from lossguard.preflight.take import chosen, sizes
 
-ADAPTIVE = ("adam", "adagrad", "rmsprop", "adafactor", "lion", "lamb", "muon")  # optimizers whose updates do not grow with the loss's scale
 QUARTERED = 0.75  # of the outputs' scale that is left when all weights are quartered: a plain head leaves a quarter, a normalised one all
 Advice = list[tuple[Cause, list[Remedy]]]
 
@@ -29,7 +29,9 @@ class InitialLossOff:
 
     With dropout off, the mean of the first batches against chance: ln(classes), ln 2 for yes or no, the targets' variance for squared error,
     made by the same loss function with even predictions. Then the batch is repeated (a mean stays, a sum doubles), and dropout and penalties
-    on weights are turned on (the loss may rise a little). A loss below chance is no fault: trained weights begin there.
+    on weights are turned on (the loss may rise a little). A loss below chance is no fault: trained weights begin there. A sum over the batch
+    and targets of a large scale are infos, for a learning rate can be chosen for them and a bias learns a mean; they are warnings where a
+    copy's first steps at the chosen rate raise the loss, rewrite the weights or would need 100 000 steps to reach the targets.
 
     Why: an output layer with too large weights, raw targets far from zero, inputs of a large scale, reduction="sum", a penalty that outweighs the loss.
     Do: scale the last layer's initial weights by the factor given, standardise the targets, reduction="mean", a smaller penalty or dropout.
@@ -43,6 +45,9 @@ class InitialLossOff:
     offset: float = 10.0  # |mean| of regression targets over their standard deviation; our own choice: prices at 3 train well
     large: float = 10.0  # root mean square of regression targets; detectors A (unnormalized_input)
     bounded: float = 1.05  # magnitude up to which targets are healthy whatever their mean: images in [0, 1]; our own choice
+    blown: float = 2.0  # loss in the first steps at the chosen rate over the first loss; our own choice: one batch again and again should fall
+    rewrites: float = 0.3  # first update over the weights; our own choice: three times the warning of update_ratio_high, for one step is not many
+    far: float = 1e5  # steps to reach the targets at the pace of the first ones; our own choice: long runs have fewer
     penalty: float = 3.0  # penalty on weights over the loss of the data; our own choice: half of 5e-4 times the squares of a He-initialised VGG is near 1
     rise: float = 2.0  # loss with dropout over the loss without; our own choice: dropout of 0.5 adds some per cent at the start
     doubling: float = 0.05  # by how much a sum over twice the batch may miss 2; our own choice: rounding, not chance, is in it
@@ -55,7 +60,7 @@ class InitialLossOff:
             return unknown(bench.why_no_pass)
         if any(not math.isfinite(p.loss) for p in bench.sound):
             return self._nonfinite(bench)
-        for test in (self._sum, self._penalty, self._first, self._dropout):
+        for test in (self._sum, self._penalty, self._targets, self._first, self._dropout):
             found = test(bench)
             if found is not None:
                 return failed(found)
@@ -90,19 +95,23 @@ class InitialLossOff:
         growth = _growth(bench, self.samples, self.doubling)
         if growth is None and not said:
             return None
-        single = call is not None or not all(any(a in type(o).__name__.lower() for a in ADAPTIVE) for o in bench.optimizers) or not bench.optimizers
+        steps = pace(bench)
+        torn = steps is not None and (not steps.worst <= self.blown or steps.ratio > self.rewrites)
         n = next(iter(sizes(bench.kept[0])), 1)
         evidence = [
             Evidence("loss of the batch twice over the loss of the batch", 2.0 if growth is None else growth, 1.0),
             Evidence("first loss", bench.sound[0].loss),
         ]
+        if steps is not None:
+            evidence.append(Evidence("largest loss of the first steps at the chosen rate over the first loss", steps.worst, self.blown))
+            evidence.append(Evidence("first update over the weights", steps.ratio, self.rewrites))
         advice: Advice = [
             (
                 Cause("sum reduction", 0.95, "the same samples twice give twice the loss" if growth else 'the loss function was called with reduction="sum"'),
                 [Remedy('reduction="mean"', {"loss_reduction": "mean"}), Remedy(f"or divide the learning rate by the batch size ({n})", {"lr_factor": 1 / n})],
             )
         ]
-        severity = Severity.WARNING if single else Severity.INFO
+        severity = Severity.WARNING if torn else Severity.INFO
         return finding(self.diagnosis, "loss", "the loss grows with the batch size", evidence, advice, severity)
 
     def _penalty(self, bench: Bench) -> Finding | None:
@@ -120,6 +129,42 @@ class InitialLossOff:
         ]
         return finding(self.diagnosis, "loss", f"a penalty makes {extra / (extra + value):.0%} of the first loss", evidence, advice)
 
+    def _targets(self, bench: Bench) -> Finding | None:
+        """Regression targets of a scale that the chosen learning rate does not bear, or would take for ever to reach."""
+        call = data_call(bench.sound[0])
+        if call is None or call.family not in REGRESSES or call.input.shape != call.target.shape or call.target.shape[0] < self.least:
+            return None
+        target = call.target.float()
+        mean, std = float(target.mean()), float(target.std())
+        rms = math.hypot(mean, std)
+        if not rms > self.large or not std > 0:
+            return None
+        steps = pace(bench)
+        if steps is None:
+            return None
+        needed = rms / steps.moved if steps.moved > 0 else math.nan
+        evidence = [
+            Evidence("mean of the targets", mean),
+            Evidence("standard deviation of the targets", std),
+            Evidence("largest loss of the first steps at the chosen rate over the first loss", steps.worst, self.blown),
+        ]
+        if not steps.worst <= self.blown:
+            scaled = pace(bench, lambda given: (given - mean) / std)
+            if scaled is None or not scaled.worst <= self.blown:  # then it is not the targets
+                return None
+            evidence.append(Evidence("the same with standardised targets", scaled.worst, self.blown))
+            message, because = "at the chosen rate the loss rises at once, and does not with standardised targets", "gradients are as large as the targets"
+        elif needed > self.far:
+            evidence.append(Evidence("steps until the outputs reach the targets, at the pace of the first ones", needed, self.far))
+            message, because = "the outputs would take for ever to reach the targets", f"a step moves them by {number(steps.moved)}"
+        else:
+            return None
+        pair = (
+            Cause("targets not standardised", 0.9, f"they have mean {number(mean)} and standard deviation {number(std)}: {because}"),
+            [Remedy(f"train on (targets - {number(mean)}) / {number(std)}", {"standardize_targets": True})],
+        )
+        return finding(self.diagnosis, "targets", message, evidence, [pair])
+
     def _first(self, bench: Bench) -> Finding | None:
         """The first loss against chance."""
         first, expected = self._expected(bench)
@@ -131,9 +176,10 @@ class InitialLossOff:
         advice = [] if call.family in CLASSIFIES and _scale_free(bench) else self._scaled(bench, call, evidence, first, limit)
         if not advice:
             return None
-        if bench.has("unnormalized_input"):
+        learns = advice[0][0].name == "targets not standardised"  # an output bias learns the mean: worth a line
+        if bench.has("unnormalized_input") and not learns:
             advice.append((Cause("inputs out of scale", 0.95, "see unnormalized_input"), [Remedy("normalise the input first", {"normalize_input": True})]))
-        severity = Severity.WARNING if first > self.trained * expected else Severity.INFO
+        severity = Severity.WARNING if first > self.trained * expected and not learns else Severity.INFO
         return finding(
             self.diagnosis, "first loss", f"{number(first)} is {number(first / expected)} times chance ({number(expected)})", evidence, advice, severity
         )
@@ -240,104 +286,3 @@ def _growth(bench: Bench, samples: int, within: float) -> float | None:
     if not all(math.isfinite(l) for l in losses) or abs(one) < 1e-12 or abs(one - again) > 1e-3 * abs(one):
         return None
     return two / one if abs(two / one - 2) <= 2 * within and abs(four / one - 4) <= 4 * within else None
-
-
-@check
-@dataclass(frozen=True)
-class TrainEvalMismatch:
-    """validation_mismatch: the same batch has another loss in eval mode (detectors A, validation_mismatch; SYMPTOMS F9).
-
-    Dropout is off on both sides. Batch-norm layers that have seen nothing yet first learn their statistics from the kept batches, on a copy.
-    Apart from that, eval mode is run twice: a loss that changes between the two only while dropout is let through is dropout left on.
-
-    Why: batch-norm statistics of other data, dropout called without training=self.training, preprocessing that only one mode does.
-    Do: let batch-norm see the new data in training mode, F.dropout(x, p, training=self.training), the same preprocessing in both modes.
-    False alarm: models that are random by design (sampling, noise) are not judged; a difference below a tenth of chance is none.
-    """
-
-    diagnosis: ClassVar[str] = "validation_mismatch"
-    apart: float = 0.5  # difference of the two losses over the larger; detectors A
-    floor: float = 0.1  # of chance: smaller differences are none; our own choice
-    random: float = 1e-5  # relative difference of two equal passes from which a model is random; rounding stays below
-
-    def look(self, bench: Bench) -> Answer:
-        """The law of the class docstring."""
-        if not bench.sound or any(not math.isfinite(p.loss) for p in bench.sound):
-            return unknown(bench.why_no_pass if not bench.sound else "the first loss is not finite")
-        with bench.twin() as twin:
-            loud = self._moves(twin, bench, quiet=False)
-            calm = self._moves(twin, bench, quiet=True)
-        if calm is None or loud is None:
-            return unknown("the model cannot be run in eval mode")
-        if calm:
-            return unknown("the model is random by design: two equal passes differ")
-        if loud:
-            pair = (
-                Cause("train/eval mismatch", 0.9, "dropout drops in eval mode: two equal passes differ, and do not with dropout taken out"),
-                [Remedy("F.dropout(x, p, training=self.training), or nn.Dropout", {"dropout": "eval off"})],
-            )
-            return failed(finding(self.diagnosis, "eval mode", "dropout is active in eval mode", [], [pair]))
-        return self._compare(bench)
-
-    def _moves(self, twin: Twin, bench: Bench, *, quiet: bool) -> bool | None:
-        one, two = (twin.try_run(bench.kept[0], mode="eval", quiet=quiet) for _ in range(2))
-        if one.error or two.error:
-            return None
-        return not abs(one.loss - two.loss) <= self.random * max(abs(one.loss), abs(two.loss))
-
-    def _compare(self, bench: Bench) -> Answer:
-        batches = bench.kept[: len(bench.passes)]
-        with bench.twin() as twin:
-            drifts = learn_statistics(twin, bench)
-            evals = [twin.try_run(batch, mode="eval").loss for batch in batches]
-        trains = [p.loss for p in bench.passes]
-        pairs = [(a, b) for a, b in zip(trains, evals) if math.isfinite(a)]
-        gap = median(abs(a - b) / max(abs(a), abs(b), 1e-12) if math.isfinite(b) else math.inf for a, b in pairs)
-        call = data_call(bench.sound[0])
-        scale = chance(call) if call is not None else None
-        small = scale is not None and median(abs(a - b) for a, b in pairs) <= self.floor * scale
-        if gap <= self.apart or small:
-            return passed(f"train and eval mode differ by {gap:.1%}")
-        layer, drift = max(drifts.items(), key=lambda item: item[1], default=("", 0.0))
-        evidence = [
-            Evidence("difference of the losses over the larger", gap, self.apart),
-            Evidence("loss in training mode", trains[0]),
-            Evidence("loss in eval mode", evals[0]),
-        ]
-        if layer:
-            evidence.append(Evidence(f"drift of {layer!r}, in standard deviations of the batch", drift))
-            because = f"statistics of {layer!r} are {number(drift)} standard deviations from the batch's"
-            remedies = [Remedy("run 100 batches in training mode before evaluating, or reset_running_stats()", {"steps": 100})]
-        else:
-            because, remedies = (
-                "no batch-norm layer and no dropout explains it: the model branches on self.training",
-                [Remedy("do the same preprocessing in both modes", {})],
-            )
-        pair = (Cause("train/eval mismatch", 0.8, because), remedies)
-        return failed(finding(self.diagnosis, layer or "model", "the same batch has another loss in eval mode", evidence, [pair]))
-
-
-def learn_statistics(twin: Twin, bench: Bench) -> dict[str, float]:
-    """Let batch-norm layers that have seen nothing learn from the kept batches; for the others, how far theirs are off."""
-    norms = {n: m for n, m in twin.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None and twin.flags[m]}
-    stored = {
-        n: m.running_mean.clone()
-        for n, m in norms.items()
-        if m.running_mean is not None and m.num_batches_tracked is not None and int(m.num_batches_tracked) > 0
-    }
-    state = {n: {k: v.clone() for k, v in norms[n].state_dict().items()} for n in stored}
-    if not norms:
-        return {}
-    momenta = {n: m.momentum for n, m in norms.items()}
-    for m in norms.values():
-        m.reset_running_stats()
-        m.momentum = None  # a plain mean over the batches
-    for batch in bench.kept:
-        twin.try_run(batch)
-    drifts = {}
-    for n, m in norms.items():
-        m.momentum = momenta[n]
-        if n in stored and m.running_mean is not None and m.running_var is not None:
-            drifts[n] = float(((stored[n] - m.running_mean).abs() / (m.running_var + m.eps).sqrt()).max())
-            m.load_state_dict(state[n])
-    return drifts

@@ -26,6 +26,7 @@ RANGES = {
     "Exp": (0.0, math.inf),
     "Hardsigmoid": (0.0, 1.0),
 }
+WRONG_AXIS = "softmax over the wrong axis"
 SAYS = {"Relu": "ReLU", "LogSoftmax": "log-softmax", "Hardtanh": "hardtanh"}
 
 
@@ -35,10 +36,12 @@ class WrongOutputActivation:
     """wrong_output_activation: the last operation does not fit the loss (detectors A, wrong_output_activation; SYMPTOMS E8).
 
     Read from the graph behind what the loss function got, through views: softmax, sigmoid, tanh or ReLU before cross entropy; sigmoid or
-    softmax before a binary cross entropy with logits; no log-softmax before the negative log likelihood; no sigmoid before the binary cross
-    entropy of probabilities; a bounded activation before a regression whose targets lie outside; a softmax over one value.
+    softmax before a binary cross entropy with logits; no log-softmax before the negative log likelihood, or one over another dimension than
+    the classes; no sigmoid before the binary cross entropy of probabilities; a bounded activation before a regression whose targets lie
+    outside; a softmax over one value.
 
-    Why: a loss that already holds the activation, a head copied from another task, a regression with the last activation of a classifier.
+    Why: a loss that already holds the activation, a softmax over the batch or the places (dim=0), a head copied from another task, a
+        regression with the last activation of a classifier.
     Do: remove the last activation, or take the loss that goes with it.
     False alarm: log-softmax before cross entropy changes nothing and is silent. Bounded outputs that are scaled afterwards are not last. Targets
         that lie inside the range are fine. A ReLU before cross entropy that is meant: mute it.
@@ -86,6 +89,17 @@ class WrongOutputActivation:
             worst = float((sums - 1).abs().max())
             if worst <= self.sum_off * 10:
                 return None
+            if last == "LogSoftmax":  # it is there, and its probabilities sum to one over another dimension
+                return (
+                    "the log-softmax does not run over the classes",
+                    WRONG_AXIS,
+                    "log_softmax(dim=1): the dimension of the classes",
+                    "log_softmax",
+                    [
+                        Evidence("largest distance from 1 of the probabilities summed over the classes", worst, self.sum_off * 10),
+                        Evidence("size of the softmax's dimension", float(call.last.size), float(call.classes)),
+                    ],
+                )
             name = "softmax before the negative log likelihood" if last == "Softmax" else "log_softmax missing"
             return (
                 "the negative log likelihood needs log-probabilities",

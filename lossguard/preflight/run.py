@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 
 from lossguard.device.taps import unwrap
 from lossguard.findings import Finding, check_names
+from lossguard.preflight.alone import OutOfTime, alone
 from lossguard.preflight.bench import Bench, Forward, told
+from lossguard.preflight.cascade import cascade
 from lossguard.preflight.check import CHECKS, Answer, Check, unknown
 from lossguard.preflight.keep import Keeper
 from lossguard.preflight.take import take
@@ -27,6 +29,7 @@ ORDER = (
     "wrong_output_activation",
     "poor_initialization",
     "unchanged_weights",
+    "cross_sample_leak",
     "initial_loss_off",
     "validation_mismatch",
     "cannot_overfit_batch",
@@ -37,7 +40,7 @@ ORDER = (
 
 
 class Preflight(list[Finding]):
-    """The findings, roots first, and what each check answered.
+    """The findings, roots first with what follows from them as ``.consequences``, and what each check answered.
 
     ``answers``: check -> "pass", "fail" or "cannot tell"; ``reasons``: check -> why. ``batches``: where an iterator was given that can be
     read only once, the batches that were taken and then the rest; else the loader itself. ``seconds``: how long it took.
@@ -76,7 +79,9 @@ def preflight(
     only once 8 are taken, and ``.batches`` of the result gives them back before the rest. criterion(outputs, targets) gives the loss.
     forward(model, batch) gives (outputs, targets), by default (model(batch[0]), batch[1]) on the model's device. checks: objects in the place
     of those of the same diagnosis, or behind them. mute: names of checks to leave out. seconds: the time budget; what does not fit in
-    is answered "cannot tell". It may run over by one training step.
+    is answered "cannot tell". It may run over by one training step, or by one batch of a slow loader.
+
+    Where processes are joined (torch.distributed) nothing waits for the others: a check that would is answered "cannot tell".
 
     Memory: one copy of the model, its gradients and Adam's moments on its device, and one copy of weights and optimizer state on the CPU.
 
@@ -98,14 +103,14 @@ def preflight(
     answers: dict[str, Answer] = {}
     findings: list[Finding] = []
     try:
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad(), alone():
             warnings.simplefilter("ignore")  # what the user's code warns of, it warns of again in training
             sample = take(batches, SCAN * seconds)
-            bench = Bench(model, criterion, held, forward, sample, seconds, roots)
+            bench = Bench(model, criterion, held, forward, sample, seconds, roots, started)
             for one in chosen:
                 answers[one.diagnosis] = _ask(one, bench)
                 bench.found += answers[one.diagnosis].findings
-            findings = bench.found
+            findings = cascade(bench.found)
     finally:
         keeper.restore()
     return Preflight(findings, answers, sample.rest, time.monotonic() - started)
@@ -113,10 +118,11 @@ def preflight(
 
 def _ask(one: Check, bench: Bench) -> Answer:
     """A check's own fault is no fault of the user's."""
-    if bench.left <= 0:
-        return unknown(f"the time budget of {bench.seconds:g} s was used up")
+    over = unknown(f"the time budget of {bench.seconds:g} s was used up")
     try:
-        return one.look(bench)
+        return one.look(bench) if bench.left > 0 else over
+    except OutOfTime:
+        return over
     except Exception as error:
         return unknown(f"the check itself failed: {told(error)}")
 

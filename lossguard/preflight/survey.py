@@ -31,6 +31,7 @@ class Layer:
     input_spread: float = float("nan")
     spread: float = float("nan")  # between samples: root mean square over the outputs' elements of the standard deviation over samples
     rms: float = float("nan")
+    rails: tuple[float, float] = (0.0, 0.0)  # share of its inputs within 1 % of the lower and the upper end of a tanh or sigmoid
     zero: bool = False  # all its weights are zero
 
 
@@ -116,6 +117,24 @@ def _scales(layer: Layer, module: nn.Module, given: Tensor, output: Any) -> None
     layer.rms = float(out.square().mean().sqrt())
     layer.spread = between(out)
     layer.input_spread = between(given.detach().float())
+    layer.rails = rails(given.detach().float())
+
+
+def rails(values: Tensor, near: float = 0.01) -> tuple[float, float]:
+    """Share of the values at the lower and at the upper end of [-1, 1], or of [0, 1] where none is negative; zero where some lie outside,
+    or where all are exactly at the ends: signs and bits are meant.
+
+    >>> import torch
+    >>> rails(torch.tensor([-1.0, -0.995, 0.5, 1.0]))
+    (0.5, 0.25)
+    """
+    if not values.numel():
+        return 0.0, 0.0
+    least, most = float(values.min()), float(values.max())
+    low = -1.0 if least < 0 else 0.0
+    if least < low or most > 1 or bool(((values == low) | (values == 1) | (values == 0)).all()):
+        return 0.0, 0.0
+    return float((values < low + near).float().mean()), float((values > 1 - near).float().mean())
 
 
 def between(values: Tensor) -> float:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from lossguard.batches import split
 
 KEEP = 8  # batches kept whole
+LATE = 2.0  # times the time for the loader, after which fewer batches than are wanted must do
 MOST_BATCHES = 1000  # batches looked through at most
 MOST_LABELS = 1_000_000  # labels kept in order, 8 bytes each
 MOST_BAD = 3  # batches with non-finite values that are kept, so that their loss can be asked for
@@ -168,13 +169,13 @@ def take(batches: Any, seconds: float) -> Sample:
     sample.order = _order(batches)
     taken: list[Any] = []
     limit = KEEP if sample.once else MOST_BATCHES
-    end = time.monotonic() + seconds
+    end, late = time.monotonic() + seconds, time.monotonic() + LATE * seconds
     try:
         for batch in itertools.islice(iterator, limit):
             if sample.once:
                 taken.append(batch)
             _look(sample, batch)
-            if time.monotonic() > end and sample.looked_at >= KEEP:
+            if time.monotonic() > (end if sample.looked_at >= KEEP else late):
                 break
         else:
             sample.complete = sample.looked_at < limit or sample.looked_at == sample.total

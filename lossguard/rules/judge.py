@@ -21,14 +21,15 @@ _DIVERGENCE = ("nonfinite_loss", "nonfinite_activation", "nonfinite_gradient", "
 _STANDSTILL = ("constant_loss", "loss_plateau", "learning_bottleneck")
 _COLLAPSE = (*_STANDSTILL, "unchanged_weights", "update_ratio_low")
 _NO_SIGNAL = ("vanishing_gradient", "collapsed_activation", *_COLLAPSE)
+_BEFORE = ("initial_loss_off", "cannot_overfit_batch")  # only preflight finds these
 
 # root -> what may follow from it. A later symptom found while its root's episode is fresh is attached to the root.
 # Order matters: of findings born in one round, the earlier row is the root.
 FOLLOWS: dict[str, tuple[str, ...]] = {
-    "nonfinite_input": (*_DIVERGENCE, "update_ratio_high"),
+    "nonfinite_input": (*_DIVERGENCE, "update_ratio_high", *_BEFORE),
     "missing_zero_grad": (*_DIVERGENCE, "update_ratio_high"),
-    "poor_initialization": (*_DIVERGENCE, "update_ratio_high"),
-    "unchanged_weights": _NO_SIGNAL,
+    "poor_initialization": (*_DIVERGENCE, "update_ratio_high", *_BEFORE),
+    "unchanged_weights": (*_NO_SIGNAL, *_BEFORE),
     "update_ratio_high": _DIVERGENCE,
     "exploding_gradient": (*_DIVERGENCE, "update_ratio_high"),
     "nonfinite_activation": (*_DIVERGENCE, "update_ratio_high"),
@@ -52,6 +53,11 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "validation_mismatch": ("validation_below_training", "oscillating_validation"),
     "overfitting": ("validation_mismatch", "oscillating_validation"),
     "negative_loss": ("loss_spike", "diverging_loss", "loss_plateau", "overfitting", "validation_mismatch"),
+    "invalid_labels": _BEFORE,
+    "unnormalized_input": ("poor_initialization", "unchanged_weights", *_BEFORE),
+    "wrong_output_activation": ("unchanged_weights", *_BEFORE),
+    "cross_sample_leak": ("cannot_overfit_batch",),
+    "initial_loss_off": ("cannot_overfit_batch",),
 }
 SEEN_LATE = ("dead_relu", "vanishing_gradient")  # measured over a window that began before what follows from it was seen
 RANK = {name: i for i, name in enumerate(FOLLOWS)}
