@@ -397,7 +397,6 @@ def test_odd_models_are_taken():
         mlp_of_8().bfloat16(),
         mlp_of_8().double(),
         torch.compile(mlp_of_8()),
-        nn.DataParallel(mlp_of_8()),
     ]
     for model in models:
         dtype = next((p.dtype for p in model.parameters() if not nn.parameter.is_lazy(p)), torch.float32)

@@ -298,7 +298,8 @@ def test_the_healthy_run_is_silent(seed: int) -> None:
 @given(seed=st.integers(0, 10**6), exponent=st.integers(-6, 6))
 def test_the_scale_of_the_loss_does_not_matter(seed: int, exponent: int) -> None:
     """Multiplying the loss and its gradients by 1e-6 to 1e6 makes no alarm."""
-    assert run([make() for make in RULES.values()], seed=seed, scale=10.0**exponent, steps=130) == []
+    heard = run([make() for make in RULES.values()], seed=seed, scale=10.0**exponent, steps=130)
+    assert [f for _, f in heard if f.severity >= Severity.WARNING] == []
 
 
 @settings(max_examples=8, deadline=None)
