@@ -20,7 +20,7 @@ class UnchangedWeights:
     """unchanged_weights: trainable weights never change (detectors A, unchanged_weights; SYMPTOMS D10, E12, F6).
 
     Law: static: parameters in no optimizer, or an optimizer of another model. Running: exact zeros of the update over 20 applied steps
-    while the weight norm stays the same bit for bit. Parts of the model that never ran (unused heads, experts) are information only;
+    while the weight norm stays the same bit for bit; or no step at all for 4 times as long as ever before, with gradients that arrive. Parts of the model that never ran (unused heads, experts) are information only;
     gradients that are tiny beside others are left to vanishing_gradient, silent ReLU layers to dead_relu.
 
     Why: parameters not given to the optimizer, or an optimizer built from a copy; optimizer.step() not called; detach() or no_grad()
@@ -35,6 +35,9 @@ class UnchangedWeights:
     reads: ClassVar[tuple[str, ...]] = ("update_norm", "weight_norm", "grad_norm")
     span: int = 20  # applied steps; detectors A
     least: int = 4  # samples in the span; the weight norms between them are compared as well
+    idle: int = 3  # samples in a row without a step after steps were the rule; our own choice, each waited for one
+    gaps: float = 4.0  # times the longest time without a step before, after which steps have stopped; our own choice
+    growing: float = 32.0  # the same where gradients grow, as they do when accumulation is lengthened; our own choice
     accumulating: float = 2.0  # growth of the gradient norm over the span by which missing steps are accumulation; sqrt(20) is 4.5
     patient: int = 128  # samples without a step that even accumulation does not explain; our own choice
     most: float = 0.5  # share of matrices without gradient that warns though it is unknown whether they ran; our own choice
@@ -46,7 +49,7 @@ class UnchangedWeights:
         """The law of the class docstring, on the newest data."""
         if not history.samples:
             return None
-        return self._static(history) or self._never_stepped(history) or self._still(history)
+        return self._static(history) or self._never_stepped(history) or self._stopped(history) or self._still(history)
 
     def _static(self, history: History) -> Finding | None:
         missing = tuple(history.notes.get("missing_from_optimizer") or ())
@@ -86,6 +89,28 @@ class UnchangedWeights:
         evidence = (Evidence("samples without an optimizer step", float(n), float(self.span)),)
         message = f"no weight changed in {n} samples: no optimizer steps"
         return Finding(self.diagnosis, Severity.WARNING, int(history.steps()[0]), "optimizer.step", message, evidence, causes, remedies)
+
+    def _stopped(self, history: History) -> Finding | None:
+        """Optimizers stepped, and step no more though backward goes on: for longer than ever before no weight has moved."""
+        stepped, steps = history.fact("stepped"), history.steps()
+        ran = np.flatnonzero(stepped == 1.0)
+        idle = stepped.size - 1 - int(ran[-1]) if ran.size else 0
+        if ran.size < self.idle or idle < self.idle or np.isnan(stepped).any() or self._moved(history, idle).any() or converged(history):
+            return None
+        total = history.last("grad_total", idle)
+        if not total.size or not (np.isfinite(total) & (total > 0)).all():
+            return None  # no backward pass either, or skipped for its gradients
+        usual, silent = max(int(np.diff(steps[ran]).max()), 1), history.step - int(steps[ran[-1]])
+        grows = bool(total[-1, 0] > self.accumulating * total[0, 0])
+        if silent < max(self.span, (self.growing if grows else self.gaps) * usual):
+            return None
+        remedy = Remedy("look for the condition that keeps optimizer.step() from being called", {"optimizer_step": True})
+        because = f"gradients arrive, and the last step seen was {int(steps[ran[-1]])}"
+        causes, remedies = ranked([(Cause("optimizer.step() is no longer called", 0.9, because), [remedy])])
+        evidence = (Evidence("steps without an update", float(silent), self.gaps * usual), Evidence("longest time without one before", float(usual)))
+        message = f"no optimizer has stepped for {silent} steps, and before never for more than {usual}"
+        severity = Severity.INFO if history.optimizers > 1 else Severity.WARNING
+        return Finding(self.diagnosis, severity, int(steps[ran[-1]]) + 1, "optimizer.step", message, evidence, causes, remedies)
 
     def _still(self, history: History) -> Finding | None:
         n = stretch(history, self.span, self.least)
