@@ -156,6 +156,7 @@ class Recorder:
             self.row(self._default_device())
             for k in sorted(self._kept_before):
                 self.banks[k].lay(self.row(self.banks[k].device))
+            self.extras.finish(self.facts, self.row)
             self.forward.finish(self.row)
             self.facts.update({"loss_is_safe": graph.safe(losses)} if "forced" in self.facts else {})
             if self.graph is None and any(loss.grad_fn is not None for loss in losses):
