@@ -84,22 +84,23 @@ def hooked() -> bool:
     return ask is None or ask(False) is not None
 
 
-def _attention(node: Any) -> tuple[Tensor, Tensor, bool] | None:
-    """Query and key (sequences and heads in front), and whether 1/sqrt(d) is still to be applied; None if none is near."""
+def _attention(node: Any) -> tuple[Tensor, Tensor, float | None] | None:
+    """Query and key (sequences and heads in front), and what their product is multiplied with (None: 1/sqrt(d)); None if none is near."""
     softmax = scaled = False
     for _ in range(NEAR):
         if node is None or hasattr(node, "variable"):
             return None
         name = node.name()
         if name.startswith("ScaledDotProduct"):
-            return (node._saved_query, node._saved_key, True) if not hooked() else (_NOTHING, _NOTHING, True)
+            scale = getattr(node, "_saved_scale", None)  # a host number, where the call named one
+            return (node._saved_query, node._saved_key, scale) if not hooked() else (_NOTHING, _NOTHING, None)
         if name.startswith(SOFTMAXES):
             softmax = True
         elif softmax and name.startswith(SCALINGS):
             scaled = True
         elif name.startswith(("BmmBackward", "BaddbmmBackward")):
             if softmax:
-                return _scores(node, name, scaled)
+                return _scores(node, name, None if scaled else 1.0)
         elif name.startswith("AddmmBackward") and not softmax:
             node = node.next_functions[1][0]
             continue
@@ -117,21 +118,21 @@ def _main(node: Any) -> Any:
     return next((n for n, _ in node.next_functions if n is not None and not hasattr(n, "variable")), None)
 
 
-def _scores(node: Any, name: str, scaled: bool) -> tuple[Tensor, Tensor, bool] | None:
+def _scores(node: Any, name: str, scale: float | None) -> tuple[Tensor, Tensor, float | None] | None:
     """Query and key of the product that an explicit softmax was taken of."""
     if hooked():
-        return _NOTHING, _NOTHING, scaled
+        return _NOTHING, _NOTHING, scale
     first, second = ("_saved_batch1", "_saved_batch2") if name.startswith("Baddbmm") else ("_saved_self", "_saved_mat2")
     query, key = getattr(node, first, None), getattr(node, second, None)
     if not isinstance(query, Tensor) or not isinstance(key, Tensor):
         return None
-    return query.unsqueeze(1), key.transpose(-2, -1).unsqueeze(1), scaled
+    return query.unsqueeze(1), key.transpose(-2, -1).unsqueeze(1), scale
 
 
-def _peak(query: Tensor, key: Tensor, scaled: bool) -> tuple[Tensor, float]:
+def _peak(query: Tensor, key: Tensor, scale: float | None) -> tuple[Tensor, float]:
     """The largest magnitude of query times key over sampled rows of the first sequence, and what it is to be multiplied with."""
     q, k = (x[0, ..., :: max(1, -(-x.shape[-2] // ROWS)), :] for x in (query.detach(), key.detach()))
     if q.dim() == 3 and k.shape[0] != q.shape[0]:  # groups of query heads share a key
         q = q[:: max(1, q.shape[0] // max(1, k.shape[0]))][: k.shape[0]]
     scores = torch.matmul(q, k.transpose(-2, -1))
-    return signals.largest(scores), q.shape[-1] ** -0.5 if scaled else 1.0
+    return signals.largest(scores), q.shape[-1] ** -0.5 if scale is None else scale
