@@ -40,6 +40,7 @@ class Extras:
         self._trained: Sequence[Trained] = ()
         self._frozen: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer -> tensors, copies
         self._born_seen = False
+        self._evaluated: set[bool] = set()  # the modes (training or not) in which modules ran without gradients since the last step
         self._outside: tuple[list[Tensor], list[Tensor]] = ([], [])  # in no optimizer; copies of the sample before
         self._void: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer that steps without any gradient -> tensors, copies
         self._fed: set[int] = set()  # optimizers that step with a gradient
@@ -48,7 +49,7 @@ class Extras:
     def plan(self, trained: Sequence[Trained]) -> None:
         """The parameters are listed anew."""
         self._trained = trained
-        self._outside = [t.tensor for t in trained if t.optimizer < 0 and t.tensor.layout == torch.strided and t.tensor.numel()][:OUTSIDE], []
+        self._outside = [t.tensor.detach() for t in trained if t.optimizer < 0 and t.tensor.layout == torch.strided and t.tensor.numel()][:OUTSIDE], []
         self.halves.plan(trained)
 
     def begin(self) -> None:
@@ -58,11 +59,21 @@ class Extras:
         self._frozen.clear()
         self._void.clear()
         self._fed.clear()
+        self._evaluated.clear()
 
     def module_called(self, site: int, name: str, kind: str, args: tuple[Any, ...], output: Tensor, row: Row) -> None:
         """A watched module's forward pass ended."""
         self.halves.output(site, kind, output, row)
         self.attention.module_called(site, name, kind, args, output, row)
+
+    def ran_without_gradients(self, module: nn.Module) -> None:
+        """A watched module was called under no_grad: an evaluation, or a part of a step."""
+        self._evaluated.add(module.training)
+
+    @property
+    def evaluated_in_training_mode(self) -> bool:
+        """Since the last step modules ran without gradients, all of them in training mode, and in the model dropout or batch norm is at work."""
+        return self._evaluated == {True} and any(_has_modes(m) for m in self._model.modules())
 
     def wants(self, site: int, output: Tensor) -> bool:
         """Whether this module's outputs must go on being shown here."""
@@ -140,6 +151,12 @@ class Extras:
             some = [(i, p) for i, p in able if p.device == device][:BORN]
             rows = torch.stack([p.reshape(-1)[:: max(1, p.numel() // BORN_ELEMENTS - 1) | 1][:BORN_ELEMENTS].to(torch.float32) for _, p in some])
             row_of(device).add("weight_range", np.array([i for i, _ in some], dtype=np.intp), rows.amax(dim=1) - rows.amin(dim=1))
+
+
+def _has_modes(module: nn.Module) -> bool:
+    """Whether a module does something else in evaluation, and is in training mode."""
+    dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    return module.training and (dropout or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats))
 
 
 def _is_matrix(p: Tensor) -> bool:

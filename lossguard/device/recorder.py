@@ -84,6 +84,8 @@ class Recorder:
 
     def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward pass of a module that is ``asked`` ended. Recomputations and evaluation are passed over."""
+        if not torch.is_grad_enabled():
+            self.extras.ran_without_gradients(module)
         if not module.training or torch._C._current_graph_task_id() != -1:  # an activation checkpoint recomputes: counted already
             return
         site = self._ordinary.get(id(module)) if not self._dense and type(output) is Tensor else None

@@ -257,7 +257,7 @@ class UnchangedWeights:
 def _passed_over(history: History, site: int, n: int) -> bool:
     """A numbered part of the model that did not run in the last n samples while a part like it did: an expert that nothing is routed to."""
     seen = history.seen("activation_rms", n)
-    ran = [u.name for u, at in zip(history.units, seen.any(axis=0), strict=False) if at]
+    ran = [u.name for u, at in zip(history.units, np.atleast_1d(seen.any(axis=0)), strict=False) if at]
     names, parts = {p.name: p.numel for p in history.params}, history.params[site].name.split(".")
     for j, part in enumerate(parts[:-2]):
         if not part.isdigit() or any(name.startswith(".".join(parts[: j + 1]) + ".") for name in ran):
