@@ -117,7 +117,7 @@ class Extras:
         self.halves.after_update(index, row_of)
         for k, (p, copy) in enumerate(zip(*self._void.get(index, ([], [])), strict=True)):
             row_of(p.device).add_scalars("void_update", np.array([k], dtype=np.intp), [signals.l2(_first(p) - copy)])
-        facts["void"] = float(bool(self._void) and not self._fed)
+        facts["void"] = 1.0 if self._void and not self._fed else 0.0
         self._look_at_rates(index, facts)
         tensors, copies = self._frozen.pop(index, ([], []))
         if not tensors:
@@ -140,7 +140,7 @@ class Extras:
             self._rates[index, k] = max(top, rate), rate if rate > 0 else last
             if rate == 0:
                 resting.update(id(p) for p in groups[k]["params"])
-                facts["rate_cut"] = max(facts.get("rate_cut", 0.0), float(last > ABRUPT * top))
+                facts["rate_cut"] = max(facts.get("rate_cut", 0.0), 1.0 if last > ABRUPT * top else 0.0)
         if resting:
             facts["resting"] = (*facts.get("resting", ()), *(i for i, t in enumerate(self._trained) if id(t.tensor) in resting))
 
