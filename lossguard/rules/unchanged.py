@@ -112,7 +112,8 @@ class UnchangedWeights:
         total = history.last("grad_total", idle)
         if not total.size or not (np.isfinite(total) & (total > 0)).all():
             return None  # no backward pass either, or skipped for its gradients
-        usual, silent = max(int(np.diff(steps[ran]).max()), 1), history.step - int(steps[ran[-1]])
+        usual = max(int(np.diff(steps[ran]).max()), int(np.diff(steps[ran[-1] :]).max()))  # samples without a step lie further apart
+        silent = history.step - int(steps[ran[-1]])
         grows = bool(total[-1, 0] > self.accumulating * total[0, 0])
         if silent < max(self.span, (self.growing if grows else self.gaps) * usual):
             return None
@@ -149,6 +150,8 @@ class UnchangedWeights:
         if not n or not reach(history, "net_update", n)[0] < np.inf:
             return None
         able = history.held & history.kinds("matrix", "embedding")
+        if not able.any():
+            return None
         left, made = history.last("net_update", n)[:, able], history.last("update_norm", n)[:, able]
         seen = np.isfinite(left) & (made > 0)
         if not seen.any(axis=0).all() or (seen.sum(axis=0) < self.least).any() or not (left[seen] < self.undone * made[seen]).all():
