@@ -84,3 +84,18 @@ def test_a_forgotten_eval_is_heard(forgotten: bool, p: float) -> None:
                 model.train()
                 guard.validation(value)
     assert ("eval() is not called" in causes(guard)) == (forgotten and p > 0)
+
+
+def test_a_model_without_matrices_undoes_nothing() -> None:
+    """Where no weight is large enough to be judged as a matrix, no update is said to be undone."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Guard(model, optimizer) as guard:
+        for step in range(40):
+            x = batch(step)[0][:, :4]
+            loss = F.mse_loss(model(x), x.sum(1, keepdim=True))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            guard.step(loss)
+    assert causes(guard) == []
