@@ -183,6 +183,8 @@ class Guard:
         """
         self._check_open()
         numbers = evaluation(loss, accuracy, train_accuracy)
+        if self._recorder.extras.evaluated_in_training_mode:
+            self._history.notes["evaluated_in_training_mode"] = self._history.notes.get("evaluated_in_training_mode", 0) + 1
         self._pulses.send()
         self._handover.send(self.steps - 1, numbers, ("validation", self.steps - 1))
         if self._handover.due(self.steps - 1):

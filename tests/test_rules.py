@@ -20,7 +20,7 @@ from lossguard.rules.judge import Judge
 PER_PARAMETER = ("grad_norm", "weight_norm", "update_norm", "rounded_away", "gradient_reach", "weight_range")
 PER_UNIT = ("activation_rms", "sample_variance", "zero_fraction", "dead_fraction", "saturated_fraction", "activation_reach", "attention_logit")
 PER_HEAD = ("logit_peak", "confident_fraction", "log_normalizer", "confident_wrong", "label_nll")
-FEW = ("loss", "validation", "input_rms", "clip_coefficient", "consecutive_skips", "frozen_update")
+FEW = ("loss", "validation", "input_rms", "clip_coefficient", "consecutive_skips", "frozen_update", "net_update", "void_update", "outside_update")
 SIGNALS = {*FEW, "grad_rms", "grad_total", "update_ratio", *PER_PARAMETER, *PER_UNIT, *PER_HEAD}
 
 PARAMS = [
@@ -476,6 +476,64 @@ def test_accumulation_and_alternation_are_not_missing_steps() -> None:
     assert run(rule, both(at("update_norm", 4, 0.0), fact("stepped", 0.0, until=10))) == []
 
 
+def test_steps_that_stop_are_told_from_lengthened_accumulation() -> None:
+    """An optimizer that stops for longer than ever before is heard; not where weights move, nor where no gradient arrives."""
+    rule = [RULES["unchanged_weights"]()]
+    stops = both(fact("stepped", 0.0, since=60), at("weight_norm", ALL, 4.0, since=60))
+    (heard,) = run(rule, stops)
+    assert heard[0] <= 130 and heard[1].where == "optimizer.step" and heard[1].causes[0].name == "optimizer.step() is no longer called"
+    assert run(rule, fact("stepped", 0.0, since=60)) == []
+    assert run(rule, both(stops, at("grad_norm", ALL, NAN, since=60))) == []
+    assert run(rule, both(stops, lambda t, v, f: v.__setitem__("grad_norm", v["grad_norm"] * (1 + max(0, t - 60))))) == []
+
+
+def test_updates_that_are_written_over_are_named() -> None:
+    """Of each update 1 % is left when the step ends: heard; half of it is left, as Lookahead leaves it: silent."""
+    rule = [RULES["unchanged_weights"]()]
+
+    def left(share: float) -> Edit:
+        return lambda t, v, f: v.__setitem__("net_update", share * v["update_norm"])
+
+    assert [f.causes[0].name for _, f in run(rule, left(0.01))] == ["weights are overwritten"]
+    assert run(rule, left(0.5)) == []
+
+
+def test_a_group_whose_rate_was_cut_is_heard_and_one_that_was_led_to_zero_is_told() -> None:
+    """A rate of 0 that came at once warns; one that was approached, or was 0 from the start, is information."""
+    rule = [RULES["unchanged_weights"]()]
+    rests = both(still(4), fact("resting", (4,)))
+    (_, cut), (_, led) = run(rule, both(rests, fact("rate_cut", 1.0)))[0], run(rule, both(rests, fact("rate_cut", 0.0)))[0]
+    assert (cut.severity, led.severity) == (Severity.WARNING, Severity.INFO) and cut.causes[0].name == "learning rate is zero"
+
+
+def test_master_weights_are_no_missing_parameters() -> None:
+    """An optimizer that holds copies is no mistake while the model's own weights move; it is one when they stand."""
+    rule = [RULES["unchanged_weights"]()]
+    notes = {"missing_from_optimizer": tuple(p.name for p in PARAMS), "foreign_in_optimizer": 7, "trainable": 7}
+    for size, severities in ((1e-3, []), (0.0, [Severity.ERROR])):
+        heard = run(rule, both(lambda t, v, f, size=size: v.__setitem__("outside_update", np.full(1, size)), fact("outside", 1)), notes=notes, steps=15)
+        assert [f.severity for _, f in heard] == severities
+
+
+def test_a_loss_that_mirrors_the_likelihood_has_the_wrong_sign() -> None:
+    """A loss that is minus the labels' negative log-likelihood is heard; one that goes its own way below 0 is not."""
+    rule = [RULES["negative_loss"]()]
+
+    def mirrored(noise: float) -> Edit:
+        def edit(step: int, values: Values, facts: dict[str, Any]) -> None:
+            nll = 2.3 + 0.02 * step
+            values["label_nll"] = np.array([nll, np.nan])
+            values["loss"] = -nll * (1 + noise * np.sin(step))
+
+        return edit
+
+    notes = {"loss_is_nonnegative": False}
+    (heard,) = run(rule, mirrored(0.0), loss_family="unknown", notes=notes)
+    assert heard[0] < 30 and heard[1].causes[0].name == "sign of the loss"
+    assert run(rule, mirrored(0.1), loss_family="unknown", notes=notes) == []
+    assert run(rule, mirrored(0.0), loss_family="reinforcement", notes=notes) == []
+
+
 def test_an_unused_head_informs_only() -> None:
     """A matrix whose module never ran and has no gradient is a line of information; one that ran is an alarm."""
     params = [*PARAMS[:-1], Param("spare.weight", 4096, "matrix", module="Linear")]
@@ -520,7 +578,7 @@ def test_dead_layers_name_their_root() -> None:
     whole = answer(0.0, 0.6, 1.0)
     assert whole is not None and whole.where == "c (ReLU)" and whole.severity == Severity.ERROR
     first = answer(0.0, 0.6, 0.75)
-    assert first is not None and first.where == "b (ReLU)" and first.severity == Severity.WARNING
+    assert first is not None and first.where == "b (ReLU)" and first.severity == Severity.INFO  # too early to say that it does not learn
     history.units = [Unit(n, "gradient rows", 64) for n in "abc"]
     last = answer(1.0, 1.0, 0.2)
     assert last is not None and last.where == "b (gradient rows)" and last.severity == Severity.ERROR

@@ -27,6 +27,8 @@ DROPOUTS = ("MulBackward", "NativeDropoutBackward")
 MASKS = ("AddBackward", "MaskedFillBackward", "WhereBackward")  # between the scores and their softmax
 SCALINGS = ("MulBackward", "DivBackward")
 
+Scale = float | Tensor | None  # what a product of query and key is multiplied with; None: 1/sqrt(d)
+
 
 class AttentionLogits:
     """Finds the attentions during the first sampled step, and measures one of them in each later one."""
@@ -84,22 +86,25 @@ def hooked() -> bool:
     return ask is None or ask(False) is not None
 
 
-def _attention(node: Any) -> tuple[Tensor, Tensor, bool] | None:
-    """Query and key (sequences and heads in front), and whether 1/sqrt(d) is still to be applied; None if none is near."""
-    softmax = scaled = False
+def _attention(node: Any) -> tuple[Tensor, Tensor, Scale] | None:
+    """Query and key (sequences and heads in front), and what their product is multiplied with (None: 1/sqrt(d)); None if none is near."""
+    softmax = False
+    scale: Scale = 1.0
     for _ in range(NEAR):
         if node is None or hasattr(node, "variable"):
             return None
         name = node.name()
         if name.startswith("ScaledDotProduct"):
-            return (node._saved_query, node._saved_key, True) if not hooked() else (_NOTHING, _NOTHING, True)
+            factor = getattr(node, "_saved_scale", None)  # a host number, where the call named one
+            return (node._saved_query, node._saved_key, factor) if not hooked() else (_NOTHING, _NOTHING, None)
         if name.startswith(SOFTMAXES):
             softmax = True
         elif softmax and name.startswith(SCALINGS):
-            scaled = True
+            one = _factor(node, name)
+            scale = None if scale is None or one is None else scale * one
         elif name.startswith(("BmmBackward", "BaddbmmBackward")):
             if softmax:
-                return _scores(node, name, scaled)
+                return _scores(node, name, scale)
         elif name.startswith("AddmmBackward") and not softmax:
             node = node.next_functions[1][0]
             continue
@@ -112,26 +117,38 @@ def _attention(node: Any) -> tuple[Tensor, Tensor, bool] | None:
 _NOTHING = torch.empty(0)
 
 
+def _factor(node: Any, name: str) -> Tensor | None:
+    """The number that a product of scores is multiplied with; None if it is no single number, which is taken for 1/sqrt(d)."""
+    if hooked():
+        return None
+    saved = [getattr(node, side, None) for side in ("_saved_other", "_saved_self")]
+    number = next((t for t in saved if isinstance(t, Tensor) and not t.dim()), None)
+    return None if number is None else number.detach().reciprocal() if name.startswith("Div") else number.detach()
+
+
 def _main(node: Any) -> Any:
     """The first of a node's sources that is no leaf."""
     return next((n for n, _ in node.next_functions if n is not None and not hasattr(n, "variable")), None)
 
 
-def _scores(node: Any, name: str, scaled: bool) -> tuple[Tensor, Tensor, bool] | None:
+def _scores(node: Any, name: str, scale: Scale) -> tuple[Tensor, Tensor, Scale] | None:
     """Query and key of the product that an explicit softmax was taken of."""
     if hooked():
-        return _NOTHING, _NOTHING, scaled
+        return _NOTHING, _NOTHING, scale
     first, second = ("_saved_batch1", "_saved_batch2") if name.startswith("Baddbmm") else ("_saved_self", "_saved_mat2")
     query, key = getattr(node, first, None), getattr(node, second, None)
     if not isinstance(query, Tensor) or not isinstance(key, Tensor):
         return None
-    return query.unsqueeze(1), key.transpose(-2, -1).unsqueeze(1), scaled
+    return query.unsqueeze(1), key.transpose(-2, -1).unsqueeze(1), scale
 
 
-def _peak(query: Tensor, key: Tensor, scaled: bool) -> tuple[Tensor, float]:
+def _peak(query: Tensor, key: Tensor, scale: Scale) -> tuple[Tensor, float]:
     """The largest magnitude of query times key over sampled rows of the first sequence, and what it is to be multiplied with."""
     q, k = (x[0, ..., :: max(1, -(-x.shape[-2] // ROWS)), :] for x in (query.detach(), key.detach()))
     if q.dim() == 3 and k.shape[0] != q.shape[0]:  # groups of query heads share a key
         q = q[:: max(1, q.shape[0] // max(1, k.shape[0]))][: k.shape[0]]
     scores = torch.matmul(q, k.transpose(-2, -1))
-    return signals.largest(scores), q.shape[-1] ** -0.5 if scaled else 1.0
+    peak = signals.largest(scores)
+    if isinstance(scale, Tensor):
+        return (peak * scale.abs()).to(torch.float32), 1.0
+    return peak, q.shape[-1] ** -0.5 if scale is None else scale

@@ -130,6 +130,16 @@ class Bank:
                     row.add(chosen.name, those, chosen.measure(numbers))
         if self._large:
             self._lay_large(row, taps)
+        if self._moved:
+            self._lay_net_update(row)
+
+    def _lay_net_update(self, row: Row) -> None:
+        """How far the weights are now from those before the update: what is left of it, should somebody have written to them since."""
+        self.keep_update()
+        for first, count, size, sites in self._layout:
+            row.add("net_update", sites, signals.norms(self._kept[2, first : first + count * size].view(1, count, size))[0])
+        if self._large:
+            row.add("net_update", self._large_sites, signals.norms(self._sampled[1].view(1, len(self._large), -1))[0], self._scale)
 
     def lay_exact_weights(self, row: Row) -> None:
         """Norms of all weights as they are, every element read: for the post-mortem of a non-finite loss."""

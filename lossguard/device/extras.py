@@ -1,11 +1,13 @@
 """What a sampled step records besides banks and module outputs; each part costs nothing where it does not apply.
 
 The recorder's phases flow in, numbers flow into its rows: headroom and rounding of halves, frozen parameters that the
-optimizer moves, constant weights at the start, attention logits behind fused kernels. Never reads a value.
+optimizer moves, constant weights at the start, attention logits behind fused kernels, updates without any gradient,
+learning rates of 0, parameters that move though no optimizer holds them. Never reads a value.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,8 @@ from lossguard.device.tape import Row
 
 FROZEN = 16  # frozen parameters with a left-over gradient looked at
 FROZEN_ELEMENTS = 4096  # the first elements of each
+OUTSIDE = 16  # parameters in no optimizer looked at, the first elements of each as well
+ABRUPT = 0.5  # of a group's largest rate: from above it a rate of 0 was not approached; our own choice
 BORN = 256  # matrices looked at once for weights that are all equal
 BORN_ELEMENTS = 64  # of each
 SYMMETRIC = ("Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "MultiheadAttention")
@@ -36,10 +40,16 @@ class Extras:
         self._trained: Sequence[Trained] = ()
         self._frozen: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer -> tensors, copies
         self._born_seen = False
+        self._evaluated: set[bool] = set()  # the modes (training or not) in which modules ran without gradients since the last step
+        self._outside: tuple[list[Tensor], list[Tensor]] = ([], [])  # in no optimizer; copies of the sample before
+        self._void: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer that steps without any gradient -> tensors, copies
+        self._fed: set[int] = set()  # optimizers that step with a gradient
+        self._rates: dict[tuple[int, int], tuple[float, float]] = {}  # group -> its largest rate so far, and its last one that was not 0
 
     def plan(self, trained: Sequence[Trained]) -> None:
         """The parameters are listed anew."""
         self._trained = trained
+        self._outside = [t.tensor.detach() for t in trained if t.optimizer < 0 and t.tensor.layout == torch.strided and t.tensor.numel()][:OUTSIDE], []
         self.halves.plan(trained)
 
     def begin(self) -> None:
@@ -47,11 +57,23 @@ class Extras:
         self.halves.begin()
         self.attention.begin()
         self._frozen.clear()
+        self._void.clear()
+        self._fed.clear()
+        self._evaluated.clear()
 
     def module_called(self, site: int, name: str, kind: str, args: tuple[Any, ...], output: Tensor, row: Row) -> None:
         """A watched module's forward pass ended."""
         self.halves.output(site, kind, output, row)
         self.attention.module_called(site, name, kind, args, output, row)
+
+    def ran_without_gradients(self, module: nn.Module) -> None:
+        """A watched module was called under no_grad: an evaluation, or a part of a step."""
+        self._evaluated.add(module.training)
+
+    @property
+    def evaluated_in_training_mode(self) -> bool:
+        """Since the last step modules ran without gradients, all of them in training mode, and in the model dropout or batch norm is at work."""
+        return self._evaluated == {True} and any(_has_modes(m) for m in self._model.modules())
 
     def wants(self, site: int, output: Tensor) -> bool:
         """Whether this module's outputs must go on being shown here."""
@@ -65,10 +87,26 @@ class Extras:
             self._born_seen = True
             self._look_at_birth(row_of)
 
+    def finish(self, facts: dict[str, Any], row_of: RowOf) -> None:
+        """The step is over: have the parameters that no optimizer holds moved since the sample before?"""
+        tensors, copies = self._outside
+        if not tensors:
+            return
+        facts["outside"] = len(tensors)
+        for k, (p, copy) in enumerate(zip(tensors, copies, strict=False)):
+            row_of(p.device).add_scalars("outside_update", np.array([k], dtype=np.intp), [signals.l2(_first(p) - copy)])
+        self._outside = tensors, [_first(p).clone() for p in tensors]
+
     def before_update(self, index: int) -> None:
         """An optimizer is about to step: keep what it must not move. A parameter without a gradient it leaves alone anyway."""
         self.halves.before_update(index)
         groups = self._optimizers[index].param_groups
+        if any(p.grad is not None for group in groups for p in group["params"]):
+            self._fed.add(index)
+            self._void.pop(index, None)
+        else:
+            some = [p for group in groups for p in group["params"] if p.numel() and p.layout == torch.strided][:FROZEN]
+            self._void[index] = some, [_first(p).clone() for p in some]
         frozen = [p for group in groups for p in group["params"] if not p.requires_grad and p.grad is not None]
         frozen = [p for p in frozen if p.numel() and p.layout == torch.strided][:FROZEN]
         if frozen and any(p.requires_grad for group in groups for p in group["params"]):  # else somebody computes gradients by hand
@@ -77,6 +115,10 @@ class Extras:
     def after_update(self, index: int, facts: dict[str, Any], row_of: RowOf) -> None:
         """It stepped."""
         self.halves.after_update(index, row_of)
+        for k, (p, copy) in enumerate(zip(*self._void.get(index, ([], [])), strict=True)):
+            row_of(p.device).add_scalars("void_update", np.array([k], dtype=np.intp), [signals.l2(_first(p) - copy)])
+        facts["void"] = 1.0 if self._void and not self._fed else 0.0
+        self._look_at_rates(index, facts)
         tensors, copies = self._frozen.pop(index, ([], []))
         if not tensors:
             return
@@ -88,6 +130,20 @@ class Extras:
 
     # ---- inside
 
+    def _look_at_rates(self, index: int, facts: dict[str, Any]) -> None:
+        """Which parameters have a learning rate of exactly 0, and whether it was approached. Rates on a device are not read."""
+        groups = self._optimizers[index].param_groups
+        rates = [g["lr"] if isinstance(g.get("lr"), (int, float)) else math.nan for g in groups]
+        resting: set[int] = set()
+        for k, rate in enumerate(rates):
+            top, last = self._rates.get((index, k), (0.0, 0.0))
+            self._rates[index, k] = max(top, rate), rate if rate > 0 else last
+            if rate == 0:
+                resting.update(id(p) for p in groups[k]["params"])
+                facts["rate_cut"] = max(facts.get("rate_cut", 0.0), 1.0 if last > ABRUPT * top else 0.0)
+        if resting:
+            facts["resting"] = (*facts.get("resting", ()), *(i for i, t in enumerate(self._trained) if id(t.tensor) in resting))
+
     def _look_at_birth(self, row_of: RowOf) -> None:
         """Once: the range of a few elements of each matrix whose rows are units that must differ; 0 says that they do not."""
         able = [(i, t.tensor.detach()) for i, t in enumerate(self._trained) if t.kind == "matrix" and t.module in SYMMETRIC and _is_matrix(t.tensor)]
@@ -95,6 +151,12 @@ class Extras:
             some = [(i, p) for i, p in able if p.device == device][:BORN]
             rows = torch.stack([p.reshape(-1)[:: max(1, p.numel() // BORN_ELEMENTS - 1) | 1][:BORN_ELEMENTS].to(torch.float32) for _, p in some])
             row_of(device).add("weight_range", np.array([i for i, _ in some], dtype=np.intp), rows.amax(dim=1) - rows.amin(dim=1))
+
+
+def _has_modes(module: nn.Module) -> bool:
+    """Whether a module does something else in evaluation, and is in training mode."""
+    dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    return module.training and (dropout or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats))
 
 
 def _is_matrix(p: Tensor) -> bool:

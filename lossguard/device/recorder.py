@@ -84,6 +84,8 @@ class Recorder:
 
     def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward pass of a module that is ``asked`` ended. Recomputations and evaluation are passed over."""
+        if not torch.is_grad_enabled():
+            self.extras.ran_without_gradients(module)
         if not module.training or torch._C._current_graph_task_id() != -1:  # an activation checkpoint recomputes: counted already
             return
         site = self._ordinary.get(id(module)) if not self._dense and type(output) is Tensor else None
@@ -156,6 +158,7 @@ class Recorder:
             self.row(self._default_device())
             for k in sorted(self._kept_before):
                 self.banks[k].lay(self.row(self.banks[k].device))
+            self.extras.finish(self.facts, self.row)
             self.forward.finish(self.row)
             self.facts.update({"loss_is_safe": graph.safe(losses)} if "forced" in self.facts else {})
             if self.graph is None and any(loss.grad_fn is not None for loss in losses):

@@ -20,7 +20,7 @@ from lossguard.host.evaluations import Evaluations
 __all__ = ["PER_PARAMETER", "ZERO_BORN_RMS", "Array", "History", "Mask", "Param", "Sample", "Unit"]
 
 # Signals with one site per parameter: their arrays are always as wide as ``History.params``.
-PER_PARAMETER = ("grad_norm", "grad_rms", "weight_norm", "update_norm", "update_ratio")
+PER_PARAMETER = ("grad_norm", "grad_rms", "weight_norm", "update_norm", "update_ratio", "net_update")
 
 FIRST = 50  # losses of the run's beginning that are never forgotten
 

@@ -27,7 +27,8 @@ class DeadRelu:
     """dead_relu: more than half of a layer's units are silent for every sample of a whole window (detectors A, dead_relu; SYMPTOMS D5).
 
     Law: a unit is silent if it gave 0 for every sample and position of a window of at least 30 samples; a layer is ill if more than
-    0.5 of its units are (0.75 below 32 units, all below 8), an error above 0.9. Element-wise sparsity (healthy up to 0.97) never
+    0.5 of its units are (0.75 below 32 units, all below 8), an error above 0.9. Up to 0.75 it is information while the loss comes
+    down and the share has not grown since step 100. Element-wise sparsity (healthy up to 0.97) never
     counts; shares of silent units reach 0.17 in health, and 0.36 in a narrow bottleneck.
 
     Why: a learning rate too high pushed the units below zero for every input; a bias far below 0 or weights of a wrong scale at the
@@ -46,6 +47,10 @@ class DeadRelu:
     narrow: int = 32  # units; below it chance is large (bottleneck of 16: 0.36), and the share must exceed `narrow_share`; our own choice
     narrow_share: float = 0.75  # share of units in a narrow layer; our own choice
     memory: int = 64  # samples for which a window's verdict stands; windows end at every 30 samples or more
+    bearable: float = 0.75  # share of units up to which a run that learns is only told, unless the share grew; our own choice
+    learned: float = 0.9  # loss over the first loss: below it the run learns; our own choice, other rules ask for more before they are silent
+    trial: int = 200  # steps before it is asked whether the run learns; our own choice
+    errors: float = 3.0  # standard errors of a share of so many units, beyond which it grew; our own choice
     born: float = 0.95  # of the zeros that dead units alone would give: seen in the first batch, they were born dead; our own choice
     grace: int = 0  # steps; the window of at least 30 samples is the grace
     patience: int = 1  # samples; the window is the patience
@@ -66,6 +71,16 @@ class DeadRelu:
         if not sick.any():
             return None
         return self._finding(history, units, dead, self._root(dead, sick, rows), sick, when)
+
+    def _grows(self, history: History, root: int, dead: Array) -> bool:
+        """Units died after the beginning: more are silent than then by 3 standard errors of so many units."""
+        values = history.last("dead_fraction")[:, root]
+        known = values[np.isfinite(values) & (history.steps() >= self.trial // 2)]
+        if not known.size:
+            return False
+        before, width = float(known[0]), max(unit_at(history, root).width, 1)
+        error = float(np.sqrt(max(before * (1 - before), dead[root] * (1 - dead[root])) / width))
+        return bool(dead[root] - before > self.errors * error)
 
     def _limit(self, width: int) -> float:
         return 1.0 if 0 < width < self.few else self.narrow_share if 0 < width < self.narrow else self.share
@@ -94,6 +109,9 @@ class DeadRelu:
         others = listing(units[i].name for i in np.flatnonzero(sick) if i != root)
         message = f"{many} are silent for every sample of the last window" + (f"; also {others}" if others else "")
         severity = Severity.ERROR if share > self.grave else Severity.WARNING
+        learns = history.step < self.trial or fallen(history) < self.learned
+        if learns and float(dead[sick].max()) <= self.bearable and not self._grows(history, root, dead):
+            severity = Severity.INFO
         evidence = (Evidence("share of silent units", share, self._limit(unit.width)),)
         return Finding(self.diagnosis, severity, int(when[root]), f"{unit.name} ({unit.kind})", message, evidence, causes, remedies)
 

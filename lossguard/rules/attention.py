@@ -84,7 +84,10 @@ class AttentionLogitGrowth:
         names = [self._name(history, signal, int(i)) for i in np.flatnonzero(np.isfinite(values))]
         name = self._name(history, signal, worst)
         normalise = Remedy("normalise query and key of each head (QK norm)", {"add": "normalization"})
+        unscaled = Cause("attention logits without scale", 0.8, f"they were {number(born)} at the start, before anything was learned")
+        divide = Remedy("multiply query times key by 1 over the root of the head's width", {"attention_scale": "default"})
         causes, remedies = ranked([
+            *([(unscaled, [divide])] if born > self.level else []),
             (Cause("learning rate too high", 0.7, f"{number(born)} -> {number(peak)} at learning rate {number(history.lr)}"),
              [normalise, lr_remedy(history, 0.1)]),
             (Cause("query and key are not normalised", 0.4, "their product has no bound of its own"), [normalise]),

@@ -19,10 +19,11 @@ class DuplicateBatches:
     """duplicate_batches: each batch comes several times in a row, always equally often (detectors A.3; SYMPTOMS F3).
 
     W workers that share a seed, or that all read the same stream, deliver in turn, so every batch comes exactly W times
-    in a row. Law: over the newest 256 batches that were shown, the longest run of equal batches is W >= 2, runs of this
-    very length hold at least 75 % of the batches, there are at least 8 of them, and they hold at least 6 different
-    batches. Chance repeats have runs of all lengths, a small data set repeats at the distance of an epoch, and a
-    full-batch or one-batch run has a single batch: none of these has the pattern.
+    in a row. Law: over the newest 256 batches that were shown, the longest run of equal batches is W >= 2; from the first
+    run of this very length on, such runs hold at least 75 % of the batches, there are at least 8 of them, and they hold at
+    least 6 different batches. So workers that are started anew with one seed are heard as well. Chance repeats have runs of
+    all lengths, a small data set repeats at the distance of an epoch, and a full-batch or one-batch run has a single batch:
+    none of these has the pattern.
 
     Why: a worker's own random generator (numpy's, or a Python one seeded in ``__init__``) starts equal in every worker;
     an iterable data set that does not split its stream by ``get_worker_info()``; a sampler that repeats its indices.
@@ -53,7 +54,8 @@ class DuplicateBatches:
         lengths = np.diff(fresh)  # of whole runs: neither the first nor the last may be cut
         longest = int(lengths.max())
         whole = lengths == longest
-        if longest < 2 or whole.sum() < self.runs or longest * whole.sum() < self.share * lengths.sum():
+        since = int(np.argmax(whole))
+        if longest < 2 or whole.sum() < self.runs or longest * whole.sum() < self.share * lengths[since:].sum():
             return None
         first = prints[fresh[:-1][whole]]
         if np.unique(first).size < self.distinct:

@@ -20,24 +20,34 @@ class UnchangedWeights:
     """unchanged_weights: trainable weights never change (detectors A, unchanged_weights; SYMPTOMS D10, E12, F6).
 
     Law: static: parameters in no optimizer, or an optimizer of another model. Running: exact zeros of the update over 20 applied steps
-    while the weight norm stays the same bit for bit. Parts of the model that never ran (unused heads, experts) are information only;
-    gradients that are tiny beside others are left to vanishing_gradient, silent ReLU layers to dead_relu.
+    while the weight norm stays the same bit for bit; no step at all for 4 times as long as ever before, with gradients that arrive;
+    steps of which 2 % are left when the iteration ends; steps without any gradient. Parts of the model that do not run (unused heads,
+    experts that nothing is routed to) are information only; gradients that are tiny beside others are left to vanishing_gradient, silent
+    ReLU layers to dead_relu.
 
     Why: parameters not given to the optimizer, or an optimizer built from a copy; optimizer.step() not called; detach() or no_grad()
-    between the layer and the loss; dead units behind it; half-precision weights whose updates are rounded away.
+    between the layer and the loss; code that writes to the weights after each step; a group's learning rate set to 0; dead units
+    behind it; half-precision weights whose updates are rounded away.
     Do: build the optimizer from model.parameters() after any copy or .to(); look for detach() after the layer named; keep float32 master
     weights; set requires_grad_(False) where it is meant.
-    False alarm: frozen parameters, resting optimizers, accumulation and unused branches are told apart; a learning rate of 0 is not
-    judged.
+    False alarm: frozen parameters, resting optimizers, accumulation, unused branches and master weights (an optimizer that holds copies
+    which are written back) are told apart. A learning rate of 0 for all groups is not judged; one for a group that began with it, or was
+    led there by a schedule, is information.
     """
 
     diagnosis: ClassVar[str] = "unchanged_weights"
-    reads: ClassVar[tuple[str, ...]] = ("update_norm", "weight_norm", "grad_norm")
+    reads: ClassVar[tuple[str, ...]] = ("update_norm", "weight_norm", "grad_norm", "net_update", "void_update", "outside_update")
     span: int = 20  # applied steps; detectors A
     least: int = 4  # samples in the span; the weight norms between them are compared as well
+    idle: int = 3  # samples in a row without a step after steps were the rule; our own choice, each waited for one
+    gaps: float = 4.0  # times the longest time without a step before, after which steps have stopped; our own choice
+    growing: float = 32.0  # the same where gradients grow, as they do when accumulation is lengthened; our own choice
     accumulating: float = 2.0  # growth of the gradient norm over the span by which missing steps are accumulation; sqrt(20) is 4.5
     patient: int = 128  # samples without a step that even accumulation does not explain; our own choice
     most: float = 0.5  # share of matrices without gradient that warns though it is unknown whether they ran; our own choice
+    undone: float = 0.02  # of an update that is left when its step ends; our own choice, Lookahead keeps half of it, Reptile a tenth
+    spacing: float = 1e-6  # of a weight: lr times gradient below it may round to 0 in float32, whose spacing is 1.2e-7; our own choice
+    proof: int = 3  # samples in which parameters in no optimizer stand still, before a strange optimizer is held to be a mistake
     tiny: float = 1e-5  # gradient over the largest; the limit of vanishing_gradient
     grace: int = 0  # steps; the static test is exact
     patience: int = 1  # samples; the span is the patience
@@ -46,13 +56,18 @@ class UnchangedWeights:
         """The law of the class docstring, on the newest data."""
         if not history.samples:
             return None
-        return self._static(history) or self._never_stepped(history) or self._still(history)
+        static = self._static(history) or self._never_stepped(history) or self._stopped(history)
+        return static or self._void(history) or self._undone(history) or self._still(history)
 
     def _static(self, history: History) -> Finding | None:
         missing = tuple(history.notes.get("missing_from_optimizer") or ())
         foreign, trainable = int(history.notes.get("foreign_in_optimizer") or 0), int(history.notes.get("trainable") or 0)
         if not missing and not foreign:
             return None
+        if missing and foreign and history.facts().get("outside"):  # master weights: the optimizer moves copies, which are written back
+            seen, moved = history.seen("outside_update"), history.last("outside_update")
+            if int(seen.any(axis=1).sum()) < self.proof or bool((moved[seen] > 0).any()):
+                return None
         every = bool(missing) and len(missing) >= trainable
         severity = Severity.ERROR if every else Severity.WARNING if missing else Severity.INFO
         pairs: list[tuple[Cause, list[Remedy]]] = []
@@ -87,9 +102,70 @@ class UnchangedWeights:
         message = f"no weight changed in {n} samples: no optimizer steps"
         return Finding(self.diagnosis, Severity.WARNING, int(history.steps()[0]), "optimizer.step", message, evidence, causes, remedies)
 
+    def _stopped(self, history: History) -> Finding | None:
+        """Optimizers stepped, and step no more though backward goes on: for longer than ever before no weight has moved."""
+        stepped, steps = history.fact("stepped"), history.steps()
+        ran = np.flatnonzero(stepped == 1.0)
+        idle = stepped.size - 1 - int(ran[-1]) if ran.size else 0
+        if ran.size < self.idle or idle < self.idle or np.isnan(stepped).any() or self._moved(history, idle).any() or converged(history):
+            return None
+        total = history.last("grad_total", idle)
+        if not total.size or not (np.isfinite(total) & (total > 0)).all():
+            return None  # no backward pass either, or skipped for its gradients
+        usual = max(int(np.diff(steps[ran]).max()), int(np.diff(steps[ran[-1] :]).max()))  # samples without a step lie further apart
+        silent = history.step - int(steps[ran[-1]])
+        grows = bool(total[-1, 0] > self.accumulating * total[0, 0])
+        if silent < max(self.span, (self.growing if grows else self.gaps) * usual):
+            return None
+        remedy = Remedy("look for the condition that keeps optimizer.step() from being called", {"optimizer_step": True})
+        because = f"gradients arrive, and the last step seen was {int(steps[ran[-1]])}"
+        causes, remedies = ranked([(Cause("optimizer.step() is no longer called", 0.9, because), [remedy])])
+        evidence = (Evidence("steps without an update", float(silent), self.gaps * usual), Evidence("longest time without one before", float(usual)))
+        message = f"no optimizer has stepped for {silent} steps, and before never for more than {usual}"
+        severity = Severity.INFO if history.optimizers > 1 else Severity.WARNING
+        return Finding(self.diagnosis, severity, int(steps[ran[-1]]) + 1, "optimizer.step", message, evidence, causes, remedies)
+
+    def _void(self, history: History) -> Finding | None:
+        """The optimizer steps, and not one of its parameters has a gradient then."""
+        n = stretch(history, self.span, self.least)
+        if not n or not bool((history.fact("void", n) == 1.0).all()) or reach(history, "void_update", n)[1] > 0.0:
+            return None
+        arrive = history.last("grad_total", n)
+        if arrive.size and bool((arrive > 0).all()):
+            early = Remedy("call zero_grad() before backward() or after step(), not between them", {"zero_grad": True})
+            cause, remedy = Cause("gradients are cleared before the step", 0.9, "gradients arrive in backward() and are None when the optimizer steps"), early
+        else:
+            remedy = Remedy("look for detach(), no_grad(), item() or torch.tensor(loss) between the model and backward()", {"unfreeze": True})
+            cause = Cause("detached from the loss", 0.9, "no backward pass reaches a parameter: every gradient is None when the optimizer steps")
+        causes, remedies = ranked([(cause, [remedy])])
+        over = int(history.steps(1)[0] - history.steps(n)[0]) + 1
+        evidence = (Evidence("steps without any gradient", float(over), float(self.span)),)
+        severity = Severity.INFO if history.optimizers > 1 else Severity.WARNING
+        message = f"the optimizer has stepped for {over} steps without any gradient"
+        return Finding(self.diagnosis, severity, int(history.steps(n)[0]), "optimizer.step", message, evidence, causes, remedies)
+
+    def _undone(self, history: History) -> Finding | None:
+        """Every matrix is back where it was when the step ends: what the optimizer did is written over."""
+        n = stretch(history, self.span, self.least)
+        if not n or not reach(history, "net_update", n)[0] < np.inf:
+            return None
+        able = history.held & history.kinds("matrix", "embedding")
+        if not able.any():
+            return None
+        left, made = history.last("net_update", n)[:, able], history.last("update_norm", n)[:, able]
+        seen = np.isfinite(left) & (made > 0)
+        if not seen.any(axis=0).all() or (seen.sum(axis=0) < self.least).any() or not (left[seen] < self.undone * made[seen]).all():
+            return None
+        rest = float(np.max(left[seen] / made[seen], initial=0.0))
+        look = Remedy("look for what writes to the weights after optimizer.step(): an average, a checkpoint, a copy", {"look_at": 1})
+        causes, remedies = ranked([(Cause("weights are overwritten", 0.9, f"at the end of a step {number(rest)} of its update is left"), [look])])
+        evidence = (Evidence("share of an update that is left", rest, self.undone),)
+        message = f"each step's update is undone before the step ends: at most {number(rest)} of it is left"
+        return Finding(self.diagnosis, Severity.WARNING, int(history.steps(n)[0]), "weights", message, evidence, causes, remedies)
+
     def _still(self, history: History) -> Finding | None:
         n = stretch(history, self.span, self.least)
-        if reach(history, "update_norm", n)[0] > 0.0 or converged(history):  # a hinge loss that reached 0 has no gradient left
+        if reach(history, "update_norm", n)[0] > 0.0:
             return None
         updates, seen = history.last("update_norm", n), history.seen("update_norm", n)
         if not n or not updates.size or not bool(((history.fact("stepped", n) == 1.0) & ~(history.fact("lr", n) <= 0)).all()):
@@ -125,7 +201,11 @@ class UnchangedWeights:
             tiny = fading | ((middle == 0) & bool((fading & ratio_ok).any()))
         silent = history.last("zero_fraction", 1)
         dead = bool(silent.size and (silent >= 1.0).any())
-        return np.asarray(tiny | ((middle == 0) & dead))
+        if not converged(history):
+            return np.asarray(tiny | ((middle == 0) & dead))
+        weights = typical(history.last("weight_norm", n)) / np.sqrt(history.numels)  # a hinge loss that reached 0 has no gradient left, others next to none
+        with np.errstate(invalid="ignore"):
+            return np.asarray(tiny | ~(history.lr * middle > self.spacing * weights))
 
     def _finding(self, history: History, n: int, still: Mask, able: Mask) -> Finding:
         sites = np.flatnonzero(still)
@@ -138,13 +218,18 @@ class UnchangedWeights:
         return Finding(self.diagnosis, self._severity(history, still, able), int(history.steps(n)[0]), names[0], message, evidence, causes, remedies)
 
     def _severity(self, history: History, still: Mask, able: Mask) -> Severity:
-        """Information where it may be meant: an optimizer that rests, or modules that never ran."""
+        """Information where it may be meant: an optimizer that rests, rates that began at 0 or were led there, or modules that never ran."""
+        resting = set(history.facts().get("resting") or ())
+        if resting and resting.issuperset(np.flatnonzero(still).tolist()):
+            return Severity.WARNING if history.fact("rate_cut").max(initial=0.0, where=~np.isnan(history.fact("rate_cut"))) == 1.0 else Severity.INFO
         owner = np.array([p.optimizer for p in history.params])
         if history.optimizers > 1 and all(bool(still[able & (owner == o)].all()) for o in set(owner[still])) and not still[able].all():
             return Severity.INFO
         ran = {u.name for u in history.units}
         none = without_gradient(history) | ~np.isfinite(self._newest(history))
-        unused = [bool(none[i] or self._newest(history)[i] == 0) and history.params[i].name.rpartition(".")[0] not in ran for i in np.flatnonzero(still)]
+        n = stretch(history, self.span, self.least)
+        unused = [bool(none[i] or self._newest(history)[i] == 0) and (history.params[i].name.rpartition(".")[0] not in ran or _passed_over(history, i, n))
+                  for i in np.flatnonzero(still).tolist()]  # fmt: skip
         return Severity.INFO if all(unused) and still.sum() < self.most * able.sum() else Severity.WARNING
 
     @staticmethod
@@ -155,6 +240,9 @@ class UnchangedWeights:
     def _cause(self, history: History, n: int, sites: Any) -> tuple[Cause, Remedy]:
         name, first = history.params[int(sites[0])].name, history.params[int(sites[0])]
         gradient = typically(history, "grad_rms", n)[sites[0]] if history.last("grad_rms", n).size else np.nan
+        if set(sites.tolist()) <= set(history.facts().get("resting") or ()):
+            remedy = Remedy(f"give the group of {name} its learning rate back, or set requires_grad_(False)", {"unfreeze": True, "parameter": name})
+            return Cause("learning rate is zero", 0.9, f"the learning rate of the group of {name} is 0"), remedy
         if without_gradient(history)[sites[0]]:
             remedy = Remedy(f"look for detach(), no_grad() or an unused branch after {name}", {"unfreeze": True, "parameter": name})
             return Cause("detached from the loss", 0.8, f"the gradient of {name} is None"), remedy
@@ -167,3 +255,17 @@ class UnchangedWeights:
             return cause, tries[0]
         remedy = Remedy(f"check the optimizer's group of {name}: its lr, and who restores its weights", {"unfreeze": True, "parameter": name})
         return Cause("frozen by mistake", 0.5, f"{name} has a gradient of {number(float(gradient))} and no update"), remedy
+
+
+def _passed_over(history: History, site: int, n: int) -> bool:
+    """A numbered part of the model that did not run in the last n samples while a part like it did: an expert that nothing is routed to."""
+    seen = history.seen("activation_rms", n)
+    ran = [u.name for u, at in zip(history.units, np.atleast_1d(seen.any(axis=0)), strict=False) if at]
+    names, parts = {p.name: p.numel for p in history.params}, history.params[site].name.split(".")
+    for j, part in enumerate(parts[:-2]):
+        if not part.isdigit() or any(name.startswith(".".join(parts[: j + 1]) + ".") for name in ran):
+            continue
+        for other in {name.split(".")[j] for name in ran if name.split(".")[:j] == parts[:j] and name.count(".") > j} - {part}:
+            if other.isdigit() and names.get(".".join([*parts[:j], other, *parts[j + 1 :]])) == history.params[site].numel:
+                return True
+    return False

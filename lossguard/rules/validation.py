@@ -134,14 +134,16 @@ class ValidationMismatch:
     Law (falls alone): over 6 evaluations validation falls by 10 % and by more than noise while training, which has something left to
     learn, follows by less than a quarter of that. A warning if training never learned or validation is the lower of the two, else
     information. Law (chance): validation stays within 5 % of the run's first training losses for 6 evaluations while training fell by
-    30 %. Law (not finite): two validation losses in a row are NaN or infinite while the training losses are finite.
+    30 %. Law (not finite): two validation losses in a row are NaN or infinite while the training losses are finite. Law (mode): before
+    two validation losses modules were seen to run without gradients in training mode only, and the model has dropout or batch norm.
 
     Why: validation samples that are in the training data, or another preprocessing, label order or loss for one of the two;
     batch-norm statistics that do not fit in evaluation mode; a parameter copy (EMA, checkpoint) other than the one that is trained.
     Do: evaluate one training batch in both modes: the two losses must agree but for dropout; compare preprocessing and label maps of
     both data sets; look for samples that are in both; give batch-norm 30 batches before the first evaluation, or momentum 0.1.
     False alarm: averaged weights (EMA) lag behind and then catch up, and so do batch-norm statistics: validation is the higher of
-    the two then, and it is information only. Delayed generalisation happens at a training loss near 0, where the law is silent.
+    the two then, and it is information only. Monte Carlo dropout is evaluated in training mode by design: mute it. Delayed
+    generalisation happens at a training loss near 0, where the law is silent.
     """
 
     diagnosis: ClassVar[str] = "validation_mismatch"
@@ -163,10 +165,20 @@ class ValidationMismatch:
         if len(newest) == self.lasting and not np.isfinite(newest[:, 1]).any():
             finite = history.losses(readings.LEAST)
             return self._not_finite(history, newest) if finite.size and np.isfinite(finite).all() else None
+        if history.notes.get("evaluated_in_training_mode", 0) >= self.lasting and len(told):
+            return self._wrong_mode(history, told[-1])
         read = readings.curves(history)
         if len(read) < self.least:
             return None
         return self._chance(history, read) or self._alone(history, read)
+
+    def _wrong_mode(self, history: History, row: Array) -> Finding:
+        times = int(history.notes["evaluated_in_training_mode"])
+        evidence = (Evidence("evaluations seen in training mode", float(times), float(self.lasting)),)
+        remedy = Remedy("call model.eval() before an evaluation and model.train() after it", {"eval_mode": True})
+        advice = ranked([(Cause("eval() is not called", 0.9, "modules ran in training mode under no_grad before the validation loss was told"), [remedy])])
+        message = f"{times} evaluations ran in training mode: dropout and batch statistics are in the validation loss"
+        return self._finding(history, int(row[0]), message, evidence, advice, Severity.WARNING)
 
     def _not_finite(self, history: History, rows: Array) -> Finding:
         evidence = (Evidence("validation loss", float(rows[-1, 1])), Evidence("training loss", float(rows[-1, 4])))
