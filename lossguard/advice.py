@@ -217,8 +217,3 @@ def batch_remedy(history: History, step: int) -> Remedy:
     batch = history.facts().get("batch") if at_step else None
     which = int(batch) if batch is not None else step
     return Remedy(f"repair or drop batch {which}: torch.isfinite(x).all() is false for it", {"drop_batch": which})
-
-
-def step_size_advice(history: History, because: str, confidence: float = 0.9) -> Advice:
-    """A learning rate that is too high, and what to do."""
-    return ranked([(Cause("learning rate too high", confidence, because), [lr_remedy(history, 0.1), clip_remedy(history)])])

@@ -15,7 +15,6 @@ from lossguard.advice import (
     middle,
     ranked,
     reach,
-    step_size_advice,
     stretch,
     typical,
     typically,
@@ -24,6 +23,7 @@ from lossguard.findings import Cause, Evidence, Finding, Severity, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.precision import rounded_away
 from lossguard.rules.rule import rule
+from lossguard.rules.suspects import large_steps
 
 
 @rule
@@ -130,7 +130,7 @@ class UpdateRatioHigh:
         return self._finding(history, int(history.steps(n)[0]), worst, message, evidence)
 
     def _finding(self, history: History, step: int, worst: int, message: str, evidence: Evidence) -> Finding:
-        causes, remedies = step_size_advice(history, str(evidence))
+        causes, remedies = large_steps(history, str(evidence))
         return Finding(self.diagnosis, Severity.WARNING, step, history.params[worst].name, message, (evidence,), causes, remedies)
 
 
