@@ -20,17 +20,17 @@ ROSE = 2.0  # a learning rate over the one of a sample before that is a rise and
 RECENT = 200  # steps in which a change is looked for; the horizon of a cascade
 CHANGED = 3.0  # an input's scale over or under its median that is a change; our own choice: batches of one loader differ by per cents
 LOUD = 10.0  # root mean square of an input that is not normalised; detectors A (unnormalized_input: 1e-2 to 1e1)
-BORN_LOUD = 100.0  # logits before the first update that come from weights of a wrong scale; detectors A: healthy logits stay below 28
+BORN_LOUD = 100.0  # first cross entropy that comes from weights of a wrong scale: healthy logits stay below 28 (detectors A), ln of a million is 14
 HALF = 0.5  # of an update that weight decay makes alone: it is then the larger part
 HELD = 4  # samples in which weights stand still bit for bit although they are updated; our own choice, chance has no part in it
 MOVES = 1e-6  # updates over weights, above which float32 weights must change; its spacing is 6e-8
-FAR = 10.0  # targets over what a fresh head gives, by the first loss; our own choice, a sum over 32 samples of unit scale reaches 5.7
-SUMS = ("mse", "l1", "huber")  # losses that measure the distance to a target
+FAR = 10.0  # targets over what a fresh head gives, by the first loss; our own choice
+DISTANCES = ("mse", "l1", "huber")  # losses that measure the distance to a target
 PART = 0.5  # of the rise of a loss that one of its terms makes
 LEAPT = 0.5  # of the whole rise within one step, by which it is a leap and no climb
 LEVEL = 2.0  # times the first losses, up to which a loss that leapt stands where it began: what was learned no longer helps
 CALM = 3.0  # updates just before a leap over their median, up to which it came from no instability; our own choice, as for a spike
-SPEED = 1e-3  # updates over weights that a good learning rate makes (Karpathy's rule; detectors A: 3e-5 to 1.4e-2 is healthy)
+SPEED = 1e-2  # updates over weights up to which a learning rate is healthy (detectors A: 3e-5 to 1.4e-2)
 AROUND = 3  # samples at the run's beginning by which the effect of the learning rate is measured: later the weights themselves have grown
 
 
@@ -45,7 +45,7 @@ def suspects(history: History) -> Suspects:
     """All causes of too large steps that this run shows."""
     if not history.samples:
         return []
-    looks = (rate, rise, change, overwritten, decay, loud_input, far_targets, loud_weights, term)
+    looks = (rate, rise, change, overwritten, decay, loud_input, summed, far_targets, loud_weights, term)
     return [found for found in (look(history) for look in looks) if found is not None]
 
 
@@ -151,7 +151,7 @@ def loud_input(history: History) -> tuple[Cause, list[Remedy]] | None:
 def far_targets(history: History) -> tuple[Cause, list[Remedy]] | None:
     """A regression whose first loss is far above what outputs of unit scale can owe."""
     first, size = history.first_losses(1), history.born("activation_rms")
-    if history.loss_family not in SUMS or not first.size or not first[0] > 0:
+    if history.loss_family not in DISTANCES or history.notes.get("loss_is_summed") or not first.size or not first[0] > 0:
         return None
     distance = math.sqrt(first[0]) if history.loss_family == "mse" else float(first[0])
     output = float(size[-1]) if size.size and np.isfinite(size[-1]) else 1.0
@@ -162,12 +162,22 @@ def far_targets(history: History) -> tuple[Cause, list[Remedy]] | None:
     return Cause("targets not standardised", 0.92, because), [fix]
 
 
-def loud_weights(history: History) -> tuple[Cause, list[Remedy]] | None:
-    """Logits of an enormous scale before the first update: the weights were born so."""
-    peak = history.born("logit_peak")
-    if not peak.size or not np.isfinite(peak[0]) or not peak[0] > BORN_LOUD or loud_input(history) is not None:
+def summed(history: History) -> tuple[Cause, list[Remedy]] | None:
+    """The loss adds its samples up: the learning rate is multiplied by the batch size."""
+    if not history.notes.get("loss_is_summed"):
         return None
-    because = f"logits reach {number(float(peak[0]))} at the first step, before any update"
+    because = 'the loss function was called with reduction="sum", so that each step is as many times larger as the batch has samples'
+    return Cause("sum reduction", 0.94, because), [Remedy('average the loss: reduction="mean"', {"loss_reduction": "mean"})]
+
+
+def loud_weights(history: History) -> tuple[Cause, list[Remedy]] | None:
+    """A cross entropy that begins far above the logarithm of any number of classes: the weights were born too large."""
+    first = history.first_losses(1)
+    if history.loss_family != "cross_entropy" or history.notes.get("loss_is_summed") or loud_input(history) is not None:
+        return None
+    if not first.size or not first[0] > BORN_LOUD:
+        return None
+    because = f"the first loss is {number(float(first[0]))}, before any update, from inputs of moderate size"
     return Cause("weights too large", 0.92, because), [Remedy("initialise by He (ReLU) or Xavier, recurrent matrices orthogonally", {"init": "he"})]
 
 
@@ -197,15 +207,15 @@ def leap(history: History, step: int, before: int = 40) -> tuple[Cause, list[Rem
     first = middle(history.first_losses(5)[np.isfinite(history.first_losses(5))])
     near = (steps >= step - before) & np.isfinite(losses)
     values, when = losses[near], steps[near]
-    if values.size < 10 or not first > 0:
+    if values.size < 20 or not first > 0:
         return None
-    rises = np.array([middle(values[i : i + 5]) - middle(values[max(0, i - 5) : i]) for i in range(5, values.size - 4)])
-    k = 5 + int(np.argmax(rises))
-    old, new = middle(values[max(0, k - 5) : k]), middle(values[k:])
-    candidates = [i for i in range(max(1, k - 3), min(k + 4, values.size)) if values[i] - values[i - 1] > LEAPT * (new - old)]
-    if not candidates or not new > 1.5 * old or not first / LEVEL < new < LEVEL * first:
+    old, new = middle(values[:10]), middle(values[-10:])
+    if not new > 1.5 * old or not first / LEVEL < new < LEVEL * first:
         return None
-    at = int(when[candidates[0]])
+    k = int(np.argmax(values > 0.5 * (old + new)))
+    if not values[k] - max(values[k - 1], old) > LEAPT * (new - old) or not middle(values[k:]) > 0.5 * (old + new):
+        return None
+    at = int(when[k])
     ratio, samples = history.last("update_ratio"), history.steps()
     able, past = matrices(history), samples < at
     if not ratio.size or not able.any() or past.sum() < HELD:
@@ -219,16 +229,24 @@ def leap(history: History, step: int, before: int = 40) -> tuple[Cause, list[Rem
 
 
 def slower(history: History) -> Remedy:
-    """A learning rate whose updates are about 1e-3 of the weights, by what the rate did at the beginning: a power of ten lower."""
+    """A lower learning rate: powers of ten, at least one, until updates are a healthy share of the weights."""
+    return lr_remedy(history, min(0.1, max(_to_speed(history), 1e-6)))
+
+
+def faster(history: History) -> Remedy:
+    """A higher learning rate: powers of ten, at least one, up to which updates are a healthy share of the weights."""
+    return lr_remedy(history, max(10.0, min(_to_speed(history), 1e9)))
+
+
+def _to_speed(history: History) -> float:
+    """The power of ten that brings updates just below a healthy share of the weights, by what the rate did at the beginning; 1 if unknown."""
     lr, ratio, able = history.fact("lr"), history.last("update_ratio"), matrices(history)
-    factor = 0.1
-    if ratio.size and able.any() and history.lr > 0:
-        speeds = _medians(ratio, able)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            effect = (speeds / lr)[np.isfinite(speeds) & np.isfinite(lr) & (lr > 0) & (speeds > 0)][:AROUND]
-        if effect.size:
-            factor = 10.0 ** round(math.log10(SPEED / (middle(effect) * history.lr)))
-    return lr_remedy(history, min(0.1, max(factor, 1e-6)))
+    if not ratio.size or not able.any() or not history.lr > 0:
+        return 1.0
+    speeds = _medians(ratio, able)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        effect = (speeds / lr)[np.isfinite(speeds) & np.isfinite(lr) & (lr > 0) & (speeds > 0)][:AROUND]
+    return 10.0 ** math.floor(math.log10(SPEED / (middle(effect) * history.lr))) if effect.size else 1.0
 
 
 def _medians(ratio: Array, able: Mask) -> Array:

@@ -10,7 +10,6 @@ import numpy as np
 from lossguard.advice import (
     converged,
     informational,
-    lr_remedy,
     matrices,
     middle,
     ranked,
@@ -23,7 +22,7 @@ from lossguard.findings import Cause, Evidence, Finding, Severity, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.precision import rounded_away
 from lossguard.rules.rule import rule
-from lossguard.rules.suspects import large_steps
+from lossguard.rules.suspects import faster, large_steps
 
 
 @rule
@@ -178,7 +177,7 @@ class UpdateRatioLow:
         slow = int(np.flatnonzero(able)[int(np.nanargmin(np.where(typical(u)[able] > 0, typical(u)[able], np.inf)))])
         evidence = (Evidence(f"median update ratio over {n} samples", median, self.ratio),)
         cause = Cause("learning rate too low", 0.8, f"at learning rate {number(history.lr)} a step changes {number(median)} of the weights")
-        causes, remedies = ranked([(cause, [lr_remedy(history, 10.0)])])
+        causes, remedies = ranked([(cause, [faster(history)])])
         message = f"the median matrix changes by {number(median)} of its norm in a step; this one is the slowest"
         severity = Severity.INFO if informational(history) else Severity.WARNING
         return Finding(self.diagnosis, severity, int(history.steps(n)[0]), history.params[slow].name, message, evidence, causes, remedies)
