@@ -68,14 +68,13 @@ def settings(optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """What the groups are set to, as facts: the largest learning rate and decay that are host numbers. A rate of NaN is the largest."""
     groups = [g for o in optimizers for g in o.param_groups]
     facts: dict[str, Any] = {"optimizer_name": type(optimizers[0]).__name__}
-    rates = [float(g["lr"]) for g in groups if "lr" in g and not isinstance(g["lr"], Tensor)]
+    rates = [g["lr"] for g in groups if "lr" in g and not isinstance(g["lr"], Tensor)]
     if rates:
-        facts["lr"] = max(rates, key=lambda rate: (math.isnan(rate), rate))
-    decays = [float(g["weight_decay"]) for g in groups if isinstance(g.get("weight_decay"), (int, float))]
-    if decays and max(decays) > 0:
-        facts["weight_decay"] = max(decays)
+        facts["lr"] = max((float(r) for r in rates), key=lambda rate: (math.isnan(rate), rate))
+    decays = [g["weight_decay"] for g in groups if isinstance(g.get("weight_decay"), (int, float)) and g["weight_decay"] > 0]
+    if decays:
         decoupled = any(g.get("decoupled_weight_decay") for g in groups) or type(optimizers[0]).__name__.endswith("W")
-        facts["decay_is_decoupled"] = float(decoupled)
+        facts.update(weight_decay=max(decays), decay_is_decoupled=1.0 if decoupled else 0.0)
     eps = [g["eps"] for g in groups if isinstance(g.get("eps"), float)]
     if eps:
         facts["adam_eps"] = max(eps)

@@ -12,11 +12,13 @@ import numpy as np
 from lossguard.advice import Advice, batch_remedy, clip_remedy, input_is_bad, lr_remedy, matrices, middle, ranked, row_at
 from lossguard.findings import Cause, Remedy, number
 from lossguard.host.history import Array, History, Mask
-from lossguard.rules.suspects import rate
+from lossguard.rules.suspects import born_out_of_scale, rate
 
 GREW = 10.0  # growth of loss or gradient norm before the fault that is called an explosion (SYMPTOMS C1; healthy medians stay below)
 SOUND_RMS = 1e4  # root mean square of a module's output up to which it did not explode (healthy logits stay below 28)
 LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d")  # modules whose output is a sum of products of their input and weights
+EARLY = 100  # steps in which what was out of scale from the beginning is the cause: later it would have shown; our own choice
+FIRST_SCALE = 65536.0  # the scale that torch's loss scaler begins with
 LOSS_WINDOW = 20  # losses before the fault in which growth is looked for
 GUARD = Remedy("guard the loss: log(p + 1e-8), a divisor of at least 1e-8, labels in range", {"eps": 1e-8})
 
@@ -24,9 +26,10 @@ GUARD = Remedy("guard the loss: log(p + 1e-8), a divisor of at least 1e-8, label
 def nonfinite_advice(history: History, step: int) -> Advice:
     """The causes of non-finite values (SYMPTOMS C1 to C6), ranked by what this run shows."""
     pairs: list[tuple[Cause, list[Remedy]]] = []
-    broken = rate(history)
+    broken = rate(history) or scale_too_high(history, step)
     if broken is not None:
         return ranked([broken])
+    pairs += born_out_of_scale(history) if step < EARLY else []
     written = written_to(history, step)
     if written is not None:
         pairs.append(written)
@@ -40,9 +43,19 @@ def nonfinite_advice(history: History, step: int) -> Advice:
     if because:
         confidence = 0.6 if sound and not because.startswith("loss") else 0.9  # a loss that grew step by step is one (C1), a calm one is not (C2)
         pairs.append((Cause("exploding gradient", confidence, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
-    if sound and not pairs[: len(pairs) - bool(because)]:
+    if sound and not any(cause.name in ("bad input", "bad weights") for cause, _ in pairs):
         pairs.append((Cause("loss function", 0.8, sound), [GUARD]))
     return ranked(pairs or _without_trace(history, step))
+
+
+def scale_too_high(history: History, step: int) -> tuple[Cause, list[Remedy]] | None:
+    """Under a loss scaler whose scale is above the usual first one, no gradient was ever finite, and the losses are."""
+    scale, total, at = history.facts().get("loss_scale"), history.last("grad_total"), row_at(history, step)
+    if scale is None or not scale > FIRST_SCALE or np.isfinite(total).any() or at is None or not np.isfinite(history.losses()[at]):
+        return None
+    because = f"the scale is {number(float(scale))}, no gradient of {len(total)} samples was finite, and the loss is {number(float(history.losses()[at]))}"
+    lower = Remedy("begin with a scale of 65536, and halve it at each overflow", {"init_scale": FIRST_SCALE})
+    return Cause("loss scale too high", 0.9, because), [lower]
 
 
 def written_to(history: History, step: int) -> tuple[Cause, list[Remedy]] | None:
@@ -63,7 +76,8 @@ def written_to(history: History, step: int) -> tuple[Cause, list[Remedy]] | None
     if step == 0 or not np.isfinite(_newest_weights(history)).all():
         return None
     near = bool(np.diff(history.steps(2))[0] == 1)
-    because = f"{unit.name} ({unit.kind}) gave NaN for a finite input of rms {number(float(leaves.max()))}: its weights were not finite, and at the sample before they were"
+    because = f"{unit.name} ({unit.kind}) gave NaN for a finite input of rms {number(float(leaves.max()))}: its weights were not finite"
+    because += ", and at the sample before they were"
     look = Remedy("look for what writes to the weights between steps, and guard its divisors by 1e-8", {"eps": 1e-8})
     return Cause("weights are overwritten" if near else "bad weights", 0.88, because), [look]
 

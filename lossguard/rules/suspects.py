@@ -49,12 +49,17 @@ def suspects(history: History) -> Suspects:
     return [found for found in (look(history) for look in looks) if found is not None]
 
 
+def born_out_of_scale(history: History) -> Suspects:
+    """What was too large before the first step: input, targets, weights."""
+    return [found for found in (loud_input(history), far_targets(history), loud_weights(history)) if found is not None]
+
+
 def rate(history: History) -> tuple[Cause, list[Remedy]] | None:
     """A learning rate that is not a number."""
     value = history.facts().get("lr")
     if not isinstance(value, float) or math.isfinite(value):
         return None
-    fix = Remedy("look at the schedule: a warm-up of 0 steps divides by 0", {"lr": 1e-3})
+    fix = Remedy("give the warm-up at least one step: one of 0 steps divides by 0", {"warm_up": 100})
     return Cause("learning rate is not finite", 0.98, f"the learning rate is {number(value)}"), [fix]
 
 
@@ -178,7 +183,10 @@ def loud_weights(history: History) -> tuple[Cause, list[Remedy]] | None:
     if not first.size or not first[0] > BORN_LOUD:
         return None
     because = f"the first loss is {number(float(first[0]))}, before any update, from inputs of moderate size"
-    return Cause("weights too large", 0.92, because), [Remedy("initialise by He (ReLU) or Xavier, recurrent matrices orthogonally", {"init": "he"})]
+    recurrent = [p.name for p in history.params if p.module in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")]
+    if recurrent:
+        return Cause("weights too large", 0.92, because), [Remedy("initialise recurrent matrices orthogonally, with a gain of 1", {"init_scale": 1.0})]
+    return Cause("weights too large", 0.92, because), [Remedy("initialise by He (ReLU) or Xavier", {"init": "he"})]
 
 
 def term(history: History) -> tuple[Cause, list[Remedy]] | None:
