@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from lossguard.advice import Advice, batch_remedy, clip_remedy, input_is_bad, lr_remedy, matrices, middle, ranked, row_at
+from lossguard.advice import Advice, batch_remedy, clip_remedy, input_is_bad, lr_remedy, matrices, middle, ranked, row_at, slower
 from lossguard.findings import Cause, Remedy, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.suspects import born_out_of_scale, rate
@@ -42,7 +42,7 @@ def nonfinite_advice(history: History, step: int) -> Advice:
     because, sound = explosion(history, step), sound_outputs(history, step)
     if because:
         confidence = 0.6 if sound and not because.startswith("loss") else 0.9  # a loss that grew step by step is one (C1), a calm one is not (C2)
-        pairs.append((Cause("exploding gradient", confidence, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
+        pairs.append((Cause("exploding gradient", confidence, because), [slower(history), clip_remedy(history)]))
     if sound and not any(cause.name in ("bad input", "bad weights") for cause, _ in pairs):
         pairs.append((Cause("loss function", 0.8, sound), [GUARD]))
     return ranked(pairs or _without_trace(history, step))

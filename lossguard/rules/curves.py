@@ -11,11 +11,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import Advice, clip_remedy, informational, lr_remedy, matrices, middle, ranked
+from lossguard.advice import Advice, clip_remedy, informational, lr_remedy, matrices, middle, ranked, slower
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.rules.rule import rule
-from lossguard.rules.suspects import leap, overwritten, slower, suspects, term
+from lossguard.rules.suspects import leap, overwritten, suspects, term
 
 _NORMAL = 1.4826  # standard deviation over MAD of a normal distribution
 

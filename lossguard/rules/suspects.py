@@ -10,9 +10,9 @@ import math
 
 import numpy as np
 
-from lossguard.advice import Advice, clip_remedy, lr_remedy, matrices, middle, ranked, typical
+from lossguard.advice import Advice, clip_remedy, matrices, medians, middle, ranked, slower
 from lossguard.findings import Cause, Remedy, number
-from lossguard.host.history import Array, History, Mask
+from lossguard.host.history import History
 
 Suspects = list[tuple[Cause, list[Remedy]]]
 
@@ -30,8 +30,6 @@ PART = 0.5  # of the rise of a loss that one of its terms makes
 LEAPT = 0.5  # of the whole rise within one step, by which it is a leap and no climb
 LEVEL = 2.0  # times the first losses, up to which a loss that leapt stands where it began: what was learned no longer helps
 CALM = 3.0  # updates just before a leap over their median, up to which it came from no instability; our own choice, as for a spike
-SPEED = 1e-2  # updates over weights up to which a learning rate is healthy (detectors A: 3e-5 to 1.4e-2)
-AROUND = 3  # samples at the run's beginning by which the effect of the learning rate is measured: later the weights themselves have grown
 
 
 def large_steps(history: History, because: str, confidence: float = 0.9) -> Advice:
@@ -59,7 +57,7 @@ def rate(history: History) -> tuple[Cause, list[Remedy]] | None:
     value = history.facts().get("lr")
     if not isinstance(value, float) or math.isfinite(value):
         return None
-    fix = Remedy("give the warm-up at least one step: one of 0 steps divides by 0", {"warm_up": 100})
+    fix = Remedy("give the warm-up at least one step, 10 for a beginning: one of 0 steps divides by 0", {"warm_up": 10})
     return Cause("learning rate is not finite", 0.98, f"the learning rate is {number(value)}"), [fix]
 
 
@@ -228,35 +226,9 @@ def leap(history: History, step: int, before: int = 40) -> tuple[Cause, list[Rem
     able, past = matrices(history), samples < at
     if not ratio.size or not able.any() or past.sum() < HELD:
         return None
-    speeds = _medians(ratio[past], able)
+    speeds = medians(ratio[past], able)
     if not speeds[-1] <= CALM * middle(speeds[np.isfinite(speeds)]):
         return None
     because = f"the loss went from {number(old)} to {number(new)} at step {at}, about where it began, out of calm updates and with the input's scale as before"
     look = Remedy("look at 20 samples with their labels, from that step on", {"look_at": 20})
     return Cause("labels or targets do not belong to the inputs", 0.75, because), [look]
-
-
-def slower(history: History) -> Remedy:
-    """A lower learning rate: powers of ten, at least one, until updates are a healthy share of the weights."""
-    return lr_remedy(history, min(0.1, max(_to_speed(history), 1e-6)))
-
-
-def faster(history: History) -> Remedy:
-    """A higher learning rate: powers of ten, at least one, up to which updates are a healthy share of the weights."""
-    return lr_remedy(history, max(10.0, min(_to_speed(history), 1e9)))
-
-
-def _to_speed(history: History) -> float:
-    """The power of ten that brings updates just below a healthy share of the weights, by what the rate did at the beginning; 1 if unknown."""
-    lr, ratio, able = history.fact("lr"), history.last("update_ratio"), matrices(history)
-    if not ratio.size or not able.any() or not history.lr > 0:
-        return 1.0
-    speeds = _medians(ratio, able)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        effect = (speeds / lr)[np.isfinite(speeds) & np.isfinite(lr) & (lr > 0) & (speeds > 0)][:AROUND]
-    return 10.0 ** math.floor(math.log10(SPEED / (middle(effect) * history.lr))) if effect.size else 1.0
-
-
-def _medians(ratio: Array, able: Mask) -> Array:
-    """The median over matrices in each sample: (samples,)."""
-    return typical(np.where(able, ratio, np.nan).T)

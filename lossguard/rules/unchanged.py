@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lossguard.advice import converged, listing, matrices, ranked, reach, stretch, typical, typically, without_gradient
+from lossguard.advice import converged, listing, matrices, ranked, reach, stopped_rate, stretch, typical, typically, without_gradient
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.precision import HALVES, rounding_advice
@@ -39,7 +39,6 @@ class UnchangedWeights:
     patient: int = 128  # samples without a step that even accumulation does not explain; our own choice
     most: float = 0.5  # share of matrices without gradient that warns though it is unknown whether they ran; our own choice
     tiny: float = 1e-5  # gradient over the largest; the limit of vanishing_gradient
-    faded: float = 1e-5  # learning rate over its peak, from which the schedule took it away; our own choice, a cosine's end is seldom below 1e-4
     floors: tuple[float, ...] = (87.3365, 103.2789)  # -ln of the smallest normal and subnormal float32
     grace: int = 0  # steps; the static test is exact
     patience: int = 1  # samples; the span is the patience
@@ -175,9 +174,9 @@ class UnchangedWeights:
             remedy = Remedy("call optimizer.step() right after loss.backward(), and zero_grad() after it", {"zero_grad": True})
             because = f"{name} has a gradient of {number(float(gradient))} after backward(), and none when the optimizer steps"
             return Cause("gradients are cleared before the step", 0.9, because), remedy
-        if history.lr < self.faded * history.lr_peak:
-            remedy = Remedy(f"look at the schedule, which took the rate from {number(history.lr_peak)} to {number(history.lr)}", {"lr": history.lr_peak})
-            return Cause("learning rate schedule", 0.9, f"the learning rate fell from {number(history.lr_peak)} to {number(history.lr)}"), remedy
+        stopped = stopped_rate(history)
+        if stopped is not None:
+            return stopped[0], stopped[1][0]
         if gradient == 0 and (floor := self._floor(history)) is not None:
             remedy = Remedy("give the logits to cross_entropy instead of the logarithm of a softmax", {"output_activation": "log_softmax", "bias": 0.0})
             return Cause("softmax underflow", 0.9, f"the loss stays at {floor:.4f}, the logarithm of the smallest float32"), remedy

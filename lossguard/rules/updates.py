@@ -9,6 +9,7 @@ import numpy as np
 
 from lossguard.advice import (
     converged,
+    faster,
     informational,
     matrices,
     middle,
@@ -22,7 +23,7 @@ from lossguard.findings import Cause, Evidence, Finding, Severity, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.precision import rounded_away
 from lossguard.rules.rule import rule
-from lossguard.rules.suspects import faster, large_steps
+from lossguard.rules.suspects import large_steps
 
 
 @rule
