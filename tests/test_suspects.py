@@ -84,7 +84,7 @@ def test_an_input_that_changed_is_told_from_one_odd_batch(scale, last, name):
         x, y = data(i)
         return (x * scale if 150 <= i <= last else x), y
 
-    finding = first(train(batch=batch, momentum=0.9, lr=0.05), "update_ratio_high")
+    finding = first(train(batch=batch, momentum=0.9, lr=0.05), "update_ratio_high", "diverging_loss")
     assert finding.causes[0].name == name and "step 150" in finding.causes[0].because, finding
 
 

@@ -222,6 +222,8 @@ def leap(history: History, step: int, before: int = 40) -> tuple[Cause, list[Rem
     if not values[k] - max(values[k - 1], old) > LEAPT * (new - old) or not middle(values[k:]) > 0.5 * (old + new):
         return None
     at = int(when[k])
+    if change(history) is not None or rise(history) is not None:
+        return None
     ratio, samples = history.last("update_ratio"), history.steps()
     able, past = matrices(history), samples < at
     if not ratio.size or not able.any() or past.sum() < HELD:
@@ -229,6 +231,6 @@ def leap(history: History, step: int, before: int = 40) -> tuple[Cause, list[Rem
     speeds = medians(ratio[past], able)
     if not speeds[-1] <= CALM * middle(speeds[np.isfinite(speeds)]):
         return None
-    because = f"the loss went from {number(old)} to {number(new)} at step {at}, about where it began, out of calm updates and with the input's scale as before"
+    because = f"the loss went from {number(old)} to {number(new)} at step {at}, about where it began, out of calm updates; neither the rate nor the input's scale changed"
     look = Remedy("look at 20 samples with their labels, from that step on", {"look_at": 20})
     return Cause("labels or targets do not belong to the inputs", 0.75, because), [look]
