@@ -231,6 +231,6 @@ def leap(history: History, step: int, before: int = 40) -> tuple[Cause, list[Rem
     speeds = medians(ratio[past], able)
     if not speeds[-1] <= CALM * middle(speeds[np.isfinite(speeds)]):
         return None
-    because = f"the loss went from {number(old)} to {number(new)} at step {at}, about where it began, out of calm updates; neither the rate nor the input's scale changed"
+    because = f"the loss went from {number(old)} to {number(new)} at step {at}, about where it began, out of calm; neither the rate nor the input changed"
     look = Remedy("look at 20 samples with their labels, from that step on", {"look_at": 20})
     return Cause("labels or targets do not belong to the inputs", 0.75, because), [look]
