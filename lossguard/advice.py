@@ -18,6 +18,10 @@ from lossguard.host.history import Array, History, Mask
 
 Advice = tuple[tuple[Cause, ...], tuple[Remedy, ...]]
 MOST = 3  # causes of one finding; more is a lecture
+STOPPED = 1e-5  # learning rate over its peak, below which the schedule took it away; our own choice: a cosine's end is seldom below 1e-4
+HEALTHY = 1e-2  # updates over weights up to which a learning rate is healthy (detectors A: 3e-5 to 1.4e-2)
+FURTHEST = 100.0  # times, by which a learning rate is lowered at once; the first updates of RMSprop are 10 times its later ones
+YOUNG = 3  # samples at the run's beginning by which the effect of the learning rate is measured: a run that blows up rewrites its weights
 FAMILIES_WITHOUT_ORDER = frozenset({"adversarial", "reinforcement"})
 
 
@@ -198,6 +202,39 @@ def lr_remedy(history: History, factor: float) -> Remedy:
     return Remedy(f"learning rate {number(now)} -> {number(now * factor)}", {"lr": now * factor})
 
 
+def slower(history: History) -> Remedy:
+    """A lower learning rate, a tenth at most: the one at which updates are a healthy share of the weights."""
+    return lr_remedy(history, min(0.1, max(_to_speed(history, 0.1), 1.0 / FURTHEST)))
+
+
+def faster(history: History) -> Remedy:
+    """A higher learning rate, ten times at least: the one at which updates are a healthy share of the weights."""
+    return lr_remedy(history, max(10.0, _to_speed(history, 10.0)))
+
+
+def _to_speed(history: History, unknown: float) -> float:
+    """The factor of the learning rate that brings updates to a healthy share of the weights, by its gentlest effect at the beginning.
+
+    The new rate is 1, 2 or 5 times a power of ten.
+    """
+    lr, ratio, able = history.fact("lr"), history.last("update_ratio"), matrices(history)
+    if not ratio.size or not able.any() or not history.lr > 0:
+        return unknown
+    speeds = medians(ratio, able)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        effect = (speeds / lr)[np.isfinite(speeds) & np.isfinite(lr) & (lr > 0) & (speeds > 0)][:YOUNG]
+    if not effect.size:
+        return unknown
+    target = HEALTHY / float(effect.min())
+    ten = 10.0 ** math.floor(math.log10(target))
+    return ten * max(step for step in (1.0, 2.0, 5.0) if step <= max(1.0, target / ten)) / history.lr
+
+
+def medians(ratio: Array, able: Mask) -> Array:
+    """The median over matrices in each sample: (samples,)."""
+    return typical(np.where(able, ratio, np.nan).T)
+
+
 def clip_remedy(history: History) -> Remedy:
     """A clip value: about the median gradient norm while the run was healthy."""
     median = sound_gradient(history)
@@ -229,6 +266,19 @@ def batch_remedy(history: History, step: int) -> Remedy:
     return Remedy(f"repair or drop batch {which}: torch.isfinite(x).all() is false for it", {"drop_batch": which})
 
 
-def step_size_advice(history: History, because: str, confidence: float = 0.9) -> Advice:
-    """A learning rate that is too high, and what to do."""
-    return ranked([(Cause("learning rate too high", confidence, because), [lr_remedy(history, 0.1), clip_remedy(history)])])
+def stopped_rate(history: History) -> tuple[Cause, list[Remedy]] | None:
+    """The schedule took the learning rate away."""
+    now, peak = history.lr, history.lr_peak
+    if not now < STOPPED * peak:
+        return None
+    fix = Remedy(f"look at the schedule, and at its number of steps: the learning rate was {number(peak)}", {"lr": peak})
+    return Cause("learning rate schedule", 0.9, f"the learning rate fell from {number(peak)} to {number(now)}"), [fix]
+
+
+def born_zero(history: History) -> tuple[Cause, list[Remedy]] | None:
+    """All matrices began at exactly 0: behind zeros nothing has a gradient."""
+    norms, able = history.born("weight_norm"), history.kinds("matrix") & history.held
+    if not able.any() or norms.size < able.size or not bool((norms[able] == 0.0).all()):
+        return None
+    fix = Remedy("initialise the weights at random: He for ReLU, Xavier else", {"init": "he"})
+    return Cause("weights all zero", 0.95, f"the norm of all {int(able.sum())} weight matrices was exactly 0 at the first step"), [fix]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lossguard.advice import Advice, lr_remedy, matrices, middle, ranked, reach, typically, without_gradient
+from lossguard.advice import Advice, born_zero, faster, lr_remedy, matrices, middle, ranked, reach, slower, stopped_rate, typically, without_gradient
 from lossguard.findings import Cause, Remedy, number
 from lossguard.host.history import Array, History
 
@@ -103,11 +103,13 @@ def step_size(history: History, slow: float = SLOW, fast: float = FAST) -> Cause
 
 
 def _step_size(history: History) -> Pairs:
-    u = speed(history)
+    u, stopped = speed(history), stopped_rate(history)
+    if u == 0 and stopped is not None:
+        return [stopped]
     if u == 0:
         return [(Cause("weights do not move", 0.8, "every update of the last samples is exactly 0"), [lr_remedy(history, 10.0)])]
     cause = None if history.schedule_tail else step_size(history)
-    return [(cause, [lr_remedy(history, 10.0 if cause.name.endswith("low") else 0.1)])] if cause else []
+    return [(cause, [faster(history) if cause.name.endswith("low") else slower(history)])] if cause else []
 
 
 def _worst(history: History, signal: str, sign: float = 1.0) -> tuple[float, str]:
@@ -204,6 +206,8 @@ def constant_advice(history: History, value: float) -> Advice:
         what = "both" if classes == 2 else "all"
         pairs.append((Cause("same output for every sample", 0.7, f"{number(value)} is ln {classes}: {what} classes are equally likely"),
                       [Remedy("initialise the weights at random (He for ReLU, Xavier else), not by zeros", {"init": "he"})]))  # fmt: skip
+    zero = born_zero(history)
+    pairs += [zero] if zero is not None else []
     total = history.last("grad_total", 5)
     if total.size and np.nanmax(np.where(np.isfinite(total), total, 0.0)) == 0.0:
         pairs.append(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lossguard.findings import Finding, Severity
+from lossguard.findings import Cause, Finding, Severity
 from lossguard.host.history import History, Sample
 from lossguard.preflight import CHECKS
 from lossguard.rules.judge import FOLLOWS, Judge
@@ -169,3 +169,26 @@ def test_halts_of_one_fault_are_one_event() -> None:
     judge = Judge([scripted("update_ratio_high", {2: W}), scripted("nonfinite_activation", {4: H}), scripted("nonfinite_loss", {4: H, 5: H})])
     assert play(judge, 7) == [(2, "warning update_ratio_high"), (4, "halt nonfinite_activation")]
     assert [c.diagnosis for c in judge.findings[1].consequences] == ["nonfinite_loss"]
+
+
+def pair(name: str, cause: str, where: str, step: int) -> Finding:
+    return Finding(name, W, step, where, "", causes=(Cause(cause, 0.6, ""),))
+
+
+@pytest.mark.parametrize(
+    ("first", "cause", "second", "where", "root"),
+    [
+        ("collapsed_activation", "constant weights or identical inputs", "dead_relu", "1 (ReLU)", "collapsed_activation"),
+        ("collapsed_activation", "dead, saturated or constant weights", "dead_relu", "1 (ReLU)", "dead_relu"),
+        ("vanishing_gradient", "depth", "dead_relu", "6 (gradient rows)", "vanishing_gradient"),
+        ("vanishing_gradient", "depth", "dead_relu", "6 (ReLU)", "dead_relu"),
+        ("unchanged_weights", "learning rate schedule", "skipped_steps", "optimizer.step", "unchanged_weights"),
+        ("unchanged_weights", "frozen by mistake", "skipped_steps", "optimizer.step", "skipped_steps"),
+    ],
+)  # fmt: skip
+def test_of_two_that_can_follow_from_each_other_what_was_measured_decides(first: str, cause: str, second: str, where: str, root: str) -> None:
+    """Identical inputs, vanished gradients and a rate of nothing are roots; dead units and skips are it otherwise."""
+    judge = Judge([])
+    judge.admit([pair(first, cause, "0", 20)])
+    judge.admit([pair(second, "", where, 29)])
+    assert [f.diagnosis for f in judge.findings] == [root] and len(judge.findings[0].consequences) == 1

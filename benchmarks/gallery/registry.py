@@ -184,9 +184,9 @@ class _Listened(Guard):
         """As the guard's own, but a halt is noted."""
         self._noting(super().validation, *args, **keywords)
 
-    def flush(self) -> None:
+    def flush(self, **keywords: Any) -> None:
         """As the guard's own, but a halt is noted."""
-        self._noting(super().flush)
+        self._noting(super().flush, **keywords)
 
     def _noting(self, call: Callable[..., None], *args: Any, **keywords: Any) -> None:
         try:
@@ -212,7 +212,7 @@ class Bare:
         pass
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        if name not in ("step", "batch", "validation", "flush", "close", "after_backward", "before_update", "after_update", "abandon"):
+        if name.startswith("_") or not callable(getattr(Guard, name, None)):
             raise AttributeError(name)
         return lambda *_, **__: None
 

@@ -33,6 +33,7 @@ TRANSLATIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "head_scale": _as_it_is("head_scale_factor"),  # a factor on the initial weights as they are
     "zero_grad_every": lambda _: {"zero_grad": True},
     "parameters": lambda _: {"optimizer_parameters": True},
+    "optimizer_step": lambda _: {"step_every": 1},
     "optimizer_parameters": lambda _: {"optimizer_parameters": True},
     "batch": _as_it_is("drop_batch"),
     "normalise_input": lambda _: {"normalize_input": True},

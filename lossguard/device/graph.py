@@ -35,6 +35,7 @@ BATCH_NORMS = NORMS[:3]
 LINEAR = ("AddmmBackward0", "ConvolutionBackward0", "LinearBackward0")
 SAFE = ("cross_entropy", "mse", "huber", "binary")
 SCALINGS = ("DivBackward", "MulBackward", "MeanBackward", "SumBackward")  # of a loss that was reduced or scaled
+SUM = 2  # torch's number for reduction="sum"
 RELUS = ("ReluBackward0", "ThresholdBackward0", "HardtanhBackward0")
 OPAQUE = {"CompiledFunctionBackward": "compiled", "CheckpointFunctionBackward": "reentrant checkpoint"}
 
@@ -51,6 +52,8 @@ class GraphFacts:
     cancelled: set[int] = field(default_factory=set)  # ids of biases that only feed a batch-norm
     safe: bool = False  # the loss itself, or all of its terms, is a built-in loss that is finite for all finite outputs
     attentions: int = 0  # fused attentions
+    summed: bool = False  # a built-in loss adds its samples up
+    masked: bool = False  # a softmax is given what a mask was written into
     opaque: set[str] = field(default_factory=set)  # regions that cannot be read, such as "compiled"
 
 
@@ -73,6 +76,8 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
                 facts.opaque.add(what)
         if facts.loss_family == "unknown" and name in FAMILIES:
             facts.loss_family = FAMILIES[name]
+            facts.summed = getattr(node, "_saved_reduction", None) == SUM
+        facts.masked = facts.masked or (name == SOFTMAXES[1] and _is_masked(node))
         facts.attentions += name.startswith("ScaledDotProduct")
         if name in RELUS and node not in hooked:
             _read_relu(node, facts)
@@ -83,6 +88,17 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
                 seen.add(child)
                 queue.append(child)
     return facts
+
+
+def _is_masked(node: Any) -> bool:
+    """Right before it, but for views and a scale, something was filled or chosen by a mask, or added."""
+    for _ in range(4):
+        node = node.next_functions[0][0] if node.next_functions else None
+        if node is None or node.name().startswith(("MaskedFill", "Where")):
+            return node is not None
+        if not node.name().rstrip("0123456789").startswith(VIEWS):
+            return False
+    return False
 
 
 def _keeps_sign(root: Any, most: int = 256) -> bool:

@@ -129,6 +129,8 @@ class Recorder:
                         self.facts["unclipped"] = (*self.facts.get("unclipped", ()), index)
                         continue
                     bank.lay_probes(self.row(bank.device))
+                    if all(p.grad is None for _, p in bank.probes):
+                        self.facts["cleared"] = 1.0  # after the backward pass, before the step
                     self.facts["probes_unscaled"] = roles.unscaled(self.scaler, self.optimizers[index])
 
     def after_update(self, index: int) -> None:
@@ -332,19 +334,11 @@ class Recorder:
 
     def _read_rates(self) -> None:
         """Learning rates: host numbers become facts, device numbers go through the tape."""
-        groups = [g for o in self.optimizers for g in o.param_groups]
-        rates = [g["lr"] for g in groups if "lr" in g]
-        host = [float(r) for r in rates if not isinstance(r, Tensor)]
-        if host:
-            self.facts["lr"] = max(host)
-        device = [r for r in rates if isinstance(r, Tensor)]
+        self.facts.update(roles.settings(self.optimizers))
+        device = [g["lr"] for o in self.optimizers for g in o.param_groups if isinstance(g.get("lr"), Tensor)]
         if device and "lr_on_tape" not in self.facts:
             self.facts["lr_on_tape"] = 1.0
             self.row(device[0].device).add_scalars("lr", np.arange(len(device)), [r.detach().clone() for r in device])
-        self.facts["optimizer_name"] = type(self.optimizers[0]).__name__
-        eps = [g["eps"] for g in groups if isinstance(g.get("eps"), float)]
-        if eps:
-            self.facts["adam_eps"] = max(eps)
 
     def _default_device(self) -> torch.device:
         return next((b.device for b in self.banks), torch.device("cpu"))

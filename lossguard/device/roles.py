@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,9 +58,27 @@ def read(model: nn.Module, optimizers: Sequence[Optimizer]) -> Roster:
 
 
 def signature(optimizers: Sequence[Optimizer]) -> tuple[int, ...]:
-    """Changes when a parameter group is added or a parameter is frozen or thawed."""
+    """Changes when a parameter group is added, a parameter is frozen or thawed, or takes another precision."""
     groups = [group for o in optimizers for group in o.param_groups]
-    return (*(len(g["params"]) for g in groups), sum(p.requires_grad for g in groups for p in g["params"]))
+    trained = [p for g in groups for p in g["params"] if p.requires_grad]
+    return (*(len(g["params"]) for g in groups), len(trained), sum(p.element_size() for p in trained))
+
+
+def settings(optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """What the groups are set to, as facts: the largest learning rate and decay that are host numbers. A rate of NaN is the largest."""
+    groups = [g for o in optimizers for g in o.param_groups]
+    facts: dict[str, Any] = {"optimizer_name": type(optimizers[0]).__name__}
+    rates = [g["lr"] for g in groups if "lr" in g and not isinstance(g["lr"], Tensor)]
+    if rates:
+        facts["lr"] = max((float(r) for r in rates), key=lambda rate: (math.isnan(rate), rate))
+    decays = [g["weight_decay"] for g in groups if isinstance(g.get("weight_decay"), (int, float)) and g["weight_decay"] > 0]
+    if decays:
+        decoupled = any(g.get("decoupled_weight_decay") for g in groups) or type(optimizers[0]).__name__.endswith("W")
+        facts.update(weight_decay=max(decays), decay_is_decoupled=1.0 if decoupled else 0.0)
+    eps = [g["eps"] for g in groups if isinstance(g.get("eps"), float)]
+    if eps:
+        facts["adam_eps"] = max(eps)
+    return facts
 
 
 def _kind(p: Tensor, holder: nn.Module) -> str:

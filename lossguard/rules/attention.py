@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import fallen, listing, lr_remedy, ranked, reach, stretch, typical
+from lossguard.advice import fallen, listing, ranked, reach, slower, stretch, typical
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.rules.rule import rule
@@ -89,7 +89,7 @@ class AttentionLogitGrowth:
         causes, remedies = ranked([
             *([(unscaled, [divide])] if born > self.level else []),
             (Cause("learning rate too high", 0.7, f"{number(born)} -> {number(peak)} at learning rate {number(history.lr)}"),
-             [normalise, lr_remedy(history, 0.1)]),
+             [slower(history), normalise]),
             (Cause("query and key are not normalised", 0.4, "their product has no bound of its own"), [normalise]),
         ])  # fmt: skip
         evidence = (

@@ -9,12 +9,16 @@ import math
 
 import numpy as np
 
-from lossguard.advice import Advice, batch_remedy, clip_remedy, input_is_bad, lr_remedy, matrices, middle, ranked, row_at
+from lossguard.advice import Advice, batch_remedy, clip_remedy, input_is_bad, lr_remedy, matrices, middle, ranked, row_at, slower
 from lossguard.findings import Cause, Remedy, number
 from lossguard.host.history import Array, History, Mask
+from lossguard.rules.suspects import born_out_of_scale, rate
 
 GREW = 10.0  # growth of loss or gradient norm before the fault that is called an explosion (SYMPTOMS C1; healthy medians stay below)
 SOUND_RMS = 1e4  # root mean square of a module's output up to which it did not explode (healthy logits stay below 28)
+LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d")  # modules whose output is a sum of products of their input and weights
+EARLY = 100  # steps in which what was out of scale from the beginning is the cause: later it would have shown; our own choice
+FIRST_SCALE = 65536.0  # the scale that torch's loss scaler begins with
 LOSS_WINDOW = 20  # losses before the fault in which growth is looked for
 GUARD = Remedy("guard the loss: log(p + 1e-8), a divisor of at least 1e-8, labels in range", {"eps": 1e-8})
 
@@ -22,6 +26,13 @@ GUARD = Remedy("guard the loss: log(p + 1e-8), a divisor of at least 1e-8, label
 def nonfinite_advice(history: History, step: int) -> Advice:
     """The causes of non-finite values (SYMPTOMS C1 to C6), ranked by what this run shows."""
     pairs: list[tuple[Cause, list[Remedy]]] = []
+    broken = rate(history) or scale_too_high(history, step)
+    if broken is not None:
+        return ranked([broken])
+    pairs += born_out_of_scale(history) if step < EARLY else []
+    written = written_to(history, step)
+    if written is not None:
+        pairs.append(written)
     if input_is_bad(history, step):
         pairs.append((Cause("bad input", 0.95, f"the batch of step {step} holds NaN or infinite values"), [batch_remedy(history, step)]))
     weights = sick_before(history)
@@ -31,10 +42,50 @@ def nonfinite_advice(history: History, step: int) -> Advice:
     because, sound = explosion(history, step), sound_outputs(history, step)
     if because:
         confidence = 0.6 if sound and not because.startswith("loss") else 0.9  # a loss that grew step by step is one (C1), a calm one is not (C2)
-        pairs.append((Cause("exploding gradient", confidence, because), [lr_remedy(history, 0.1), clip_remedy(history)]))
-    if sound and not pairs[: len(pairs) - bool(because)]:
+        pairs.append((Cause("exploding gradient", confidence, because), [slower(history), clip_remedy(history)]))
+    if sound and not any(cause.name in ("bad input", "bad weights") for cause, _ in pairs):
         pairs.append((Cause("loss function", 0.8, sound), [GUARD]))
     return ranked(pairs or _without_trace(history, step))
+
+
+def scale_too_high(history: History, step: int) -> tuple[Cause, list[Remedy]] | None:
+    """Under a loss scaler whose scale is above the usual first one, no gradient was ever finite, and the losses are."""
+    scale, total, at = history.facts().get("loss_scale"), history.last("grad_total"), row_at(history, step)
+    if scale is None or not scale > FIRST_SCALE or np.isfinite(total).any() or at is None or not np.isfinite(history.losses()[at]):
+        return None
+    because = f"the scale is {number(float(scale))}, no gradient of {len(total)} samples was finite, and the loss is {number(float(history.losses()[at]))}"
+    lower = Remedy("begin with a scale of 65536, and halve it at each overflow", {"init_scale": FIRST_SCALE})
+    return Cause("loss scale too high", 0.9, because), [lower]
+
+
+def written_to(history: History, step: int) -> tuple[Cause, list[Remedy]] | None:
+    """The first layer gave NaN for a finite input: its weights were not finite, though they were in the sample before.
+
+    Finite numbers of moderate size cannot multiply and add up to NaN; only the layer that is given the batch itself has an
+    input that was measured. Between two samples an update may have done it, from one step to the next only a write.
+    """
+    rms, seen = _outputs(history, step)
+    bad = np.flatnonzero(seen & ~np.isfinite(rms))
+    leaves = history.last("input_rms", 1)
+    if not bad.size or bad[0] >= len(history.units) or not leaves.size or not np.isfinite(leaves).all() or leaves.max() > SOUND_RMS:
+        return None
+    unit, before = history.units[bad[0]], history.last("activation_rms")[:-1, bad[0]]
+    inner = [u for u in history.units[: bad[0]] if not unit.name.startswith(f"{u.name}.") and u.name]
+    if inner or not np.isnan(rms[bad[0]]) or unit.kind not in LAYERS or not before.size or not np.nanmax(before, initial=0.0) <= SOUND_RMS:
+        return None
+    if step == 0 or not np.isfinite(_newest_weights(history)).all():
+        return None
+    near = bool(np.diff(history.steps(2))[0] == 1)
+    because = f"{unit.name} ({unit.kind}) gave NaN for a finite input of rms {number(float(leaves.max()))}: its weights were not finite"
+    because += ", and at the sample before they were"
+    look = Remedy("look for what writes to the weights between steps, and guard its divisors by 1e-8", {"eps": 1e-8})
+    return Cause("weights are overwritten" if near else "bad weights", 0.88, because), [look]
+
+
+def _newest_weights(history: History) -> Array:
+    """Weight norms of the sample before the newest: the newest may have been measured after its update."""
+    weights = history.last("weight_norm", 2)
+    return weights[0][history.seen("weight_norm", 2)[0]] if len(weights) == 2 else np.empty(0)
 
 
 def explosion(history: History, step: int) -> str:
@@ -122,7 +173,10 @@ def _without_trace(history: History, step: int) -> list[tuple[Cause, list[Remedy
     safe = bool(history.facts().get("loss_is_safe", history.notes.get("loss_is_safe")))  # it is finite for all finite outputs
     forward = sick_outputs(history, step) or (f"{calm}, and this loss is finite for all finite outputs" if safe else "")
     confidence = 0.8 if over and looked else 0.45
+    masked = masked_row(history, step)
     pairs = [(Cause("loss function", 0.3 if forward else confidence, f"{calm} and the weights are finite"), [GUARD])]
+    if masked is not None:
+        pairs.append(masked)
     if forward:
         pairs.append((Cause("overflow in forward", min(0.7, confidence), forward), [lower, lr_remedy(history, 0.1)]))
     if not looked:
@@ -130,6 +184,20 @@ def _without_trace(history: History, step: int) -> list[tuple[Cause, list[Remedy
         pairs.append((Cause("bad input", 0.5 if safe else 0.4, "the batch of this step was not shown to the guard"), [show]))
     pairs.append((Cause("exploding gradient", 0.3, "growth within a single step leaves no trace"), [lr_remedy(history, 0.1)]))
     return pairs
+
+
+def masked_row(history: History, step: int) -> tuple[Cause, list[Remedy]] | None:
+    """NaN (not Inf) out of calm, behind a softmax that is given masked scores: a row of -inf only is 0/0."""
+    rms, seen = _outputs(history, step)
+    bad = np.flatnonzero(seen & ~np.isfinite(rms))
+    if not history.notes.get("softmax_is_masked") or not bad.size or not np.isnan(rms[bad]).all():
+        return None
+    sound = rms[seen & np.isfinite(rms)]
+    if sound.size and sound.max() > SOUND_RMS:
+        return None
+    because = f"a softmax is given masked scores; {history.units[bad[0]].name} is NaN and not infinite, and what came before it is of moderate size"
+    look = Remedy("leave one position of each row unmasked, or fill with a large finite number: -1e4", {"eps": 1e-8})
+    return Cause("fully masked attention", 0.85, because), [look]
 
 
 def _wide(mask: Mask, values: Array) -> Mask:

@@ -11,10 +11,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import Advice, clip_remedy, finite_losses, informational, lr_remedy, matrices, middle, ranked, typical
+from lossguard.advice import Advice, clip_remedy, finite_losses, informational, lr_remedy, matrices, middle, ranked, slower, typical
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.rules.rule import rule
+from lossguard.rules.suspects import leap, overwritten, suspects, term
 
 _NORMAL = 1.4826  # standard deviation over MAD of a normal distribution
 
@@ -151,6 +152,8 @@ class LossSpike:
             if new > self.jumped * old > 0:
                 grown = f"updates grew from {number(old)} to {number(new)} of the weights"
                 found.append((Cause("learning rate too high", 0.6, grown), [lr_remedy(history, 0.1)]))
+        others = [overwritten(history), term(history), leap(history, step)]
+        found += [pair for pair in others if pair is not None]
         rms = history.last("input_rms")
         if rms.size:
             old, new = middle(rms[before, 0][np.isfinite(rms[before, 0])]), middle(rms[since, 0][np.isfinite(rms[since, 0])])
@@ -208,9 +211,11 @@ class DivergingLoss:
 
     def _finding(self, history: History, step: int, run: int, now: float, best: float, limit: float) -> Finding:
         severity = Severity.HALT if run >= self.halt_after else Severity.WARNING
+        leapt = leap(history, step)
         causes, remedies = ranked([
+            *suspects(history), *([leapt] if leapt else []),
             (Cause("learning rate too high", 0.6, f"the loss has been above its start for {run} steps at learning rate {number(history.lr)}"),
-             [lr_remedy(history, 0.1), clip_remedy(history)]),
+             [slower(history), clip_remedy(history)]),
             (Cause("labels or sign of the loss", 0.3, f"it climbs away from its best, {number(best)}"),
              [Remedy("check the loss's sign and 20 labels by eye", {"look_at": 20})]),
         ])  # fmt: skip

@@ -16,7 +16,6 @@ from lossguard.advice import (
     ranked,
     reach,
     steady,
-    step_size_advice,
     stretch,
     typical,
     typically,
@@ -25,6 +24,7 @@ from lossguard.advice import (
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.rule import rule
+from lossguard.rules.suspects import large_steps
 
 
 @rule
@@ -100,7 +100,7 @@ class ExplodingGradient:
         grown = typical(own[-5:]) / np.maximum(typical(own[:-5]), 1e-300)
         where = history.params[int(np.nanargmax(grown))].name if np.isfinite(grown).any() else "gradient norm"
         severity = Severity.INFO if informational(history) else severity
-        causes, remedies = step_size_advice(history, f"gradient norm {number(past)} -> {number(now)} at learning rate {number(history.lr)}", 0.7)
+        causes, remedies = large_steps(history, f"gradient norm {number(past)} -> {number(now)} at learning rate {number(history.lr)}", 0.7)
         evidence = (Evidence("gradient norm", now, limit * past), Evidence("times its past median", now / past, limit))
         message = f"the gradient norm is {number(now / past)} times the median of its past; this parameter grew most"
         return Finding(self.diagnosis, severity, step, where, message, evidence, causes, remedies)

@@ -37,7 +37,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "nonfinite_weight": (*_DIVERGENCE, "update_ratio_high"),
     "nonfinite_loss": (*_DIVERGENCE, "update_ratio_high"),
     "overflow_risk": ("skipped_steps",),
-    "skipped_steps": _NO_SIGNAL,
+    "skipped_steps": (*_NO_SIGNAL, "nonfinite_gradient"),  # a loss scale that collapses ends there
     "attention_logit_growth": ("saturated_softmax", "loss_spike", "diverging_loss", "vanishing_gradient", "exploding_gradient"),
     "saturated_softmax": ("vanishing_gradient", "loss_spike", "diverging_loss", "oscillating_loss", "update_ratio_low", *_STANDSTILL),
     "dead_relu": _NO_SIGNAL,
@@ -52,15 +52,30 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "loss_plateau": ("learning_bottleneck",),
     "validation_mismatch": ("validation_below_training", "oscillating_validation"),
     "overfitting": ("validation_mismatch", "oscillating_validation"),
-    "negative_loss": ("loss_spike", "diverging_loss", "loss_plateau", "overfitting", "validation_mismatch"),
+    "negative_loss": (*_DIVERGENCE, "update_ratio_high", "overfitting"),  # a loss without a floor is followed downwards for ever
     "invalid_labels": _BEFORE,
     "unnormalized_input": ("poor_initialization", "unchanged_weights", *_BEFORE),
     "wrong_output_activation": ("unchanged_weights", *_BEFORE),
     "cross_sample_leak": ("cannot_overfit_batch",),
     "initial_loss_off": ("cannot_overfit_batch",),
 }
+# (root, what follows from it) -> when it does so. Of two that can follow from each other, what was measured decides.
+ONLY_IF: dict[tuple[str, str], Callable[[Finding, Finding], bool]] = {
+    # no layer tells samples apart, not even the first: a unit silent for one sample is silent for all
+    ("collapsed_activation", "dead_relu"): lambda root, _: root.causes[:1] != () and root.causes[0].name == "constant weights or identical inputs",
+    # dead units read from the rows of gradients: where gradients vanish, rows are 0 for that reason
+    ("vanishing_gradient", "dead_relu"): lambda _, late: "(gradient rows)" in late.where,
+    # a rate that fell to nothing moves nothing, and the optimizer steps all the same
+    ("unchanged_weights", "skipped_steps"): lambda root, _: root.causes[:1] != () and root.causes[0].name == "learning rate schedule",
+}
 SEEN_LATE = ("dead_relu", "vanishing_gradient")  # measured over a window that began before what follows from it was seen
 RANK = {name: i for i, name in enumerate(FOLLOWS)}
+
+
+def follows(root: Finding, late: Finding) -> bool:
+    """Whether a finding may be the consequence of another."""
+    condition = ONLY_IF.get((root.diagnosis, late.diagnosis))
+    return late.diagnosis in FOLLOWS.get(root.diagnosis, ()) if condition is None else condition(root, late)
 
 
 @dataclass
@@ -163,8 +178,8 @@ class Judge:
         see, and those seen just before it, since losses come every step and other signals at sampled ones."""
         reach, began = (self.horizon, 0) if root.diagnosis in SEEN_LATE else (self.echo, root.step - self.echo)
         follow = [i for i, f in enumerate(self.findings)
-                  if f.diagnosis in FOLLOWS[root.diagnosis] and f.severity < Severity.HALT and f.step >= began
-                  and root.step - (f.last_step or f.step) <= reach and root.diagnosis not in FOLLOWS.get(f.diagnosis, ())]  # fmt: skip
+                  if follows(root, f) and f.severity < Severity.HALT and f.step >= began
+                  and root.step - (f.last_step or f.step) <= reach and not follows(f, root)]  # fmt: skip
         for i in reversed(follow):
             self._open = {n: (p[0] - (p[0] > i), *p[1:]) for n, p in self._open.items() if p[0] != i}
         adopted = tuple(replace(self.findings[i], consequences=()) for i in follow)
@@ -196,6 +211,6 @@ class Judge:
             if self.halts(finding) and not self.halts(event):
                 continue
             fresh = finding.step - (event.last_step if event.last_step is not None else event.step) <= self.horizon
-            if fresh and event.severity >= Severity.WARNING and finding.diagnosis in FOLLOWS.get(event.diagnosis, ()) and event.step <= finding.step:
+            if fresh and event.severity >= Severity.WARNING and follows(event, finding) and event.step <= finding.step:
                 return i
         return None

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lossguard import readings
-from lossguard.advice import clip_remedy, finite_losses, informational, lr_remedy, middle, ranked
+from lossguard.advice import clip_remedy, finite_losses, informational, lr_remedy, middle, ranked, slower
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.obstacles import speed
@@ -114,7 +114,7 @@ class OscillatingLoss:
     def _finding(self, history: History, step: int, message: str, evidence: tuple[Evidence, ...], because: str,
                  severity: Severity = Severity.WARNING) -> Finding:  # fmt: skip
         causes, remedies = ranked([
-            (Cause("learning rate too high", 0.7, because), [lr_remedy(history, 0.1), clip_remedy(history)]),
+            (Cause("learning rate too high", 0.7, because), [slower(history), clip_remedy(history)]),
             (Cause("batches too small", 0.3, "each batch pulls elsewhere"), [Remedy("2 to 4 times the batch size, 32 at least", {"batch_size": 32})]),
         ])  # fmt: skip
         severity = Severity.INFO if informational(history) else severity

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lossguard.advice import converged, listing, matrices, ranked, reach, stretch, typical, typically, without_gradient
+from lossguard.advice import converged, listing, matrices, ranked, reach, stopped_rate, stretch, typical, typically, without_gradient
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.precision import HALVES, rounding_advice
@@ -49,6 +49,7 @@ class UnchangedWeights:
     spacing: float = 1e-6  # of a weight: lr times gradient below it may round to 0 in float32, whose spacing is 1.2e-7; our own choice
     proof: int = 3  # samples in which parameters in no optimizer stand still, before a strange optimizer is held to be a mistake
     tiny: float = 1e-5  # gradient over the largest; the limit of vanishing_gradient
+    floors: tuple[float, ...] = (87.3365, 103.2789)  # -ln of the smallest normal and subnormal float32
     grace: int = 0  # steps; the static test is exact
     patience: int = 1  # samples; the span is the patience
 
@@ -237,6 +238,17 @@ class UnchangedWeights:
         rms = history.last("grad_rms", 1)
         return rms[0] if rms.size else np.full(len(history.params), np.nan)
 
+    @staticmethod
+    def _clipped_away(history: History) -> bool:
+        """The gradients are not 0 after the backward pass and exactly 0 at the update."""
+        kept = history.last("clip_coefficient", 1)
+        return bool(kept.size and (kept == 0.0).any())
+
+    def _floor(self, history: History) -> float | None:
+        """The loss of a probability that underflowed, if the newest loss is one."""
+        now = history.losses(1)
+        return next((floor for floor in self.floors if now.size and abs(now[0] - floor) < 1e-3), None)
+
     def _cause(self, history: History, n: int, sites: Any) -> tuple[Cause, Remedy]:
         name, first = history.params[int(sites[0])].name, history.params[int(sites[0])]
         gradient = typically(history, "grad_rms", n)[sites[0]] if history.last("grad_rms", n).size else np.nan
@@ -246,6 +258,16 @@ class UnchangedWeights:
         if without_gradient(history)[sites[0]]:
             remedy = Remedy(f"look for detach(), no_grad() or an unused branch after {name}", {"unfreeze": True, "parameter": name})
             return Cause("detached from the loss", 0.8, f"the gradient of {name} is None"), remedy
+        if history.facts().get("cleared") == 1.0 or self._clipped_away(history):
+            remedy = Remedy("call optimizer.step() right after loss.backward(), and zero_grad() after it", {"zero_grad": True})
+            because = f"{name} has a gradient of {number(float(gradient))} after backward(), and none when the optimizer steps"
+            return Cause("gradients are cleared before the step", 0.9, because), remedy
+        stopped = stopped_rate(history)
+        if stopped is not None:
+            return stopped[0], stopped[1][0]
+        if gradient == 0 and (floor := self._floor(history)) is not None:
+            remedy = Remedy("give the logits to cross_entropy instead of the logarithm of a softmax", {"output_activation": "log_softmax", "bias": 0.0})
+            return Cause("softmax underflow", 0.9, f"the loss stays at {floor:.4f}, the logarithm of the smallest float32"), remedy
         if gradient == 0:
             remedy = Remedy(f"look for dead units or a multiplication by 0 after {name}", {"unfreeze": True, "parameter": name})
             return Cause("zero gradient", 0.7, f"the gradient of {name} is exactly 0"), remedy

@@ -9,13 +9,12 @@ import numpy as np
 
 from lossguard.advice import (
     converged,
+    faster,
     informational,
-    lr_remedy,
     matrices,
     middle,
     ranked,
     reach,
-    step_size_advice,
     stretch,
     typical,
     typically,
@@ -24,6 +23,7 @@ from lossguard.findings import Cause, Evidence, Finding, Severity, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.precision import rounded_away
 from lossguard.rules.rule import rule
+from lossguard.rules.suspects import large_steps
 
 
 @rule
@@ -133,7 +133,7 @@ class UpdateRatioHigh:
         return self._finding(history, int(history.steps(n)[0]), worst, message, evidence)
 
     def _finding(self, history: History, step: int, worst: int, message: str, evidence: Evidence) -> Finding:
-        causes, remedies = step_size_advice(history, str(evidence))
+        causes, remedies = large_steps(history, str(evidence))
         return Finding(self.diagnosis, Severity.WARNING, step, history.params[worst].name, message, (evidence,), causes, remedies)
 
 
@@ -183,7 +183,7 @@ class UpdateRatioLow:
         slow = int(np.flatnonzero(able)[int(np.nanargmin(np.where(typical(u)[able] > 0, typical(u)[able], np.inf)))])
         evidence = (Evidence(f"median update ratio over {n} samples", median, self.ratio),)
         cause = Cause("learning rate too low", 0.8, f"at learning rate {number(history.lr)} a step changes {number(median)} of the weights")
-        causes, remedies = ranked([(cause, [lr_remedy(history, 10.0)])])
+        causes, remedies = ranked([(cause, [faster(history)])])
         message = f"the median matrix changes by {number(median)} of its norm in a step; this one is the slowest"
         severity = Severity.INFO if informational(history) else Severity.WARNING
         return Finding(self.diagnosis, severity, int(history.steps(n)[0]), history.params[slow].name, message, evidence, causes, remedies)
