@@ -118,8 +118,8 @@ class Bank:
         if self._large:
             torch.sub(self._sampled[1], self._sampled[0], out=self._sampled[1])
 
-    def lay(self, row: Row) -> None:
-        """Measure what was kept: norms of all three of one size are one operation."""
+    def lay(self, row: Row, *, closely: bool = True) -> None:
+        """Measure what was kept: norms of all three of one size are one operation. closely: look, too, what is left of the update."""
         taps = TAPS if self._moved else TAPS[:2]
         for first, count, size, sites in self._layout:
             kept = self._kept[: len(taps), first : first + count * size].view(len(taps), count, size)
@@ -130,7 +130,7 @@ class Bank:
                     row.add(chosen.name, those, chosen.measure(numbers))
         if self._large:
             self._lay_large(row, taps)
-        if self._moved:
+        if self._moved and closely:
             self._lay_net_update(row)
 
     def _lay_net_update(self, row: Row) -> None:

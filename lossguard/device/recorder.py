@@ -159,7 +159,7 @@ class Recorder:
                 self._logits(logits, -1, self.targets)
             self.row(self._default_device())
             for k in sorted(self._kept_before):
-                self.banks[k].lay(self.row(self.banks[k].device))
+                self.banks[k].lay(self.row(self.banks[k].device), closely=self._dense)
             self.extras.finish(self.facts, self.row)
             self.forward.finish(self.row)
             self.facts.update({"loss_is_safe": graph.safe(losses)} if "forced" in self.facts else {})

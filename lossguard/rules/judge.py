@@ -99,6 +99,7 @@ class Judge:
     _streaks: dict[str, int] = field(default_factory=dict)
     _quiet: dict[str, int] = field(default_factory=dict)
     _open: dict[str, tuple[int, ...]] = field(default_factory=dict)  # diagnosis -> path into findings: (event,) or (event, consequence)
+    _asked: dict[str, int] = field(default_factory=dict)  # the step at which a rule with a pace was asked last
     _broken: set[str] = field(default_factory=set)
 
     def observe(self, history: History, *, new_sample: bool) -> list[Finding]:
@@ -119,12 +120,12 @@ class Judge:
 
     def state_dict(self) -> dict[str, Any]:
         """Events and streaks, as plain types."""
-        return {"findings": [f.to_dict() for f in self.findings], "streaks": self._streaks, "quiet": self._quiet, "open": self._open}
+        return {"findings": [f.to_dict() for f in self.findings], "streaks": self._streaks, "quiet": self._quiet, "open": self._open, "asked": self._asked}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.findings = [Finding.from_dict(f) for f in state["findings"]]
-        self._streaks, self._quiet = dict(state["streaks"]), dict(state["quiet"])
+        self._streaks, self._quiet, self._asked = dict(state["streaks"]), dict(state["quiet"]), dict(state.get("asked", {}))
         self._open = {k: tuple(v) for k, v in state["open"].items()}
 
     def _due(self, rule: Rule, history: History, new_sample: bool) -> bool:
@@ -132,7 +133,14 @@ class Judge:
             return False
         if "validation" in rule.reads:  # once for each evaluation
             return history.fresh_validations > 0
-        return new_sample or rule.reads == ("loss",)
+        if not new_sample and rule.reads != ("loss",):
+            return False
+        pace = getattr(rule, "pace", 0)
+        if pace:
+            if history.step - self._asked.get(rule.diagnosis, -pace) < pace:
+                return False
+            self._asked[rule.diagnosis] = history.step
+        return True
 
     def _ask(self, rule: Rule, history: History) -> Finding | None:
         try:

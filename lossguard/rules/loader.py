@@ -40,6 +40,7 @@ class DuplicateBatches:
     runs: int = 8  # runs of the same length; our own choice, chance gives all runs one length with less than 0.25 ** 8
     distinct: int = 6  # different batches among them; our own choice, few mean a tiny data set and not a loader's fault
     share: float = 0.75  # of the batches within such runs; our own choice, the end of an epoch cuts one run short
+    pace: int = 10  # steps; asked at most once in so many, the law needs at least 16 batches
     grace: int = 0  # steps; the runs are the grace
     patience: int = 1  # answers; the runs are the patience
 

@@ -45,6 +45,7 @@ class OscillatingLoss:
     height: float = 0.25  # of the best mean: above it the loss bounces; our own choice
     errors: float = 4.0  # standard errors of a mean; as in diverging_loss
     fast: float = 3e-2  # median update ratio; detectors A, target band
+    pace: int = 32  # steps; asked at most once in so many, half of a window
     grace: int = 192  # steps; three windows
     patience: int = 1  # samples; the windows are the patience
 

@@ -15,7 +15,8 @@ from lossguard.host.history import History
 @runtime_checkable
 class Rule(Protocol):
     """The protocol. ``reads`` names the signals it needs: with ``("loss",)`` alone it is asked at every hand-over,
-    otherwise once for every new sample.
+    otherwise once for every new sample. A rule whose law spans many steps may have a ``pace``: it is asked at most once
+    in so many steps.
 
     >>> from lossguard.rules.curves import LossSpike
     >>> isinstance(LossSpike(sigmas=10.0), Rule), LossSpike.diagnosis

@@ -57,6 +57,7 @@ class LossPlateau:
     after: int = 100  # steps at the full learning rate; detectors A
     full: float = 0.9  # of the peak learning rate: the warm-up is over; our own choice
     long: int = 1500  # steps after which even a classifier without a visible fault warns; our own choice, known plateaus last about 1000
+    pace: int = 10  # steps; asked at most once in so many, the law spans more than a hundred
     grace: int = 100  # steps; detectors A
     patience: int = 3  # samples; our own choice
 

@@ -50,6 +50,7 @@ class UnchangedWeights:
     proof: int = 3  # samples in which parameters in no optimizer stand still, before a strange optimizer is held to be a mistake
     tiny: float = 1e-5  # gradient over the largest; the limit of vanishing_gradient
     floors: tuple[float, ...] = (87.3365, 103.2789)  # -ln of the smallest normal and subnormal float32
+    pace: int = 10  # steps; asked at most once in so many, half of the span
     grace: int = 0  # steps; the static test is exact
     patience: int = 1  # samples; the span is the patience
 

@@ -158,6 +158,7 @@ class UpdateRatioLow:
     span: int = 20  # steps; detectors A
     least: int = 3  # samples in the span; a median over matrices is steady
     moved: float = 0.01  # share of elements of weights in halves that change in a step, though their gradients are not zero; detectors A
+    pace: int = 10  # steps; asked at most once in so many, half of the span
     grace: int = 20  # steps; detectors A, machinery 3
     patience: int = 1  # samples; the span is the patience
 
