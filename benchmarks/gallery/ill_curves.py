@@ -180,7 +180,7 @@ def swings(job: Job, values: list[float]) -> None:
 
 
 @program(
-    expect={"oscillating_validation"}, cause="the validation set is three samples, drawn anew each time", causes="validation set too small or drawn anew",
+    expect={"oscillating_validation"}, cause="the validation set is three samples, drawn anew each time", causes=("validation set too small or drawn anew",),
     bar=0.0, fault=missed, families=("mlp", "data"), repairable=False,
 )  # fmt: skip
 def digits_three_validation_samples(job: Job) -> float:

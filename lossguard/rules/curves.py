@@ -49,7 +49,7 @@ class LossSpike:
     mixed: float = 12.0  # the same where the past has both signs; detectors A
     logarithmic: float = 5.0  # robust deviations of ln L about its trend; our own choice
     rise: float = 0.5  # of |median| above the median; detectors A
-    floor: float = 0.2  # of the run's first losses: spikes below it harm nobody; our own choice, healthy runs near convergence reach 0.12
+    floor: float = 0.2  # of the largest of the run's first losses: spikes below it harm nobody; our own choice, healthy runs near convergence reach 0.12
     beyond: float = 3.0  # times the second largest earlier distance from the median; our own choice: last batches of one sample come every epoch
     settle: int = 3  # later losses to wait for; our own choice
     raised: float = 1.5  # a learning rate or an input's scale over its past median, and
@@ -105,7 +105,7 @@ class LossSpike:
         if z <= self.sigmas or now <= median + self.rise * abs(median):
             return 0.0, past
         first = np.abs(losses[np.isfinite(losses)][:5])
-        if past.min() > 0 and (self._log_z(float(now), past) <= self.logarithmic or now < self.floor * float(middle(first))):
+        if past.min() > 0 and (self._log_z(float(now), past) <= self.logarithmic or now < self.floor * float(first.max())):
             return 0.0, past
         return z, past
 
@@ -169,7 +169,7 @@ class DivergingLoss:
     """diverging_loss: the loss rises and stays above where it was (detectors A, diverging_loss; SYMPTOMS A7, B4).
 
     Law: for 20 steps the mean of 20 losses is above the best such mean so far by max(4 sd, 10 % of it), and above the mean of
-    the first 20, and the median of the newest 20 with it. Halts if that goes on for 300 steps.
+    the first 20 (by 10 % where half of it was never reached), and the median of the newest 20 with it. Halts if that goes on for 300 steps.
 
     Why: a learning rate too high; a flipped sign of the loss or of the gradient; dirty labels; batches too small; an unsuitable
     initialisation or structure.
@@ -184,6 +184,7 @@ class DivergingLoss:
     width: int = 20  # losses in a mean; detectors A
     deviations: float = 4.0  # standard deviations of single losses, at the best and at the first; detectors A
     rise: float = 0.1  # of the |best mean|; detectors A
+    learned: float = 0.5  # of the first mean: a run whose best is above it has to rise as much above its start; our own choice, adversarial losses hover
     sustained: int = 20  # steps; detectors A
     halt_after: int = 300  # steps above, after which the run is lost; our own choice
     grace: int = 40  # steps; detectors A
@@ -201,7 +202,8 @@ class DivergingLoss:
         means, sds = windows.mean(axis=1), windows.std(axis=1)
         best_at = int(np.argmin(means[: -self.sustained]))
         best, first = float(means[best_at]), float(means[0])
-        limit = max(best + max(self.deviations * max(float(sds[best_at]), float(sds[0])), self.rise * abs(best)), first)
+        margin = self.rise * abs(first) if best > self.learned * first else 0.0
+        limit = max(best + max(self.deviations * max(float(sds[best_at]), float(sds[0])), self.rise * abs(best)), first + margin)
         above = means > limit
         if not above[-self.sustained :].all() or not middle(losses[-self.width :]) > limit * scale:
             return None  # a few spikes raise a mean for as long as it holds them

@@ -81,12 +81,14 @@ class ExplodingGradient:
         return self._finding(history, int(steps[-n:][first]), now, past, self.times, Severity.WARNING)
 
     def _learning(self, history: History) -> bool:
-        """The loss comes down meanwhile: a network that leaves a plateau has growing gradients."""
+        """The loss comes down meanwhile: a network that leaves a plateau has growing gradients. So has a density that sharpens:
+        where losses are negative it is enough that they do not rise."""
         losses = history.losses(self.past)
         losses = losses[np.isfinite(losses)]
         half = losses.size // 2
         old = float(middle(losses[:half]))
-        return half > 0 and middle(losses[half:]) < old - self.fall * abs(old)
+        need = self.fall * abs(old) * (-1.0 if half and middle(losses) < 0 else 1.0)
+        return half > 0 and middle(losses[half:]) < old - need
 
     def _twice(self, total: Array, born: float) -> tuple[int, float] | None:
         """Where in the totals the first of two catastrophes stands, and the past median; the newest sample must be one."""
