@@ -132,7 +132,8 @@ class CannotOverfitBatch:
             best = min(best, excess)
             share = right(call)
             if excess <= self.near or (share >= self.right and excess <= 1.0):
-                return min(excess, self.near), f"learned by heart in {step} steps of Adam at {rate:g}: loss {number(done.loss)}"
+                how = f"loss {number(done.loss)}" if excess <= self.near else f"{share:.0%} of the samples right"
+                return min(excess, self.near), f"learned by heart in {step} steps of Adam at {rate:g}: {how}"
             if time.monotonic() > end:
                 break
             _step(optimizer, done.value)
