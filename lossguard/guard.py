@@ -147,11 +147,10 @@ class Guard:
         self._check_open()
         terms = check_loss(loss)
         sick = self._pulses.write(now, terms)
-        sampled = self._recorder.on
         if sick:
             self._schedule.alarm(now)
             self._faults.watch(self._recorder.post_mortem)
-        if sick or (sampled and self._schedule.complete(bool(self._recorder.facts.get("stepped")))):
+        if sick or (self._recorder.on and self._schedule.complete(bool(self._recorder.facts.get("stepped")))):
             self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits)
         elif self._pulses.full:
             self._pulses.send()
@@ -298,8 +297,7 @@ class Guard:
         return self._recorder.nbytes + self._pulses.nbytes + self._handover.nbytes + self._history.nbytes + self._aftermath.nbytes
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else "watching"
-        found = len(self._judge.findings)
+        state, found = "closed" if self.closed else "watching", len(self._judge.findings)
         what = f"{len(self._recorder.roster.trained)} parameter tensors, {self.steps} steps"
         return f"<lossguard.Guard {state} {type(self.model).__name__}: {what}, {found or 'no'} finding{'' if found == 1 else 's'}>"
 
@@ -309,8 +307,8 @@ class Guard:
         if not self._recorder.banks:
             self._recorder.build()
             self._introduction.update()
-        history, judge = resume.pack(self._history.state_dict()), resume.pack(self._judge.state_dict())
-        return {"steps": self.steps, "batches": self._batches, "history": history, "judge": judge}
+        packed = {name: resume.pack(part.state_dict()) for name, part in (("history", self._history), ("judge", self._judge))}
+        return {"steps": self.steps, "batches": self._batches, **packed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Raises ``ValueError`` for the state of another model."""
