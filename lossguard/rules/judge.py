@@ -37,7 +37,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "nonfinite_weight": (*_DIVERGENCE, "update_ratio_high"),
     "nonfinite_loss": (*_DIVERGENCE, "update_ratio_high"),
     "overflow_risk": ("skipped_steps",),
-    "skipped_steps": (*_NO_SIGNAL, "nonfinite_gradient"),  # a loss scale that collapses ends there
+    "skipped_steps": _NO_SIGNAL,
     "attention_logit_growth": ("saturated_softmax", "loss_spike", "diverging_loss", "vanishing_gradient", "exploding_gradient"),
     "saturated_softmax": ("vanishing_gradient", "loss_spike", "diverging_loss", "oscillating_loss", "update_ratio_low", *_STANDSTILL),
     "dead_relu": _NO_SIGNAL,
@@ -61,6 +61,8 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
 }
 # (root, what follows from it) -> when it does so. Of two that can follow from each other, what was measured decides.
 ONLY_IF: dict[tuple[str, str], Callable[[Finding, Finding], bool]] = {
+    # a loss scale that collapses ends in gradients that stay non-finite: the skips before them are no consequence
+    ("nonfinite_gradient", "skipped_steps"): lambda root, late: late.step > root.step,
     # no layer tells samples apart, not even the first: a unit silent for one sample is silent for all
     ("collapsed_activation", "dead_relu"): lambda root, _: root.causes[:1] != () and root.causes[0].name == "constant weights or identical inputs",
     # dead units read from the rows of gradients: where gradients vanish, rows are 0 for that reason
