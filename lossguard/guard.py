@@ -6,7 +6,6 @@ Users call it once an iteration; it raises only ``TrainingHalted`` and errors ab
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from lossguard import actions, arguments, batches, exits, facts, place, report, resume, verdict, watching
 from lossguard.aftermath import Aftermath
 from lossguard.coverage import Coverage, survey
-from lossguard.device import gate as gates
 from lossguard.device.recorder import Recorder
 from lossguard.device.taps import Taps
 from lossguard.faults import Faults
@@ -34,6 +32,7 @@ from lossguard.rules import Rule
 from lossguard.rules.judge import Judge
 from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
+from lossguard.skipping import Skipping
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
@@ -95,7 +94,6 @@ class Guard:
         accumulate = None if accumulate is None else arguments.at_least(1, accumulate, "accumulate")
         if phases not in ("hooks", "explicit"):
             raise ValueError(f"unknown phases {phases!r}; expected 'hooks' or 'explicit'")
-        skipped = check_names(skip, "skip", gates.SKIPPABLE) if skip else frozenset()
         chosen = arguments.some_rules(rules)
         self._policy = actions.Policy.of(halt)
         self.model, self.steps, self.closed = model, 0, False
@@ -109,7 +107,7 @@ class Guard:
         self._aftermath = Aftermath(record or "", self.optimizers, scaler, arguments.batch_cap(keep_batch, record), lag)
         about = {"torch": torch.__version__, "model": type(model).__name__, "every": every}
         self._record: Record | None = None if record is None else self._faults.watch(Record, place.own_folder(record), about, part="the record")
-        self._gates = gates.armed(self.optimizers) if skipped else []
+        self._skipping = Skipping(skip, self.optimizers)
         self._recorder = Recorder(model, self.optimizers, scaler)
         self._history = History(loss_family=loss_family or "unknown", optimizers=len(self.optimizers))
         self._introduction = Introduction(self._history, self._recorder, declared=loss_family is not None)
@@ -120,9 +118,9 @@ class Guard:
         self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), *sinks]
         self._batches, self._explicit = 0, phases == "explicit"
         self._schedule = Schedule(self.every, self.dense, accumulate=accumulate, may_skip=scaler is not None and not self._explicit)
+        self._parts: dict[str, resume.Resumable] = {"history": self._history, "judge": self._judge}  # what a resumed run takes over
         self._overdue: actions.TrainingHalted | None = None
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
-        self._skipped: deque[int] = deque(maxlen=1024)  # sampled steps whose update was left out
         watching.take_over(model, self)
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
         settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity)
@@ -225,8 +223,7 @@ class Guard:
             if self._agreement is not None:
                 self._agreement.leave(wait=patience is None and sys.exc_info()[0] is None)
             self._taps.close()
-            for gate in self._gates:
-                gate.close()
+            self._skipping.close()
             if self._record:
                 self._faults.watch(facts.finish, self, self._policy, self._record)
             watching.release(self.model, self)
@@ -250,8 +247,7 @@ class Guard:
             return
         self._schedule.update_tried = self._explicit
         self._faults.watch(self._recorder.backward_done, unscaled=unscaled)
-        for gate in self._gates:
-            gate.judge()
+        self._skipping.judge()
 
     def before_update(self, index: int = 0) -> None:
         """Optimizer ``index`` is about to step on gradients as they are now, clipped or not. Its own hook says so too."""
@@ -270,7 +266,7 @@ class Guard:
     @property
     def findings(self) -> list[Finding]:
         """The events so far, oldest first; one an episode, with counts and consequences."""
-        return [self._with_gate(f) for f in self._judge.findings]
+        return [self._skipping.told(f) for f in self._judge.findings]
 
     @property
     def history(self) -> History:
@@ -304,20 +300,14 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to give the same alarms; tensors and plain types, safe to ``torch.save``."""
         self.settle()  # a checkpoint is written first
-        if not self._recorder.banks:
-            self._recorder.build()
-            self._introduction.update()
-        packed = {name: resume.pack(part.state_dict()) for name, part in (("history", self._history), ("judge", self._judge))}
-        return {"steps": self.steps, "batches": self._batches, **packed}
+        self._introduction.ensure()
+        return {"steps": self.steps, "batches": self._batches, **resume.states(self._parts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Raises ``ValueError`` for the state of another model."""
         self._check_open()
-        if not self._recorder.banks:
-            self._recorder.build()
-            self._introduction.update()
-        self._history.load_state_dict(resume.unpack(state["history"]))
-        self._judge.load_state_dict(resume.unpack(state["judge"]))
+        self._introduction.ensure()
+        resume.restore(self._parts, state)
         self.steps, self._batches = state["steps"], state["batches"]
         self._open_step()
 
@@ -337,7 +327,7 @@ class Guard:
         self._taps.next_step()
         self._quiet = 0
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
-            self._taps.listen(bool(self._gates) or self._recorder.expects_clearing)
+            self._taps.listen(bool(self._skipping) or self._recorder.expects_clearing)
             self._recorder.targets = None
             if not self._taps.listening:
                 self._quiet = self._schedule.next_due(self.steps) - self.steps - 1
@@ -347,16 +337,16 @@ class Guard:
             self._taps.rehook()
         self._recorder.begin(sampled, every_module=self._schedule.settling(self.steps))
         self._taps.watch_forward(sampled)
-        self._taps.listen(sampled or bool(self._gates) or self._recorder.expects_clearing)
+        self._taps.listen(sampled or bool(self._skipping) or self._recorder.expects_clearing)
 
     def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None) -> None:
-        gates.lay(self._gates, self._recorder.row)
+        self._skipping.lay(self._recorder.row)
         parts = self._faults.watch(self._recorder.finish, losses, logits)
         self._pulses.send()
         if parts is None:
             return
         facts = {**self._recorder.facts, "batch": self._batches - 1 if self._batches else now}
-        facts.update({name: 1.0 for name, there in (("scaler", self._scaler is not None), ("gated", bool(self._gates))) if there})
+        facts.update({name: 1.0 for name, there in (("scaler", self._scaler is not None), ("gated", bool(self._skipping))) if there})
         self._introduction.update()
         for k, (row, segments) in enumerate(parts):
             self._handover.send(now, row, ("row", now, segments, facts, k == len(parts) - 1))
@@ -372,10 +362,9 @@ class Guard:
                 self._quiet = 0
             if self._record:
                 self._faults.watch(news.write, self._record, self._history)
-            if news.sample is not None and "consecutive_skips" in news.sample.values and news.sample.values["consecutive_skips"][1].any():
-                self._skipped.append(news.sample.step)
+            self._skipping.arrived(news.sample)
             heard += self._judge.observe(self._history, new_sample=news.sample is not None)
-        heard = [self._with_gate(f) for f in heard]
+        heard = [self._skipping.told(f) for f in heard]
         for finding in heard:
             for sink in self._sinks:
                 self._faults.watch(sink, finding)
@@ -391,9 +380,6 @@ class Guard:
         if self._record:
             self._faults.watch(self._aftermath.leave, halt, self._history, self.steps)
         return halt
-
-    def _with_gate(self, finding: Finding) -> Finding:
-        return actions.spared(finding, gates.SKIPPABLE, self._skipped) if self._gates else finding
 
     def _check_open(self) -> None:
         if self.closed:

@@ -26,6 +26,12 @@ class Introduction:
         history.name_units([(s.name, s.kind, s.width) for s in recorder.forward.sites])
         history.heads = list(recorder.heads)
 
+    def ensure(self) -> None:
+        """Make sites known before the first sampled step, as for a state that is saved or loaded then."""
+        if not self._recorder.banks:
+            self._recorder.build()
+            self.update()
+
     def _name_parameters(self) -> None:
         history, roster, graph = self._history, self._recorder.roster, self._recorder.graph
         cancelled = graph.cancelled if graph else set()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,3 +35,25 @@ def unpack(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(unpack(v) for v in value)
     return value
+
+
+class Resumable(Protocol):
+    """A part of a guard whose state a checkpoint keeps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numpy arrays and plain types."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take over what :meth:`state_dict` gave."""
+
+
+def states(parts: Mapping[str, Resumable]) -> dict[str, Any]:
+    """Each part's state under its name, packed."""
+    return {name: pack(part.state_dict()) for name, part in parts.items()}
+
+
+def restore(parts: Mapping[str, Resumable], state: Mapping[str, Any]) -> None:
+    """The inverse of :func:`states`; a part that an older checkpoint lacks starts anew."""
+    for name, part in parts.items():
+        if name in state:
+            part.load_state_dict(unpack(state[name]))
