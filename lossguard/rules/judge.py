@@ -102,14 +102,25 @@ class Judge:
     _quiet: dict[str, int] = field(default_factory=dict)
     _open: dict[str, tuple[int, ...]] = field(default_factory=dict)  # diagnosis -> path into findings: (event,) or (event, consequence)
     _asked: dict[str, int] = field(default_factory=dict)  # the step at which a rule with a pace was asked last
-    _broken: set[str] = field(default_factory=set)
+    _turns: dict[str, list[tuple[Rule, int, int]]] = field(init=False)  # what brings news -> the rules it concerns, their grace and pace
+
+    def __post_init__(self) -> None:
+        self._turns = {"loss": [], "sample": [], "validation": []}
+        for rule in self.rules:
+            if rule.diagnosis not in self.mute:
+                news = "validation" if "validation" in rule.reads else "loss" if rule.reads == ("loss",) else "sample"
+                self._turns[news].append((rule, rule.grace, getattr(rule, "pace", 0)))
 
     def observe(self, history: History, *, new_sample: bool) -> list[Finding]:
         """Ask all rules that have news; return the events that people should hear of now (new or graver)."""
-        asked = [r for r in self.rules if self._due(r, history, new_sample)]
-        found = [f for f in (self._ask(r, history) for r in asked) if f is not None]
+        step = history.step
+        found = self._ask(self._turns["loss"], history, step)
+        if new_sample:
+            found += self._ask(self._turns["sample"], history, step)
+        if history.fresh_validations:  # once for each evaluation
+            found += self._ask(self._turns["validation"], history, step)
         history.mark_judged()
-        return self.admit(found)
+        return self.admit(found) if found else []
 
     def admit(self, found: Iterable[Finding]) -> list[Finding]:
         """Take findings (of rules or of checks) into the list of events; returns the new or graver events."""
@@ -130,39 +141,42 @@ class Judge:
         self._streaks, self._quiet, self._asked = dict(state["streaks"]), dict(state["quiet"]), dict(state.get("asked", {}))
         self._open = {k: tuple(v) for k, v in state["open"].items()}
 
-    def _due(self, rule: Rule, history: History, new_sample: bool) -> bool:
-        if rule.diagnosis in self._broken or rule.diagnosis in self.mute or history.step < rule.grace:
-            return False
-        if "validation" in rule.reads:  # once for each evaluation
-            return history.fresh_validations > 0
-        if not new_sample and rule.reads != ("loss",):
-            return False
-        pace = getattr(rule, "pace", 0)
-        if pace:
-            if history.step - self._asked.get(rule.diagnosis, -pace) < pace:
-                return False
-            self._asked[rule.diagnosis] = history.step
-        return True
+    def _ask(self, turns: Sequence[tuple[Rule, int, int]], history: History, step: int) -> list[Finding]:
+        """What these rules find, those whose time has come."""
+        found: list[Finding] = []
+        for rule, grace, pace in turns:
+            if step < grace:
+                continue
+            if pace:
+                if step - self._asked.get(rule.diagnosis, -pace) < pace:
+                    continue
+                self._asked[rule.diagnosis] = step
+            try:
+                finding = rule.check(history)
+            except Exception as error:  # a rule's own fault never kills a run: it is reported once and the rule rests
+                self._turns = {news: [turn for turn in those if turn[0] is not rule] for news, those in self._turns.items()}
+                if self.on_fault is None:
+                    raise
+                self.on_fault(rule.diagnosis, error)
+                continue
+            if finding is None:
+                self._calm_down(rule.diagnosis)
+            else:
+                name = rule.diagnosis
+                self._quiet[name] = 0
+                self._streaks[name] = self._streaks.get(name, 0) + 1
+                if self._streaks[name] >= rule.patience or finding.severity == Severity.HALT:
+                    found.append(finding)
+        return found
 
-    def _ask(self, rule: Rule, history: History) -> Finding | None:
-        try:
-            finding = rule.check(history)
-        except Exception as error:  # a rule's own fault never kills a run: it is reported once and the rule rests
-            self._broken.add(rule.diagnosis)
-            if self.on_fault is None:
-                raise
-            self.on_fault(rule.diagnosis, error)
-            return None
-        name = rule.diagnosis
-        if finding is None:
+    def _calm_down(self, name: str) -> None:
+        """A rule has found nothing: its streak ends, and after enough such answers its episode."""
+        if name in self._streaks:
             self._streaks[name] = 0
+        if name in self._open:
             self._quiet[name] = self._quiet.get(name, 0) + 1
             if self._quiet[name] >= self.calm:
-                self._open.pop(name, None)
-            return None
-        self._quiet[name] = 0
-        self._streaks[name] = self._streaks.get(name, 0) + 1
-        return finding if self._streaks[name] >= rule.patience or finding.severity == Severity.HALT else None
+                del self._open[name]
 
     def _admit(self, finding: Finding) -> bool:
         """Take one finding in; True if people should hear of its event."""
