@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Concatenate, ParamSpec, TypeVar, cast
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +34,25 @@ def once(reading: Callable[Concatenate[History, P], T]) -> Callable[Concatenate[
 
     @functools.wraps(reading)
     def remembered(history: History, *args: P.args, **kwargs: P.kwargs) -> T:
-        key = (reading.__name__, *args, *kwargs.items())
-        if key not in history.memo:
-            history.memo[key] = reading(history, *args, **kwargs)
-        return cast(T, history.memo[key])
+        key, memo = (reading, *args, *kwargs.items()), history.memo
+        if key not in memo:
+            memo[key] = reading(history, *args, **kwargs)
+        return memo[key]  # type: ignore[no-any-return]
 
     return remembered  # type: ignore[return-value]  # the same parameters, named
+
+
+def lastingly(reading: Callable[[History], T]) -> Callable[[History], T]:
+    """A reading that follows from the parameters and their first numbers alone is made again only when these change."""
+
+    @functools.wraps(reading)
+    def remembered(history: History) -> T:
+        held = history.lasting
+        if reading not in held:
+            held[reading] = reading(history)
+        return held[reading]  # type: ignore[no-any-return]
+
+    return remembered
 
 
 @once
@@ -119,7 +132,7 @@ def newest(history: History, signal: str, within: int) -> tuple[Array, Array]:
     return np.where(there, values[row, np.arange(values.shape[1])], np.nan), np.where(there, steps[row], np.nan)
 
 
-@once
+@lastingly
 def matrices(history: History) -> Mask:
     """Parameters on which ratio rules may run: matrices that an optimizer holds, neither zero-born nor cancelled by a norm."""
     sound = history.held
@@ -151,7 +164,6 @@ def informational(history: History) -> bool:
     return history.optimizers > 1 or history.loss_family in FAMILIES_WITHOUT_ORDER
 
 
-@once
 @once
 def fallen(history: History) -> float:
     """The typical newest loss over the typical first loss; NaN where the loss is not positive throughout or too short."""

@@ -192,3 +192,26 @@ def test_of_two_that_can_follow_from_each_other_what_was_measured_decides(first:
     judge.admit([pair(first, cause, "0", 20)])
     judge.admit([pair(second, "", where, 29)])
     assert [f.diagnosis for f in judge.findings] == [root] and len(judge.findings[0].consequences) == 1
+
+
+def test_a_slow_rule_rests_while_nothing_stirs() -> None:
+    """A slow rule that was quiet 20 times is asked at every other sample, and at each one again from its first finding on."""
+    rule = scripted("dead_relu", dict.fromkeys(range(61, 65), W), patience=2, reads=("dead_fraction",))
+    type(rule).slow = True
+    assert ("warning dead_relu") in [what for _, what in play(Judge([rule]), 80)]
+    assert rule.asked[:20] == list(range(20)) and len([s for s in rule.asked if 20 <= s < 60]) == 20
+    stirred = next(s for s in rule.asked if s > 60)
+    assert [s for s in rule.asked if s >= stirred][:10] == list(range(stirred, stirred + 10))
+
+
+def test_a_rest_is_resumed() -> None:
+    """A resumed judge asks a resting rule at the steps of an uninterrupted one."""
+    rules = [scripted("dead_relu", {}, reads=("dead_fraction",)) for _ in range(2)]
+    for rule in rules:
+        type(rule).slow = True
+    whole, first, second = Judge([rules[0]]), Judge([rules[1]]), Judge([rules[1]])
+    play(whole, 60)
+    play(first, 31)
+    second.load_state_dict(first.state_dict())
+    play(second, 29, start=31)
+    assert rules[0].asked == rules[1].asked

@@ -33,6 +33,8 @@ class Columns:
         self._seen: Mask = np.zeros((2 * capacity, 0), dtype=np.bool_)
         self._born: Array = np.full(0, np.nan)
         self._unborn = 0  # columns without a finite number so far
+        self.sound = True  # whether all measured numbers of the newest row are finite
+        self.births = 0  # how often ``born`` has changed
         self._rank: dict[str, int] = {}  # signal -> its place among those in use, from left to right
         self._starts: Sites = np.empty(0, dtype=np.intp)  # the first column of each of them
         self._low: Array = np.empty((2 * capacity, 0))  # of each row and signal the least number,
@@ -47,10 +49,12 @@ class Columns:
         self._fresh.fill(np.nan)
         there = self._there
         there.fill(False)
+        self.sound = True
         if columns.size:
             numbers = np.concatenate([numbers for _, numbers in values.values()])
             self._fresh[columns] = numbers
             there[columns] = True
+            self.sound = bool(np.isfinite(numbers).all())
             self._bear(numbers, columns)
         for at in (row, row + self.capacity):
             self._numbers[at] = self._fresh
@@ -94,13 +98,14 @@ class Columns:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and arrays."""
-        return {"places": dict(self.places), "numbers": self._numbers, "seen": self._seen, "born": self._born}
+        return {"places": dict(self.places), "numbers": self._numbers, "seen": self._seen, "born": self._born, "sound": self.sound}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.places = {name: (first, width) for name, (first, width) in state["places"].items()}
         self._numbers, self._seen, self._born = state["numbers"], state["seen"], state["born"]
         self.capacity = len(self._numbers) // 2
+        self.sound = bool(state.get("sound", False))  # unknown is looked at
         self._widened()
 
     def _columns(self, values: Mapping[str, tuple[Sites, npt.NDArray[Any]]], widths: Mapping[str, int]) -> Sites:
@@ -123,11 +128,15 @@ class Columns:
         if not self._unborn:
             return
         new = np.isnan(self._born[columns]) & np.isfinite(numbers)
+        if not new.any():
+            return
         self._born[columns[new]] = numbers[new]
         self._unborn = int(np.isnan(self._born).sum())
+        self.births += 1
 
     def _widened(self) -> None:
         """The matrix has other columns than before."""
+        self.births += 1
         self._known.clear()
         width = self._numbers.shape[1]
         self._fresh, self._there = np.empty(width), np.empty(width, dtype=np.bool_)

@@ -7,7 +7,6 @@ was not observed in that sample and reads as NaN where ``seen`` is False; a NaN 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,56 +15,14 @@ import numpy.typing as npt
 from lossguard.host.columns import Array, Columns, Mask
 from lossguard.host.derived import derive
 from lossguard.host.evaluations import Evaluations
+from lossguard.host.sample import PER_PARAMETER, Param, Sample, Unit
 
 __all__ = ["PER_PARAMETER", "ZERO_BORN_RMS", "Array", "History", "Mask", "Param", "Sample", "Unit"]
-
-# Signals with one site per parameter: their arrays are always as wide as ``History.params``.
-PER_PARAMETER = ("grad_norm", "grad_rms", "weight_norm", "update_norm", "update_ratio", "net_update")
 
 FIRST = 50  # losses of the run's beginning that are never forgotten
 
 # A tensor born with a root mean square below this is zero-born (zero-gamma, LoRA B, zero heads and biases): detectors measure it as a role.
 ZERO_BORN_RMS = 1e-3
-
-
-@dataclass(frozen=True)
-class Param:
-    """What the rules may know of one parameter tensor, decided on the host.
-
-    kind: ``matrix`` (at least 2 dimensions and 64 elements), ``vector``, ``norm`` (gain or bias of a normalisation) or
-    ``embedding``. cancelled: a bias whose only consumer is a batch-norm, so that its true gradient is zero.
-    """
-
-    name: str
-    numel: int
-    kind: str = "matrix"
-    optimizer: int = 0  # which optimizer holds it; -1: none
-    dtype: str = "float32"
-    cancelled: bool = False
-    module: str = ""  # the name of the owning module's class, such as "Linear"
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One place where a forward value was measured: a module call, in execution order."""
-
-    name: str
-    kind: str  # the module's class name, such as "ReLU"; "gradient rows" where dead units are read from gradients
-    width: int = 0  # how many units (channels, features) it has; 0: unknown
-
-
-@dataclass
-class Sample:
-    """One recorded step, as it leaves the hand-over.
-
-    values: signal name -> (site indices, numbers). facts: host-known things of the same step: ``lr`` (largest learning
-    rate), ``stepped`` (1.0 if an optimizer stepped), ``batch`` (index), ``no_gradient`` (indices of parameters whose
-    gradient is None), ``not_cleared`` (share of gradients that were not cleared since the last update), ...
-    """
-
-    step: int
-    values: dict[str, tuple[npt.NDArray[np.intp], npt.NDArray[Any]]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class History:
@@ -90,6 +47,8 @@ class History:
         optimizers: int = 1,
     ) -> None:
         self.memo: dict[Any, Any] = {}  # readings derived from the present state, shared by rules; emptied by every arrival
+        self.lasting: dict[Any, Any] = {}  # those derived from parameters and first numbers alone; emptied when these change
+        self._births = 0
         self.params = params
         self.units: list[Unit] = []  # module calls in execution order; grows as they are first seen
         self.heads: list[str] = []  # softmaxes observed; the one at the loss is called "loss"
@@ -132,6 +91,9 @@ class History:
         self.memo.clear()
         self._steps[row] = self._steps[row + self._capacity] = sample.step
         self._signals.put(row, derive(sample.values, self._roots), dict.fromkeys(PER_PARAMETER, len(self.params)))
+        if self._births != self._signals.births:
+            self._births = self._signals.births
+            self.lasting.clear()
         self._note(row, sample.facts)
         self._facts.append(sample.facts)
         del self._facts[: max(0, len(self._facts) - self._capacity)]
@@ -170,6 +132,11 @@ class History:
     def seen(self, signal: str, n: int | None = None) -> Mask:
         """Where :meth:`last` holds measured numbers."""
         return self._signals.seen(signal, self._rows(n))
+
+    @property
+    def sound(self) -> bool:
+        """Whether every measured number of the newest sample is finite: the first look of exact tests."""
+        return self._signals.sound
 
     def extremes(self, signal: str, n: int) -> tuple[float, float]:
         """The least and the greatest measured number of the last n samples of a signal; (inf, -inf) if there is none."""
@@ -267,6 +234,7 @@ class History:
     def params(self, params: Sequence[Param]) -> None:
         self._params = tuple(params)
         self.memo.clear()
+        self.lasting.clear()
         self.numels = np.array([max(p.numel, 1) for p in params], dtype=np.float64)  # elements of each, at least 1
         self._roots = np.sqrt(self.numels)
         self.held = np.array([p.optimizer >= 0 and not p.cancelled for p in params], dtype=np.bool_)  # by an optimizer, with a gradient of their own
@@ -319,13 +287,20 @@ class History:
             elif key != "params":
                 setattr(self, key, value)
         self.memo.clear()
+        self.lasting.clear()
 
     # ---- inside
 
     def _rows(self, n: int | None) -> slice:
-        n = self.samples if n is None else max(0, min(n, self.samples))
-        end = self._count % self._capacity
-        end += self._capacity if end < n or (end == 0 and n) else 0
+        count, capacity = self._count, self._capacity
+        held = count if count < capacity else capacity
+        if n is None or n > held:
+            n = held
+        elif n < 0:
+            n = 0
+        end = count % capacity
+        if end < n or (end == 0 and n):
+            end += capacity
         return slice(end - n, end)
 
     def _loss_slice(self, n: int | None) -> slice:

@@ -41,6 +41,7 @@ class DeadRelu:
 
     diagnosis: ClassVar[str] = "dead_relu"
     reads: ClassVar[tuple[str, ...]] = ("dead_fraction",)
+    slow: ClassVar[bool] = True
     share: float = 0.5  # share of units, warns; detectors A
     grave: float = 0.9  # share of units, error; detectors A
     few: int = 8  # units; a narrower layer must be dead altogether; detectors A
@@ -132,6 +133,7 @@ class SaturatedActivation:
 
     diagnosis: ClassVar[str] = "saturated_activation"
     reads: ClassVar[tuple[str, ...]] = ("saturated_fraction",)
+    slow: ClassVar[bool] = True
     share: float = 0.5  # share of units whose normalised derivative is below 0.02 on more than 95 % of positions; detectors A
     span: int = 20  # steps (detectors A: 100 batches; a share over a whole batch is steady, and short runs must hear it)
     least: int = 3  # samples in the span
@@ -191,6 +193,7 @@ class CollapsedActivation:
 
     diagnosis: ClassVar[str] = "collapsed_activation"
     reads: ClassVar[tuple[str, ...]] = ("sample_variance",)
+    slow: ClassVar[bool] = True
     variance: float = 1e-6  # of the second moment, error; detectors A
     mild: float = 1e-5  # of the second moment, warning; detectors A
     mild_after: int = 100  # steps; detectors A

@@ -34,6 +34,7 @@ class AttentionLogitGrowth:
 
     diagnosis: ClassVar[str] = "attention_logit_growth"
     reads: ClassVar[tuple[str, ...]] = ("attention_logit", "logit_peak")
+    slow: ClassVar[bool] = True
     level: float = 50.0  # |q.k| / sqrt(d), warns; detectors A, healthy <= 9
     grave: float = 100.0  # |q.k| / sqrt(d), error; detectors A
     certain: float = 1e3  # |q.k| / sqrt(d) that counts though the loss was halved; detectors (the loss worsens near 1e3, beyond 1e4 all diverged)

@@ -32,6 +32,7 @@ class MissingZeroGrad:
 
     diagnosis: ClassVar[str] = "missing_zero_grad"
     reads: ClassVar[tuple[str, ...]] = ("grad_norm",)
+    slow: ClassVar[bool] = True
     share: float = 0.5  # share of gradients not cleared; detectors A
     times: int = 3  # consecutive looks; detectors A
     grace: int = 0  # steps; exact test
@@ -70,6 +71,7 @@ class ClippingDominates:
 
     diagnosis: ClassVar[str] = "clipping_dominates"
     reads: ClassVar[tuple[str, ...]] = ("clip_coefficient",)
+    slow: ClassVar[bool] = True
     share: float = 0.9  # share of clipped samples; detectors A
     excess: float = 2.0  # median G/c; detectors A
     strong: float = 10.0  # median G/c that is heard early; detectors A (there at a share of 0.5 over 200 steps)

@@ -248,6 +248,7 @@ class NegativeLoss:
 
     diagnosis: ClassVar[str] = "negative_loss"
     reads: ClassVar[tuple[str, ...]] = ("loss",)
+    slow: ClassVar[bool] = True
     rounding: float = 1e-6  # of max(1, |median of the losses|); detectors A
     families: tuple[str, ...] = ("cross_entropy", "binary", "mse", "l1", "huber", "ctc", "kl")  # losses that are never negative; detectors A
     mirrored: int = 10  # samples in which loss and log-likelihood are compared; our own choice

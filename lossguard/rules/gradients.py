@@ -58,15 +58,16 @@ class ExplodingGradient:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
-        if reach(history, "grad_total", self.window)[1] <= self.times * reach(history, "grad_total", history.samples)[0]:
+        born, highest = history.born("grad_total"), reach(history, "grad_total", self.window)[1]
+        lowest = reach(history, "grad_total", history.samples)[0]
+        if not born.size or highest <= born[0] or highest <= self.times * lowest:
             return None
-        total = history.last("grad_total")[:, 0] if history.last("grad_total").size else np.empty(0)
-        steps = history.steps()[np.isfinite(total)]
-        total = total[np.isfinite(total)]
-        born = history.born("grad_total")
-        if total.size < self.short + 2 or not born.size:
+        total = history.last("grad_total")[:, 0]
+        finite = np.isfinite(total)
+        steps, total = history.steps()[finite], total[finite]
+        if total.size < self.short + 2:
             return None
-        twice = self._twice(total, float(born[0]))
+        twice = self._twice(total, float(born[0])) if highest > self.catastrophe * lowest else None
         if twice is not None:
             at, past = twice
             return self._finding(history, int(steps[at]), float(total[at]), past, self.catastrophe, Severity.ERROR)
@@ -128,6 +129,7 @@ class VanishingGradient:
 
     diagnosis: ClassVar[str] = "vanishing_gradient"
     reads: ClassVar[tuple[str, ...]] = ("grad_norm",)
+    slow: ClassVar[bool] = True
     share: float = 1e-5  # rms of a matrix's gradient over the largest; detectors A
     epsilons: float = 10.0  # rms of a gradient over Adam's epsilon; detectors A (adam_epsilon_floor)
     most: float = 0.5  # share of matrices below Adam's epsilon; detectors A

@@ -85,7 +85,8 @@ class Judge:
     """Asks rules and keeps the events.
 
     horizon: how many steps after a root's last sign a symptom still counts as its consequence. calm: how many quiet
-    answers end an episode, after which the same rule may report anew. halts: which findings end the run; such a one is
+    answers end an episode, after which the same rule may report anew. rest: how seldom a rule with a ``slow`` law is asked
+    while nothing stirs; the first answer that is not quiet ends its rest. halts: which findings end the run; such a one is
     hidden below a root only if the root ends the run itself. on_fault: called with a rule's own exception, after which
     that rule is asked no more.
     """
@@ -95,6 +96,7 @@ class Judge:
     horizon: int = 200  # steps; healthy cascades of detectors' faulty runs unfold within this
     echo: int = 30  # steps before a root was seen in which what follows from it may have been seen; three samples at the default interval
     calm: int = 20  # quiet answers
+    rest: int = 2  # a slow rule that has been quiet for ``calm`` answers is asked at every so many samples
     halts: Callable[[Finding], bool] = lambda finding: finding.severity == Severity.HALT
     on_fault: Callable[[str, Exception], None] | None = None
     findings: list[Finding] = field(default_factory=list)
@@ -102,20 +104,23 @@ class Judge:
     _quiet: dict[str, int] = field(default_factory=dict)
     _open: dict[str, tuple[int, ...]] = field(default_factory=dict)  # diagnosis -> path into findings: (event,) or (event, consequence)
     _asked: dict[str, int] = field(default_factory=dict)  # the step at which a rule with a pace was asked last
-    _turns: dict[str, list[tuple[Rule, int, int]]] = field(init=False)  # what brings news -> the rules it concerns, their grace and pace
+    _turns: dict[str, list[tuple[Rule, int, int, bool]]] = field(init=False)  # what brings news -> rules, their grace, pace, whether slow
+    _calm: dict[str, int] = field(default_factory=dict)  # a slow rule's quiet answers since it last found something
+    _samples: int = 0
 
     def __post_init__(self) -> None:
         self._turns = {"loss": [], "sample": [], "validation": []}
         for rule in self.rules:
             if rule.diagnosis not in self.mute:
                 news = "validation" if "validation" in rule.reads else "loss" if rule.reads == ("loss",) else "sample"
-                self._turns[news].append((rule, rule.grace, getattr(rule, "pace", 0)))
+                self._turns[news].append((rule, rule.grace, getattr(rule, "pace", 0), getattr(rule, "slow", False)))
 
     def observe(self, history: History, *, new_sample: bool) -> list[Finding]:
         """Ask all rules that have news; return the events that people should hear of now (new or graver)."""
         step = history.step
         found = self._ask(self._turns["loss"], history, step)
         if new_sample:
+            self._samples += 1
             found += self._ask(self._turns["sample"], history, step)
         if history.fresh_validations:  # once for each evaluation
             found += self._ask(self._turns["validation"], history, step)
@@ -133,19 +138,21 @@ class Judge:
 
     def state_dict(self) -> dict[str, Any]:
         """Events and streaks, as plain types."""
-        return {"findings": [f.to_dict() for f in self.findings], "streaks": self._streaks, "quiet": self._quiet, "open": self._open, "asked": self._asked}
+        return {"findings": [f.to_dict() for f in self.findings], "streaks": self._streaks, "quiet": self._quiet, "open": self._open, "asked": self._asked,
+                "calm": self._calm, "samples": self._samples}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.findings = [Finding.from_dict(f) for f in state["findings"]]
         self._streaks, self._quiet, self._asked = dict(state["streaks"]), dict(state["quiet"]), dict(state.get("asked", {}))
+        self._calm, self._samples = dict(state.get("calm", {})), int(state.get("samples", 0))
         self._open = {k: tuple(v) for k, v in state["open"].items()}
 
-    def _ask(self, turns: Sequence[tuple[Rule, int, int]], history: History, step: int) -> list[Finding]:
+    def _ask(self, turns: Sequence[tuple[Rule, int, int, bool]], history: History, step: int) -> list[Finding]:
         """What these rules find, those whose time has come."""
         found: list[Finding] = []
-        for rule, grace, pace in turns:
-            if step < grace:
+        for at, (rule, grace, pace, slow) in enumerate(turns):
+            if step < grace or (slow and (self._samples + at) % self.rest and self._calm.get(rule.diagnosis, 0) >= self.calm):
                 continue
             if pace:
                 if step - self._asked.get(rule.diagnosis, -pace) < pace:
@@ -160,17 +167,19 @@ class Judge:
                 self.on_fault(rule.diagnosis, error)
                 continue
             if finding is None:
-                self._calm_down(rule.diagnosis)
+                self._calm_down(rule.diagnosis, slow)
             else:
                 name = rule.diagnosis
-                self._quiet[name] = 0
+                self._quiet[name] = self._calm[name] = 0
                 self._streaks[name] = self._streaks.get(name, 0) + 1
                 if self._streaks[name] >= rule.patience or finding.severity == Severity.HALT:
                     found.append(finding)
         return found
 
-    def _calm_down(self, name: str) -> None:
+    def _calm_down(self, name: str, slow: bool) -> None:
         """A rule has found nothing: its streak ends, and after enough such answers its episode."""
+        if slow:
+            self._calm[name] = self._calm.get(name, 0) + 1
         if name in self._streaks:
             self._streaks[name] = 0
         if name in self._open:

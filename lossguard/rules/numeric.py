@@ -90,9 +90,11 @@ class NonfiniteInput:
     def _first(self, history: History) -> int | None:
         """The first bad step among what has not been judged yet."""
         fresh = history.fresh_losses
-        bad = history.loss_steps(fresh)[history.inputs(fresh) == 0]
-        if bad.size:
-            return int(bad[0])
+        unfit = history.inputs(fresh) == 0
+        if unfit.any():
+            return int(history.loss_steps(fresh)[unfit][0])
+        if history.sound:
+            return None
         since = history.loss_steps(max(1, fresh))[:1]
         recent = history.samples and (not since.size or history.steps(1)[0] >= since[0])
         return int(history.steps(1)[0]) if recent and _sick(history, "input_rms").any() else None
@@ -122,6 +124,8 @@ class NonfiniteActivation:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
+        if history.sound:
+            return None
         units, heads = _sick(history, "activation_rms"), _sick(history, "logit_peak")
         if not units.any() and not heads.any():
             return None
@@ -180,6 +184,8 @@ class NonfiniteGradient:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
+        if history.sound:
+            return None
         sick = _sick(history, "grad_norm")
         if not sick.any():
             return None
@@ -216,6 +222,8 @@ class NonfiniteWeight:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
+        if history.sound:
+            return None
         weights, updates = _sick(history, "weight_norm"), _sick(history, "update_norm")
         if not weights.any() and not updates.any():
             return None
@@ -253,10 +261,11 @@ class NonfiniteLoss:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         fresh = history.fresh_losses
-        losses, steps = history.losses(fresh), history.loss_steps(fresh)
-        bad = np.flatnonzero(~np.isfinite(losses))
-        if not bad.size:
+        losses = history.losses(fresh)
+        fine = np.isfinite(losses)
+        if fine.all():
             return None
+        bad, steps = np.flatnonzero(~fine), history.loss_steps(fresh)
         step, value = int(steps[bad[0]]), float(losses[bad[0]])
         term = self._term(history, step)
         causes, remedies = nonfinite_advice(history, self._since(history, step))

@@ -16,7 +16,8 @@ from lossguard.host.history import History
 class Rule(Protocol):
     """The protocol. ``reads`` names the signals it needs: with ``("loss",)`` alone it is asked at every hand-over,
     otherwise once for every new sample. A rule whose law spans many steps may have a ``pace``: it is asked at most once
-    in so many steps.
+    in so many steps. A rule is ``slow`` if its law spans so many samples that one more or less decides nothing: while nothing stirs
+    it is asked at every other sample.
 
     >>> from lossguard.rules.curves import LossSpike
     >>> isinstance(LossSpike(sigmas=10.0), Rule), LossSpike.diagnosis

@@ -33,6 +33,7 @@ class SaturatedSoftmax:
 
     diagnosis: ClassVar[str] = "saturated_softmax"
     reads: ClassVar[tuple[str, ...]] = ("logit_peak", "confident_wrong", "label_nll", "log_normalizer")
+    slow: ClassVar[bool] = True
     wrong: float = 0.2  # share of rows with p_max > 0.99 and another label; detectors A
     nll: float = 87.0  # mean negative log likelihood of the labels; the float32 floor is 87.3365; detectors A
     peak: float = 1e3  # magnitude of a logit; detectors A, faulty from 5e3

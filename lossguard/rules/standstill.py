@@ -50,6 +50,7 @@ class LossPlateau:
         "sample_variance",
         "logit_peak",
     )
+    slow: ClassVar[bool] = True
     fall: float = 0.02  # of the mean of the first losses; detectors A
     errors: float = 4.0  # standard errors of the difference of the means; detectors A
     first: int = 20  # losses of the beginning; detectors A
@@ -68,6 +69,8 @@ class LossPlateau:
         if first.size < self.first // 2 or history.step < self.after or losses.size < self.newest:
             return None
         start, now = float(first.mean()), losses[-max(self.newest, losses.size // 4) :]
+        if float(now.mean()) < start - self.fall * abs(start):
+            return None  # below any limit
         error = float(np.hypot(first.std() / np.sqrt(first.size), now.std() / np.sqrt(now.size)))
         limit = start - min(self.fall * abs(start), self.errors * error)
         if not float(now.mean()) >= limit or self._ever_fell(losses, start, error) or converged(history):
@@ -171,6 +174,7 @@ class ConstantLoss:
 
     diagnosis: ClassVar[str] = "constant_loss"
     reads: ClassVar[tuple[str, ...]] = ("loss",)
+    slow: ClassVar[bool] = True
     range: float = 1e-6  # of |mean|; detectors A
     window: int = 20  # losses; detectors A
     near: float = 0.01  # of the value: the losses before the standstill lie within it if the run settled; our own choice

@@ -37,6 +37,7 @@ class UnchangedWeights:
 
     diagnosis: ClassVar[str] = "unchanged_weights"
     reads: ClassVar[tuple[str, ...]] = ("update_norm", "weight_norm", "grad_norm", "net_update", "void_update", "outside_update")
+    slow: ClassVar[bool] = True
     span: int = 20  # applied steps; detectors A
     least: int = 4  # samples in the span; the weight norms between them are compared as well
     idle: int = 3  # samples in a row without a step after steps were the rule; our own choice, each waited for one
@@ -107,6 +108,8 @@ class UnchangedWeights:
     def _stopped(self, history: History) -> Finding | None:
         """Optimizers stepped, and step no more though backward goes on: for longer than ever before no weight has moved."""
         stepped, steps = history.fact("stepped"), history.steps()
+        if stepped[-1] == 1.0:
+            return None
         ran = np.flatnonzero(stepped == 1.0)
         idle = stepped.size - 1 - int(ran[-1]) if ran.size else 0
         if ran.size < self.idle or idle < self.idle or np.isnan(stepped).any() or self._moved(history, idle).any() or converged(history):

@@ -154,6 +154,7 @@ class UpdateRatioLow:
 
     diagnosis: ClassVar[str] = "update_ratio_low"
     reads: ClassVar[tuple[str, ...]] = ("update_norm", "weight_norm")
+    slow: ClassVar[bool] = True
     ratio: float = 1e-6  # median of u; detectors A
     span: int = 20  # steps; detectors A
     least: int = 3  # samples in the span; a median over matrices is steady
@@ -164,9 +165,11 @@ class UpdateRatioLow:
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
-        n, able = stretch(history, self.span, self.least), matrices(history)
-        u = history.last("update_ratio", n) if n else np.empty((0, 0))
-        if not u.size or not able.any() or history.schedule_tail or converged(history):
+        n = stretch(history, self.span, self.least)
+        if not n or not (reach(history, "update_ratio", n)[0] < self.ratio or reach(history, "rounded_away", n)[1] > 1.0 - self.moved):
+            return None
+        u, able = history.last("update_ratio", n), matrices(history)
+        if not able.any() or history.schedule_tail or converged(history):
             return None
         lr = history.fact("lr", n)
         if np.isfinite(lr).all() and lr[-1] > lr[0] * (1 + 1e-6):
