@@ -1,19 +1,23 @@
-"""What the guard costs: guarded against bare training, side by side in one process.
+"""What the guard costs: guarded against bare training, and against what people use today, side by side in one process.
 
     python benchmarks/overhead.py                                  # the four jobs on one CPU thread, some minutes
     python benchmarks/overhead.py --quick                          # mlp and deep, few rounds: under a minute
-    python benchmarks/overhead.py --device cuda --every 1 --jobs mlp,gpt --markdown cost.md
+    python benchmarks/overhead.py --every 1 --peers                # every contestant; --watch lossguard,floor for some
+    python benchmarks/overhead.py --device cuda --jobs gpt2,gpt2-compiled,resnet50,billion
+    python benchmarks/overhead.py --readme                         # writes its tables into benchmarks/README.md
 
 Run it from the repository root with lossguard installed, or with PYTHONPATH=. before the command. The exit code is 1
 where a guarded step read the device.
 
-Method. Three copies of a job, from one seed and on the same batches: bare, guarded, and bare again, whose ratio is the
-noise of this machine. After a warm-up past the guard's denser early phase they run in alternating short blocks, each
-with the same share of sampled steps, so that drift hits all. A ratio is taken within a round; the table gives the
+Method. Copies of a job, from one seed and on the same batches: bare, one for each contestant, and bare again, whose ratio
+is the noise of this machine. After a warm-up past the guard's denser early phase they run in alternating short blocks,
+each with the same share of sampled steps, so that drift hits all. A ratio is taken within a round; the table gives the
 median over rounds with quartiles and extremes. In a pass of its own, not timed, aten operations are counted (views and
 bare allocations apart; a foreach call is one) on one whole cycle of steps: `plain` is its median step, `sampled` its
-costliest. Host reads: those that pass the dispatcher, guarded minus bare (Adam reads its own host-side step counter);
-on cuda also the steps in which `torch.cuda.set_sync_debug_mode` complains.
+costliest. Host reads: those that pass the dispatcher, watched minus bare (Adam reads its own host-side step counter);
+on cuda also the steps in which `torch.cuda.set_sync_debug_mode` complains. `least` is the time in which what must be read
+(each gradient once, each watched weight before and after the update) could be copied at the bandwidth measured in the
+same run.
 
 `deep` is ill by nature: in a plain stack of 200 layers all samples look alike to the last ones, whose units are then
 on or off for all of them. A finding there is right.
@@ -25,173 +29,68 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from contestants import NAMES, Contestant, Guarded
+from jobs import BATCHES, JOBS, LARGE, Job, build
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lossguard import Guard
-
 WARM_UP = 60  # steps before anything is measured: the guard looks more often in the first 50
-BATCHES = 32  # distinct batches of a job, made before the clock runs
-CLASSES = 10
-VOCABULARY, CONTEXT = 2000, 128
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim", "repeat_interleave.Tensor")
-
-Batch = tuple[Tensor, Tensor]
-
-
-@dataclass
-class Job:
-    """One training job: what it trains, with what, on what."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    batches: list[Batch]
+README = Path(__file__).parent / "README.md"
 
 
 @dataclass
 class Runner:
-    """A job being trained, with or without a guard."""
+    """A job being trained, watched or not."""
 
     job: Job
-    guard: Guard | None = None
+    watch: Contestant | None = None
     done: int = 0
 
     def step(self) -> None:
         x, y = self.job.batches[self.done % BATCHES]
         self.done += 1
-        if self.guard is not None:
-            self.guard.batch(x, y)
-        loss = F.cross_entropy(self.job.model(x).flatten(0, -2), y.flatten())
+        watch = self.watch
+        if watch is not None:
+            watch.shown(x, y)
+        loss = self.job.loss(x, y)
         loss.backward()
+        if watch is not None:
+            watch.differentiated()
         self.job.optimizer.step()
         self.job.optimizer.zero_grad()
-        if self.guard is not None:
-            self.guard.step(loss)
-
-
-def stack(depth: int, width: int) -> nn.Module:
-    """`depth` linear layers with ReLU between them, He initialisation: healthy at 200 layers too."""
-    layers: list[nn.Module] = []
-    for i in range(depth):
-        linear = nn.Linear(64 if i == 0 else width, CLASSES if i == depth - 1 else width)
-        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-class Residual(nn.Module):
-    def __init__(self, fan_in: int, width: int) -> None:
-        super().__init__()
-        self.stride, self.more = width // fan_in, width - fan_in
-        self.conv1 = nn.Conv2d(fan_in, width, 3, self.stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-        self.act1, self.act2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Any:
-        short = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
-        return self.act2(short + self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x))))))
-
-
-def resnet() -> nn.Module:
-    """13 convolutions with batch-norm: a stem and three stages of two residual blocks."""
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
-    blocks = [Residual(a, b) for a, b in ((16, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64))]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Any:
-        n, t, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, d))
-        return x + self.mlp(self.norm2(x))
-
-
-class Gpt(nn.Module):
-    def __init__(self, layers: int, dim: int, heads: int) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(VOCABULARY, dim), nn.Parameter(0.02 * torch.randn(CONTEXT, dim))
-        nn.init.normal_(self.tokens.weight, std=0.02)
-        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, VOCABULARY, bias=False)
-
-    def forward(self, tokens: Tensor) -> Any:
-        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.places)))
-
-
-def labelled(shape: tuple[int, ...], n: int) -> list[Batch]:
-    """Noisy copies of ten prototypes in [0, 1], as the images of digits are."""
-    prototypes = torch.rand(CLASSES, *shape)
-    targets = [torch.randint(CLASSES, (n,)) for _ in range(BATCHES)]
-    return [((prototypes[y] + 0.3 * torch.randn(n, *shape)).clamp(0, 1), y) for y in targets]
-
-
-def sequences(n: int) -> list[Batch]:
-    """Sequences that count upward in a stride of their own."""
-    made = []
-    for _ in range(BATCHES):
-        start, stride = torch.randint(VOCABULARY, (n, 1)), torch.randint(1, 8, (n, 1))
-        tokens = (start + stride * torch.arange(CONTEXT + 1)) % VOCABULARY
-        made.append((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
-    return made
-
-
-def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=lr, foreach=True)
-
-
-def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, foreach=True)
-
-
-Recipe = tuple[Callable[[], nn.Module], Callable[[], list[Batch]], Callable[[nn.Module, float], torch.optim.Optimizer], float]
-JOBS: dict[str, Recipe] = {
-    "mlp": (lambda: stack(30, 64), lambda: labelled((64,), 64), adam, 1e-4),
-    "deep": (lambda: stack(200, 32), lambda: labelled((64,), 64), adam, 1e-4),
-    "conv": (resnet, lambda: labelled((3, 32, 32), 16), sgd, 0.02),
-    "gpt": (lambda: Gpt(6, 256, 8), lambda: sequences(2), adam, 3e-4),
-}
-
-
-def build(name: str, device: str) -> Job:
-    """A fresh copy of a job: the same weights and batches at every call."""
-    make_model, make_batches, make_optimizer, lr = JOBS[name]
-    torch.manual_seed(0)
-    model = make_model().to(device)
-    batches = [(x.to(device), y.to(device)) for x, y in make_batches()]
-    return Job(model, make_optimizer(model, lr), batches)
+        if watch is not None:
+            watch.stepped(loss)
 
 
 @dataclass
 class Cost:
-    """The measurements of one job."""
+    """The measurements of one contestant on one job."""
 
     job: str
+    name: str
+    signals: str
     bare_ms: float = 0.0
-    ratios: list[float] = field(default_factory=list)  # guarded over bare, one a round
+    ratios: list[float] = field(default_factory=list)  # watched over bare, one a round
     noise: list[float] = field(default_factory=list)  # bare over bare
     bare_ops: int = 0
     added_ops: list[int] = field(default_factory=list)  # one cycle of steps
     reads: int = 0
     memory: int | None = None
+    peak: int | None = None  # bytes on the device at most, beyond the bare job's
+    least_us: float = 0.0
     said: list[str] = field(default_factory=list)  # diagnoses
+
+    @property
+    def added_us(self) -> float:
+        return 1e3 * self.bare_ms * (median(self.ratios) - 1)
 
 
 class Counting(TorchDispatchMode):
@@ -216,52 +115,90 @@ def count(runner: Runner) -> Counting:
 
 
 def block(runner: Runner, steps: int, device: str) -> float:
-    """Seconds a step."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """Seconds a step; on cuda as the device's own clock has it."""
+    if device != "cuda":
+        start = time.perf_counter()
+        for _ in range(steps):
+            runner.step()
+        return (time.perf_counter() - start) / steps
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    first.record()
     for _ in range(steps):
         runner.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3 / steps
 
 
-def measure(name: str, device: str, every: int, rounds: int) -> Cost:
-    cost = Cost(name)
-    guarded_job = build(name, device)
-    with Guard(guarded_job.model, guarded_job.optimizer, every=every) as guard:
-        bare, guarded, again = Runner(build(name, device)), Runner(guarded_job, guard), Runner(build(name, device))
-        for runner in (bare, guarded, again):
+def measure(name: str, device: str, every: int, rounds: int, watches: Iterable[str] = ("lossguard",)) -> list[Cost]:
+    bare, again = Runner(build(name, device)), Runner(build(name, device))
+    runners, costs = [bare], []
+    for watch in watches:
+        job = build(name, device)
+        try:
+            runners.append(Runner(job, NAMES[watch](job, every)))
+        except ImportError as error:
+            print(f"{watch} is left out: {error}", file=sys.stderr)
+            continue
+        costs.append(Cost(name, watch, NAMES[watch].signals))
+    runners.append(again)
+    try:
+        for runner in runners:
             block(runner, WARM_UP, device)
-        time_rounds(cost, [bare, guarded, again], device, every, rounds)
-        count_cycle(cost, bare, guarded, every)
-        if device == "cuda":
-            cost.reads += prove(guarded, every)
-        memory = getattr(guard, "memory", None)
-        cost.memory = memory if isinstance(memory, int) else None
-    cost.said = sorted({finding.diagnosis for finding in guard.findings})
-    return cost
+        time_rounds(costs, runners, device, every, rounds)
+        for cost, runner in zip(costs, runners[1:-1], strict=True):
+            count_cycle(cost, bare, runner, every, device)
+            if device == "cuda":
+                cost.peak = peak(runner, every) - peak(bare, every)
+            if isinstance(runner.watch, Guarded):
+                if device == "cuda":
+                    cost.reads += prove(runner, every)
+                guard = runner.watch.guard
+                cost.memory, cost.said = guard.memory, sorted({finding.diagnosis for finding in guard.findings})
+            cost.least_us = 1e6 * must_read(bare.job) / bandwidth(device)
+    finally:
+        for runner in runners[1:-1]:
+            if runner.watch is not None:
+                runner.watch.close()
+    return costs
 
 
-def time_rounds(cost: Cost, runners: list[Runner], device: str, every: int, rounds: int) -> None:
+def time_rounds(costs: list[Cost], runners: list[Runner], device: str, every: int, rounds: int) -> None:
     steps = every * max(1, round(10 / every))  # whole cycles, about ten steps
     bare_times = []
     for i in range(rounds):
-        order = [0, 1, 2] if i % 2 == 0 else [2, 1, 0]
+        order = range(len(runners)) if i % 2 == 0 else range(len(runners) - 1, -1, -1)
         took = {k: block(runners[k], steps, device) for k in order}
-        bare_times.append(took[0])
-        cost.ratios.append(2 * took[1] / (took[0] + took[2]))  # the bare blocks before and after it
-        cost.noise.append(took[2] / took[0])
-    cost.bare_ms = 1e3 * median(bare_times)
+        first, last = took[0], took[len(runners) - 1]
+        bare_times.append(first)
+        for k, cost in enumerate(costs, 1):
+            cost.ratios.append(2 * took[k] / (first + last))  # the bare blocks before and after them
+            cost.noise.append(last / first)
+    for cost in costs:
+        cost.bare_ms = 1e3 * median(bare_times)
 
 
-def count_cycle(cost: Cost, bare: Runner, guarded: Runner, every: int) -> None:
+def count_cycle(cost: Cost, bare: Runner, watched: Runner, every: int, device: str) -> None:
+    if device == "cuda" and "compiled" in cost.job:
+        return  # compiled code is not counted: a dispatch mode would break its graph
     for _ in range(every):
-        plain, watched = count(bare), count(guarded)
+        plain, seen = count(bare), count(watched)
         cost.bare_ops = plain.ops
-        cost.added_ops.append(watched.ops - plain.ops)
-        cost.reads += watched.reads - plain.reads
+        cost.added_ops.append(seen.ops - plain.ops)
+        cost.reads += seen.reads - plain.reads
+
+
+def peak(runner: Runner, every: int) -> int:
+    """Bytes of device memory that a cycle of steps needs beyond what is held before it, and those the watch holds."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(every):
+        runner.step()
+    torch.cuda.synchronize()
+    held = runner.watch.guard.memory if isinstance(runner.watch, Guarded) else 0
+    return torch.cuda.max_memory_allocated() - before + held
 
 
 def prove(guarded: Runner, every: int) -> int:
@@ -285,6 +222,33 @@ def prove(guarded: Runner, every: int) -> int:
     return waited
 
 
+def must_read(job: Job) -> int:
+    """Bytes of all gradients once, and of the weights twice, sampled where a tensor is large (16384 elements of it)."""
+    parameters = list(job.model.parameters())
+    return sum(p.numel() * p.element_size() + 2 * min(p.numel(), 16384) * p.element_size() for p in parameters)
+
+
+_bandwidth: dict[str, float] = {}
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second that one copy of 64 MiB reads, the best of ten."""
+    if device not in _bandwidth:
+        source = torch.ones(2**24, device=device)
+        target, times = torch.empty_like(source), []
+        for _ in range(10):
+            start = time.perf_counter()
+            target.copy_(source)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        _bandwidth[device] = source.nbytes / min(times)
+    return _bandwidth[device]
+
+
+# ---- tables
+
+
 def spread(values: list[float]) -> str:
     """median (quartiles) [extremes]"""
     low, mid, high = quantiles(values, n=4) if len(values) > 1 else values * 3
@@ -292,52 +256,81 @@ def spread(values: list[float]) -> str:
 
 
 def size(n: int | None) -> str:
-    return "-" if n is None else f"{n / 1e6:.2f} MB" if n >= 1e5 else f"{n / 1e3:.1f} KB"
+    return "-" if n is None else f"{n / 1e6:.2f} MB" if abs(n) >= 1e5 else f"{n / 1e3:.1f} KB"
+
+
+HEAD = (
+    "| job | watched by | signals | bare step, ms | over bare | bare / bare | added, us a step | least, us | operations bare "
+    "| added, plain | added, sampled | host reads | bytes held | peak bytes |"
+)
+
+
+def row(c: Cost, every: int) -> str:
+    plain = f"{median(c.added_ops):g}" if every > 1 and c.added_ops else "-"
+    least = f"{c.least_us / every:.0f}"
+    counted = f"{c.bare_ops or '-'} | {plain} | {max(c.added_ops, default=0) or '-'} | {c.reads}"
+    times = f"{c.bare_ms:.2f} | {spread(c.ratios)} | {spread(c.noise)} | {c.added_us:.0f} | {least}"
+    return f"| {c.job} | {c.name} | `{c.signals}` | {times} | {counted} | {size(c.memory)} | {size(c.peak)} |"
 
 
 def table(costs: list[Cost], device: str, every: int, rounds: int) -> str:
     where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
-    lines = [
-        f"torch {torch.__version__}, {where}, every={every}, {rounds} rounds: median (quartiles) [extremes]",
-        "",
-        "| job | bare step, ms | guarded / bare | bare / bare | added, us a step | operations bare | added, plain | added, sampled | host reads | bytes held |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for c in costs:
-        added_us = 1e3 * c.bare_ms * (median(c.ratios) - 1)
-        plain = f"{median(c.added_ops):g}" if every > 1 else "-"
-        numbers = f"{added_us:.0f} | {c.bare_ops} | {plain} | {max(c.added_ops)} | {c.reads} | {size(c.memory)}"
-        lines.append(f"| {c.job} | {c.bare_ms:.2f} | {spread(c.ratios)} | {spread(c.noise)} | {numbers} |")
+    lines = [f"torch {torch.__version__}, {where}, every={every}, {rounds} rounds: median (quartiles) [extremes]", "", HEAD, "|---" * 14 + "|"]
+    lines += [row(c, every) for c in costs]
     said = [f"{c.job}: {', '.join(c.said)}" for c in costs if c.said]
     return "\n".join([*lines, "", f"findings meanwhile: {'; '.join(said) or 'none'}", ""])
 
 
-def main(argv: list[str] | None = None) -> int:
+def write_readme(text: str, mark: str) -> None:
+    """Put the text between its marks in benchmarks/README.md."""
+    page = README.read_text(encoding="utf-8")
+    begin, end = f"<!-- {mark}: made by overhead.py -->\n", f"<!-- {mark}: end -->"
+    if begin not in page or end not in page:
+        raise SystemExit(f"{README} has no place for {mark!r}; add the lines {begin.strip()!r} and {end!r}")
+    before, rest = page.split(begin, 1)
+    README.write_text(before + begin + "\n" + text + "\n" + end + rest.split(end, 1)[1], encoding="utf-8")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="guarded against bare training steps", epilog="the module's docstring explains the columns")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--every", type=int, default=10, help="the guard's sampling interval")
-    parser.add_argument("--rounds", type=int, help="rounds of three blocks (default 30, quick 10)")
-    parser.add_argument("--jobs", help=f"comma-separated, of {','.join(JOBS)}")
+    parser.add_argument("--every", type=int, default=10, help="the sampling interval")
+    parser.add_argument("--rounds", type=int, help="rounds of blocks (default 30, quick 10)")
+    parser.add_argument("--jobs", help=f"comma-separated, of {','.join(JOBS)}; on a GPU also {','.join(LARGE)}")
+    parser.add_argument("--watch", default="lossguard", help=f"comma-separated, of {','.join(NAMES)}")
+    parser.add_argument("--peers", action="store_true", help="every contestant")
     parser.add_argument("--quick", action="store_true", help="mlp and deep, fewer rounds")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument("--readme", metavar="MARK", help="write the table into benchmarks/README.md, between the marks of this name")
     options = parser.parse_args(argv)
-    names = (options.jobs or ("mlp,deep" if options.quick else ",".join(JOBS))).split(",")
-    unknown = [name for name in names if name not in JOBS]
-    if unknown or options.every < 1:
-        parser.error(f"unknown job {unknown[0]!r}; the jobs are {', '.join(JOBS)}" if unknown else "--every must be at least 1")
+    options.names = (options.jobs or ("mlp,deep" if options.quick else ",".join(JOBS))).split(",")
+    options.watches = list(NAMES) if options.peers else options.watch.split(",")
+    for given, known, what in ((options.names, [*JOBS, *LARGE], "job"), (options.watches, list(NAMES), "contestant")):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            parser.error(f"unknown {what} {unknown[0]!r}; known are {', '.join(known)}")
+    if options.every < 1:
+        parser.error("--every must be at least 1")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
     torch.set_num_threads(options.threads)
     rounds = options.rounds or (10 if options.quick else 30)
-    costs = []
-    for name in names:
-        costs.append(measure(name, options.device, options.every, rounds))
-        print(table(costs[-1:], options.device, options.every, rounds).splitlines()[4], file=sys.stderr, flush=True)
+    costs: list[Cost] = []
+    for name in options.names:
+        costs += measure(name, options.device, options.every, rounds, options.watches)
+        print("\n".join(row(c, options.every) for c in costs if c.job == name), file=sys.stderr, flush=True)
     text = table(costs, options.device, options.every, rounds)
     print(text)
     if options.markdown:
-        options.markdown.write_text(text)
-    return int(any(c.reads for c in costs))
+        options.markdown.write_text(text, encoding="utf-8")
+    if options.readme:
+        write_readme(text, options.readme)
+    return 1 if any(c.reads > 0 for c in costs if c.name == "lossguard") else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
