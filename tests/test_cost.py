@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import jobs
 import overhead
 from contestants import NAMES, Guarded
+
+import lossguard
 
 
 @pytest.fixture(scope="module", params=["mlp", "deep", "conv", "gpt"])
@@ -61,3 +64,44 @@ def test_every_contestant_trains_the_same():
         watch.close()
         losses[name] = job.loss(*job.batches[0]).item()
     assert len(set(losses.values())) == 1
+
+
+def test_memory_stands_still_over_ten_thousand_steps():
+    """Ten thousand steps hold no byte and no object more than three thousand did."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    x, y = torch.randn(16, 4), torch.randint(2, (16,))
+    seen = []
+    with lossguard.Guard(model, optimizer, halt=None) as guard:
+        for step in range(10_001):
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step(loss)
+            if step in (3000, 10_000):
+                gc.collect()
+                seen.append((guard.memory, len(gc.get_objects()), sys.getallocatedblocks()))
+    (bytes_then, objects_then, blocks_then), (bytes_now, objects_now, blocks_now) = seen
+    assert bytes_now == bytes_then
+    assert objects_now - objects_then < 100  # a leak of one object a sample would be 700
+    assert blocks_now - blocks_then < 2000  # one a step would be 7000
+
+
+def test_a_large_model_pays_one_percent():
+    """On a model of more than 100 million parameters the guard holds at most 1 % of its size on the device."""
+    torch.manual_seed(0)
+    model = jobs.Gpt(12, 768, 12, 16000, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    tokens = torch.randint(16000, (1, 16))
+    with lossguard.Guard(model, optimizer) as guard:
+        for _ in range(2):
+            loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step(loss)
+        held = guard._recorder.nbytes + guard._pulses.nbytes
+    size = sum(p.nbytes for p in model.parameters())
+    assert size > 4e8 and 0 < held <= 0.01 * size

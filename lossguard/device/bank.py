@@ -20,7 +20,7 @@ from lossguard.device.tape import Row, Sites
 SMALL = 16384  # elements; tensors up to this size are read whole
 RUN = 16  # elements of one run of a sample: a cache line of float32
 RUNS = 1024  # runs of a large tensor's sample: within 1 to 4 % of the exact update ratio on dense updates
-SHARE = 0.0025  # of a model's elements that samples may take once RUNS for each would exceed it ...
+SHARE = 0.0015  # of a model's elements that samples may take once RUNS for each would exceed it ...
 MIN_RUNS = 64  # ... but never fewer runs than this
 WASTE = 0.1  # of the small tensors' elements that may be padding beyond their own bucket
 BUCKETS = tuple(4**k for k in range(2, 8))  # small tensors are zero-padded to these sizes: 16 ... 16384

@@ -1,7 +1,7 @@
 """Collects what the modules of one forward pass gave, and reduces it to a few numbers each. Never reads a value.
 
 Module outputs flow in one by one, vectors (one number per module call) flow into rows of the tape. Small outputs of one
-shape are kept until the end of the forward pass and reduced together, at most KEEP bytes in all; of large ones the norm,
+shape are kept until the end of the forward pass and reduced together, at most ``room`` bytes in all; of large ones the norm,
 a small sample and the peaks of ReLU units are taken at once. An output that was overwritten in place meanwhile is left
 out and read at once from then on.
 """
@@ -23,7 +23,9 @@ from lossguard.device.tape import Row, Scale, Sites
 from lossguard.device.units import SilentUnits, window
 
 SMALL = 16384  # elements of an output that is kept rather than reduced at once
-KEEP = 8 * 2**20  # bytes of outputs kept at most
+KEEP = 8 * 2**20  # bytes of outputs kept at most ...
+LARGE_MODEL = 10**8  # ... elements of a model above which the guard holds at most 1 % of its size, and
+KEEP_LITTLE = 2**19  # bytes of outputs that are then kept at most
 MIN_SAMPLES = 8  # rows below which samples say nothing about their spread
 LARGE_SAMPLES = 16  # large outputs of other than activation modules that are sampled, spread over the depth
 MAX_CALLS = 8  # calls of one module told apart in a step
@@ -66,6 +68,7 @@ class Forward:
         self._kept: list[tuple[Site, Tensor, int]] = []  # small outputs, and the version each had
         self._taken: list[_Taken] = []
         self._norms: list[tuple[Site, int, Tensor]] = []  # site, elements, norm of each large output
+        self.room = KEEP
         self._bytes = 0
         self._at_once: set[int] = set()  # sites whose output is overwritten in place
         self._arrays: dict[tuple[int, ...], Sites] = {}
@@ -87,7 +90,7 @@ class Forward:
         if site is None:
             return None
         nbytes = output.numel() * output.element_size()
-        if output.numel() <= SMALL and self._bytes + nbytes <= KEEP and site.index not in self._at_once:
+        if output.numel() <= SMALL and self._bytes + nbytes <= self.room and site.index not in self._at_once:
             self._kept.append((site, output, output._version))
             self._bytes += nbytes
         else:
@@ -98,7 +101,7 @@ class Forward:
     def keep(self, site: Site, output: Tensor) -> bool:
         """A shortcut of :meth:`add` for a module known to be called once a step; False if that does not serve."""
         nbytes = output.nbytes
-        if not 0 < output.numel() <= SMALL or self._bytes + nbytes > KEEP or site.name in self._calls or site.index in self._at_once:
+        if not 0 < output.numel() <= SMALL or self._bytes + nbytes > self.room or site.name in self._calls or site.index in self._at_once:
             return False
         self._calls[site.name] = 1
         self._kept.append((site, output, output._version))
@@ -134,7 +137,7 @@ class Forward:
     @property
     def nbytes(self) -> int:
         """Device bytes held between steps, and at most kept during a forward pass."""
-        return self.units.nbytes + KEEP * bool(self.sites)
+        return self.units.nbytes + self.room * bool(self.sites)
 
     # ---- inside
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lossguard.device import graph, roles, signals
 from lossguard.device.bank import Bank, version
 from lossguard.device.extras import Extras
-from lossguard.device.forward import Forward, Site
+from lossguard.device.forward import KEEP, KEEP_LITTLE, LARGE_MODEL, Forward, Site
 from lossguard.device.functional import GradientRows
 from lossguard.device.logits import logits_numbers
 from lossguard.device.outputs import first_tensor, float_tensors, watched
@@ -202,6 +202,7 @@ class Recorder:
                 continue
             elements += t.tensor.numel()
             groups.setdefault((t.optimizer, t.tensor.device), []).append((i, t.tensor))
+        self.forward.room = KEEP if elements < LARGE_MODEL else KEEP_LITTLE
         self.banks = [Bank(members, optimizer, elements) for (optimizer, _), members in groups.items()]
         self._signature = roles.signature(self.optimizers)
         self._kept_before.clear()
