@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lossguard import Finding, Guard, TrainingHalted
+from lossguard.cli import main
 from lossguard.culprit import find
+from lossguard.culprit.find import of_call
+from lossguard.device.keepsake import Keepsake
 from lossguard.findings import CHANGES
+from lossguard.sinks import findings
 
 INF = math.inf
 
@@ -160,7 +168,9 @@ FAULTS = {
     "root of 0, backward": Fault(Op(lambda x: gate(x).sqrt()), "aten.sqrt", "backward", change="eps"),
     "rsqrt of 0": Fault(Op(lambda x: x.relu().rsqrt()), "aten.rsqrt", change="eps"),
     "norm of a zero vector by hand, backward": Fault(Op(lambda x: x + (x * 0).square().sum(1, keepdim=True).sqrt()), "aten.sqrt", "backward", change="eps"),
-    "eigenvectors of equal values, backward": Fault(Op(lambda x: x @ torch.linalg.eigh((x.T @ x) * 0 + torch.eye(6))[1]), "aten._linalg_eigh", "backward", change="eps"),
+    "eigenvectors of equal values, backward": Fault(
+        Op(lambda x: x @ torch.linalg.eigh(x.T @ x * 0 + torch.eye(6))[1]), "aten._linalg_eigh", "backward", change="eps"
+    ),
     "power below 1 of 0, backward": Fault(Op(lambda x: gate(x).pow(0.5)), "aten.pow", "backward", change="eps"),
     "power of a negative": Fault(Op(lambda x: x.pow(1.5)), "aten.pow", change="eps"),
     "acos of 1, backward": Fault(Op(lambda x: torch.acos(x / x.abs())), "aten.acos", "backward", change="clamp"),
@@ -181,8 +191,10 @@ FAULTS = {
     "in place": Fault(Op(lambda x: x.relu().clone().log_().add_(1)), "aten.log_", change="eps"),
     "written through a view": Fault(Op(lambda x: _through_a_view(x)), "aten.sqrt", change="eps"),
     "a derivative of one's own": Fault(Op(Clever.apply), "Clever", "backward"),
-    "loss function": Fault(Op(same), "aten.log", module=None, loss=lambda m, x: -(through(m, x).softmax(1) * 0).log().mean(), change="eps"),
-    "every label ignored": Fault(Op(same), "aten.nll_loss_forward", module=None, loss=lambda m, x: F.cross_entropy(through(m, x), torch.full((8,), -100)), change="labels"),
+    "loss function": Fault(Op(same), "aten.log", module=None, loss=lambda m, x: (through(m, x).softmax(1) * 0).log().mean(), change="eps"),
+    "every label ignored": Fault(
+        Op(same), "aten.nll_loss_forward", module=None, loss=lambda m, x: F.cross_entropy(through(m, x), torch.full((8,), -100)), change="labels"
+    ),
     "bad weight": Fault(Op(same), "", kind="weight", module="first", spoil=poison("first.weight", 2), change="parameter"),
     "embedding row": Fault(Table(), "", kind="weight", module="fault.table", loss=embedding, spoil=poison("fault.table.weight", 4), change="parameter"),
     "bad input": Fault(Op(same), "", kind="input", module="first", spoil=nan_input, change="look_at"),
@@ -311,7 +323,9 @@ def test_compiled_models_are_replayed_in_eager():
     model, x = net(Op(lambda x: x.relu().log())), inputs()
     compiled = torch.compile(model["fault"], backend="eager")
     compiled(x)
-    culprit = find(model, lambda: model["last"](compiled(model["first"](x))).sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        culprit = find(model, lambda: model["last"](compiled(model["first"](x))).sum())
     assert (culprit.op, culprit.module) == ("aten.log", "fault")
 
 
@@ -326,7 +340,7 @@ def test_a_loss_in_other_clothes():
 
     for step in (lambda: {"a": x.sum(), "b": mean(model, x)}, lambda: SimpleNamespace(loss=mean(model, x)), own):
         assert find(model, step).op == "aten.sqrt"
-    assert find(model, lambda: {"a": x.sum(), "b": x.sum().log() * INF}).op == "aten.mul"
+    assert find(model, lambda: {"a": x.sum(), "b": x.square().sum() * INF}).op == "aten.mul"
 
 
 # ---- looking changes nothing
@@ -395,3 +409,147 @@ def test_wrong_use():
         find(lambda: 1, nn.Linear(1, 1))
     with pytest.raises(ValueError, match="give a function without arguments that returns the loss"):
         find(nn.Linear(1, 1), torch.zeros(1))
+
+
+# ---- in a run
+
+
+def run(tmp_path, middle, *, ill=13, steps=30, show=True, **options):
+    """A run whose batches are made ill at one step; returns the halt and the guard."""
+    model = net(middle)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(5)
+    loader = [torch.randn(8, 6, generator=generator) * (200.0 if i == ill else 1.0) for i in range(steps)]
+    guard = Guard(model, optimizer, record=tmp_path, **{"locate": lambda x, y: mean(model, x), "every": 10, "dense": 3, **options})
+    with pytest.raises(TrainingHalted) as caught, guard:
+        for x in loader:
+            if show:
+                guard.batch(x)
+            loss = mean(model, x)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step(loss)
+    return caught.value, guard
+
+
+BAD = {"forward": lambda x: (12 - x).log(), "backward": lambda x: (x * (x < 10)).abs().sqrt() + x}
+
+
+@pytest.mark.parametrize("lag", [0, 8])
+@pytest.mark.parametrize("phase", BAD)
+def test_a_halt_names_the_operation(tmp_path, phase, lag):
+    """A guard that was told how the loss is computed names the operation, also when the verdict comes late and the weights are lost."""
+    halt, guard = run(tmp_path, Op(BAD[phase]), lag=lag, ill=13)
+    op = {"forward": "aten.log", "backward": "aten.sqrt"}[phase]
+    assert halt.finding.diagnosis.startswith("nonfinite_")
+    assert f"run again, step 13 has it first from {op} in fault (Op, {phase})" in halt.finding.message
+    assert halt.finding.causes[0].name == f"{op} in fault (Op, {phase})"
+    assert halt.finding.remedies[0].change["eps"] == 1e-8
+    assert halt.culprit["module"] == "fault"
+    state = json.loads((halt.folder / "state.json").read_text())
+    assert state["culprit"]["op"] == op
+    assert Finding.from_dict(state["finding"]).causes == halt.finding.causes
+    for known in (guard.findings, findings(tmp_path)):
+        assert halt.finding.causes in [f.causes for f in known]
+
+
+def test_locating_changes_no_run():
+    """With locate= a run has the same weights and random states as without, and the copy of the weights is counted as memory."""
+
+    def final(**options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        with Guard(model, optimizer, **options) as guard:
+            for _ in range(25):
+                x = torch.randn(8, 6)
+                guard.batch(x)
+                loss = model(x).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                guard.step(loss)
+            memory = guard.memory
+        return [v.tolist() for v in model.state_dict().values()], torch.rand(3).tolist(), memory, sum(v.nbytes for v in model.state_dict().values())
+
+    off, on = final(), final(locate=lambda x, y: None)
+    assert off[:2] == on[:2]
+    assert on[2] - off[2] == on[3] + 2 * 8 * 6 * 4
+
+
+def test_what_cannot_be_located_is_said(tmp_path):
+    """Where no batch was shown, or the step comes out finite, the finding says so; where the function fails, the halt stands."""
+    halt, _ = run(tmp_path / "n", Op(BAD["forward"]), show=False)
+    assert "no batch was shown; use for x, y in guard.batches(loader)" in halt.finding.message
+    halt, _ = run(tmp_path / "a", Op(BAD["forward"]), locate=lambda x, y: x.sum())
+    assert "the step was run again and came out finite" in halt.finding.message
+    assert halt.culprit is None
+
+    def broken(x, y):
+        raise KeyError("planted")
+
+    with pytest.warns(RuntimeWarning, match=r"lossguard: locate failed and is switched off for this run \(KeyError: 'planted'\)"):
+        halt, _ = run(tmp_path / "b", Op(BAD["forward"]), locate=broken)
+    assert halt.culprit is None
+    with pytest.raises(ValueError, match="locate is a Tensor; give a function of inputs and targets"):
+        run(tmp_path / "c", Op(same), locate=torch.zeros(1))
+
+
+def test_the_copy_is_from_before_the_fault():
+    """The copy of the weights stops at the last sound step and goes on once loss and weights are sound again; no value is read."""
+    model = nn.Linear(2, 1)
+    keepsake = Keepsake(model)
+    for step, loss in enumerate([1.0, math.nan, math.nan, 1.0, 1.0]):
+        with torch.no_grad():
+            model.weight.fill_(step)
+            model.weight[0, 0] = math.nan if step == 4 else step
+        keepsake.keep(step, [torch.tensor(loss)])
+        assert keepsake.at[0].item() == [1, 1, 1, 4, 4][step]
+    keepsake.put_back()
+    assert model.weight.tolist() == [[3.0, 3.0]]
+
+
+STEPS = """
+import torch
+
+class Log(torch.nn.Module):
+    def forward(self, x):
+        return (12 - x).log()
+
+def step(bundle):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), Log())
+    return model(bundle.batch[0]).square().mean()
+"""
+
+
+def test_replay_names_the_operation(tmp_path, monkeypatch, capfd):
+    """``python -m lossguard replay --locate`` names the operation from what a halt has left behind."""
+    run(tmp_path / "record", Op(BAD["forward"]), locate=None, keep_batch=True)
+    (tmp_path / "my_steps.py").write_text(STEPS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    assert main(["replay", "record", "--step", "my_steps:step", "--locate"]) == 0
+    text = capfd.readouterr().out
+    assert "reproducible" in text
+    assert "aten.log in 1 (Log, forward)" in text
+    assert "my_steps.py:6 in forward" in text
+
+
+def test_a_step_that_builds_its_own_model():
+    """Of a function that is all there is, the operation is named by the modules it calls, and its gradients are looked at too."""
+
+    def step():
+        model = nn.Sequential(nn.Linear(6, 6), Op(lambda x: gate(x).sqrt()))
+        model[0].weight.data[0, 0] = poisoned
+        return model(inputs()).sum()
+
+    poisoned = 1.0
+    assert str(of_call(step)[1]).startswith("  culprit    aten.sqrt in 1 (Op, backward)")
+    poisoned = math.nan
+    assert str(of_call(step)[1]).startswith("  culprit    weight 0.weight in 0 (Linear, forward)")
+    x = inputs()
+    x[2] = math.nan
+    assert of_call(lambda: x.sum(), {"x": x})[1].name == "batch['x']"
+    assert of_call(lambda: inputs().sum())[1] is None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import linecache
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -25,6 +26,7 @@ from lossguard.culprit.words import told
 from lossguard.findings import Cause, Remedy
 from lossguard.preflight.keep import Keeper
 
+CODE = 100  # characters of a line of code that are shown
 SURE = 0.95  # confidence: the value was seen to come into being there; our own choice, because the replay may differ from the run
 
 
@@ -78,13 +80,14 @@ class Culprit:
         return "\n".join(f"  {label:<10} {text}" for label, text in rows if text)
 
 
-def find(model: nn.Module, step: Callable[[], Any], *, batch: Any = None, keep: Iterable[Any] = ()) -> Culprit | None:
+def find(model: nn.Module, step: Callable[[], Any], *, batch: Any = None, keep: Iterable[Any] = (), prepare: Callable[[], Any] | None = None) -> Culprit | None:
     """The operation that made the first non-finite value of a step; None where loss, gradients and weights came out finite.
 
     step: a function without arguments that computes the loss as the training loop does and returns it (a tensor, a dict of
     tensors, or an object with ``loss``); the backward pass is run here, unless the function runs it itself, and an
     optimizer's step in it is looked at too. batch: what the step is computed from, so that its tensors are known by name;
-    what the function itself refers to is found without. keep: more objects to put back afterwards.
+    what the function itself refers to is found without. keep: more objects to put back afterwards. prepare: called first, to
+    set weights and random states to what they were; this is put back too.
 
     Runs on the device of the model, once, and costs several times a step. Raises what ``step`` raises, and ``ValueError``
     for arguments that cannot work. Not for a model whose step talks to other ranks.
@@ -97,7 +100,9 @@ def find(model: nn.Module, step: Callable[[], Any], *, batch: Any = None, keep: 
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}; give the model first: find(model, step)")
     if not callable(step):
-        raise ValueError(f"step is a {type(step).__name__}; give a function without arguments that returns the loss: find(model, lambda: criterion(model(x), y))")
+        raise ValueError(
+            f"step is a {type(step).__name__}; give a function without arguments that returns the loss: find(model, lambda: criterion(model(x), y))"
+        )
     reach = dict(_reach(step))
     reach.update({"batch": batch} if batch is not None else {})
     given = [(name, t) for key, value in reach.items() for name, t in tensors_in(value, key) if not isinstance(t, nn.Parameter)]
@@ -105,6 +110,8 @@ def find(model: nn.Module, step: Callable[[], Any], *, batch: Any = None, keep: 
     inputs = _Inputs([t for _, t in given])
     keeper = Keeper([*modules, *(v for v in reach.values() if isinstance(v, Optimizer)), step, *keep])
     try:
+        if prepare is not None:
+            prepare()
         for module in modules:
             for parameter in module.parameters():
                 parameter.grad = None
@@ -113,14 +120,6 @@ def find(model: nn.Module, step: Callable[[], Any], *, batch: Any = None, keep: 
     finally:
         keeper.restore()
         inputs.restore()
-
-
-@contextlib.contextmanager
-def watching(model: nn.Module | None = None) -> Iterator[Trace]:
-    """A trace of what runs inside, for :func:`of_result`; nothing is put back afterwards."""
-    names = {} if model is None else {id(m): n for n, m in model.named_modules()}
-    with Trace(names, _leaves([] if model is None else [model], [])) as trace, _eager():
-        yield trace
 
 
 def _run(model: nn.Module, modules: list[nn.Module], step: Callable[[], Any], trace: Trace) -> Culprit | None:
@@ -155,18 +154,22 @@ def culprit_of(origin: Origin, *, by: str = "loss") -> Culprit:
                    _line(origin.site.source), tuple(map(str, origin.ranges)), output + inner, reason, remedy, origin.site.module is not None)  # fmt: skip
 
 
-def of_result(trace: Trace, result: Any) -> Culprit | None:
-    """The culprit of a result that was computed under :func:`watching`: of its tensors, else of the gradients of what they were computed from."""
-    losses = [t for _, t in tensors_in(_of_output(result), "loss") if readable(t)]
-    found = _first(trace, losses)
-    if found is not None:
-        return culprit_of(found)
-    leaves = list(_graph_leaves(losses))
-    sources = [t for t in losses if t.requires_grad and t.grad_fn is not None]
-    if sources and not trace.backward_ran:
-        torch.autograd.backward([t.sum() for t in sources])
-    found = _first(trace, [t.grad for t in leaves if t.grad is not None])
-    return None if found is None else culprit_of(found, by="gradient")
+def of_call(function: Callable[[], Any], batch: Any = None) -> tuple[Any, Culprit | None]:
+    """What a function returns, and the culprit of its result's tensors, or of the gradients of what they were computed from.
+
+    For a process of its own: nothing is put back. The model is the outermost module with parameters that the function calls.
+    """
+    with Trace({}, _leaves([], tensors_in(batch, "batch")), learns=True) as trace, _eager(), torch.enable_grad():
+        result = function()
+        losses = [t for _, t in tensors_in(_of_output(result), "loss") if readable(t)]
+        found, by = _first(trace, losses), "loss"
+        sources = [t for t in losses if t.requires_grad and t.grad_fn is not None]
+        leaves = list(_graph_leaves(sources))
+        if found is None:
+            if sources and not trace.backward_ran:
+                torch.autograd.backward([t.sum() for t in sources], inputs=leaves or None)
+            found, by = _first(trace, [t.grad for t in leaves if t.grad is not None]), "gradient"
+    return result, None if found is None else culprit_of(found, by=by)
 
 
 # ---- the parts
@@ -245,7 +248,7 @@ def _reach(step: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
 def _graph_leaves(losses: Iterable[Tensor]) -> Iterator[Tensor]:
     """The tensors whose gradients a backward pass would write."""
     seen: set[Any] = set()
-    nodes = [t.grad_fn for t in losses if t.grad_fn is not None]
+    nodes: list[Any] = [t.grad_fn for t in losses]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -264,7 +267,8 @@ def _eager() -> Iterator[None]:
     if stance is None or "torch._dynamo" not in sys.modules:
         yield
         return
-    with stance("force_eager"):
+    with warnings.catch_warnings(), stance("force_eager"):
+        warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
         yield
 
 
@@ -274,9 +278,5 @@ def _line(source: tuple[str, int, str] | None) -> str:
         return ""
     file, line, function = source
     code = linecache.getline(file, line).strip()
+    code = code if len(code) <= CODE else f"{code[: CODE - 4]} ..."
     return f"{Path(file).name}:{line} in {function}" + (f": {code}" if code else "")
-
-
-def as_dict(culprit: Culprit | None) -> Mapping[str, Any] | None:
-    """For JSON; None stays None."""
-    return None if culprit is None else culprit.to_dict()

@@ -98,14 +98,16 @@ class _Argument:
 
 
 @dataclass(eq=False)
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The dispatch mode with its two hooks on modules; use it as a context.
 
     names: module paths by the modules' ids. leaves: kind and name of the tensors that were there before, by ``key_of``.
+    learns: whether the names are taken from the modules that are called, because the model is not known yet.
     """
 
-    names: Mapping[int, str]
-    leaves: Mapping[int, tuple[str, str]]
+    names: dict[int, str]
+    leaves: dict[int, tuple[str, str]]
+    learns: bool = False
     backward_ran: bool = False
     operations: int = 0
     blind: set[str] = field(default_factory=set)  # operations whose result could not be read
@@ -117,15 +119,15 @@ class Trace(TorchDispatchMode):
     _thread: int = field(default_factory=threading.get_ident)
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Trace:
         self._handles = [register_module_forward_pre_hook(self._enter_module), register_module_forward_hook(self._leave_module, always_call=True)]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
         self._handles, self._modules = [], []
@@ -235,16 +237,27 @@ class Trace(TorchDispatchMode):
         key = key_of(output)
         self._blames[key] = blame
         if key not in self._held:
-            self._held[key] = StorageWeakRef(output.untyped_storage())
+            self._held[key] = StorageWeakRef(output.untyped_storage())  # type: ignore[no-untyped-call]
 
     # ---- where it was called
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
+        if self.learns and not self._modules and id(module) not in self.names:
+            self._learn(module)
         self._modules.append((self.names.get(id(module)), type(module).__name__))
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._modules:
             self._modules.pop()
+
+    def _learn(self, model: nn.Module) -> None:
+        """The names of a model that is called for the first time; what its weights hold now was loaded, whoever copied it there."""
+        parameters = {key_of(p): ("weight", name) for name, p in model.named_parameters() if readable(p)}
+        if parameters:
+            self.names.update({id(m): name for name, m in model.named_modules()})
+            self.leaves.update({key_of(b): ("buffer", name) for name, b in model.named_buffers() if readable(b)} | parameters)
+            for key in self.leaves:
+                self._blames.pop(key, None)
 
     def _site(self) -> Site:
         module, kind = self._modules[-1] if self._modules else (None, "")

@@ -7,13 +7,19 @@ from collections.abc import Callable
 
 import torch
 
-from lossguard.culprit.trace import FUSED_ATTENTION, SOFTMAX, Origin
 from lossguard.culprit.states import Range
+from lossguard.culprit.trace import FUSED_ATTENTION, SOFTMAX, Origin
 from lossguard.findings import Remedy, number
 
 EPS = {"float16": 1e-4, "bfloat16": 1e-8, "float32": 1e-8, "float64": 1e-8}  # added to arguments; 1e-8 is 0 in float16, and 1e-4 is a normal number there
-INSIDE = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 1e-6, "float64": 1e-12}  # distance to +-1: some units in the last place there, so that it is not rounded away
+INSIDE = {
+    "float16": 1e-3,
+    "bfloat16": 1e-2,
+    "float32": 1e-6,
+    "float64": 1e-12,
+}  # distance to +-1: some units in the last place there, so that it is not rounded away
 FILL = -1e4  # a mask that float16 can hold and whose exp is 0
+NO_INFINITY = Remedy(f"use torch.where or masked_fill with a finite number such as {FILL:g}, and do not compute with the infinity", {"clamp": FILL})
 
 _Told = tuple[str, Remedy]
 
@@ -22,26 +28,25 @@ def told(origin: Origin) -> _Told:
     """Why the value is not finite, in words with the range that did it, and what to change."""
     if origin.leaf:
         return _of_leaf(origin)
-    name = base(origin.op)
+    name, seen, eps = base(origin.op), _seen(origin), _eps(origin)
     if origin.hidden:
-        return (f"its result is thrown away where it is out of range, but its derivative is not: 0 times infinity is NaN{_seen(origin)}",
-                Remedy(f"mask the argument, not the result: x = torch.where(mask, x, 1.0) before {name}, so that it never sees what is masked",
-                       {"eps": _eps(origin)}))  # fmt: skip
+        reason = f"its result is thrown away where it is out of range, but its derivative is not: 0 times infinity is NaN{seen}"
+        cure = f"mask the argument, not the result: x = torch.where(mask, x, 1.0) before {name}, so that it never sees what is masked"
+        return reason, Remedy(cure, {"eps": eps})
     if origin.masked and (name in SOFTMAX or name.startswith(FUSED_ATTENTION)):
-        return ("a row holds nothing but -inf, so every position is masked: 0/0",
-                Remedy(f"leave one position of each row unmasked, or fill with {FILL:g} in the place of -inf", {"clamp": FILL}))  # fmt: skip
+        cure = f"leave one position of each row unmasked, or fill with {FILL:g} in the place of -inf"
+        return "a row holds nothing but -inf, so every position is masked: 0/0", Remedy(cure, {"clamp": FILL})
     if origin.masked:
-        return (f"it turned an infinity that was put there on purpose into NaN, such as 0 times infinity or infinity minus infinity{_seen(origin)}",
-                Remedy(f"use torch.where or masked_fill with a finite number such as {FILL:g}, and do not compute with the infinity", {"clamp": FILL}))  # fmt: skip
+        reason = f"it turned an infinity that was put there on purpose into NaN, such as 0 times infinity or infinity minus infinity{seen}"
+        return reason, NO_INFINITY
     if origin.legal:
-        return ("an infinity that was put there on purpose (a mask) reaches the loss: a target is masked, or nothing is left",
-                Remedy(f"leave the target's own position unmasked, or fill with {FILL:g} in the place of -inf", {"clamp": FILL}))  # fmt: skip
+        cure = f"leave the target's own position unmasked, or fill with {FILL:g} in the place of -inf"
+        return "an infinity that was put there on purpose (a mask) reaches the loss: a target is masked, or nothing is left", Remedy(cure, {"clamp": FILL})
     if origin.given:
-        return (f"a number that is not finite stands in the code, in the place of an argument{_seen(origin)}",
-                Remedy(f"use torch.where or masked_fill with a finite number such as {FILL:g}, and do not compute with the infinity", {"clamp": FILL}))  # fmt: skip
+        return f"a number that is not finite stands in the code, in the place of an argument{seen}", NO_INFINITY
     if not origin.op.startswith("aten."):
-        return (f"a derivative that is written by hand gives such values{_seen(origin)}",
-                Remedy(f"check {origin.op}.backward with torch.autograd.gradcheck, and guard its divisors by {_eps(origin):g}", {"eps": _eps(origin)}))  # fmt: skip
+        cure = f"check {origin.op}.backward with torch.autograd.gradcheck, and guard its divisors by {eps:g}"
+        return f"a derivative that is written by hand gives such values{seen}", Remedy(cure, {"eps": eps})
     if origin.phase == "backward":
         return _BACKWARD.get(name, _derivative)(origin)
     return _FORWARD.get(name, _other)(origin)
@@ -63,14 +68,13 @@ def _of_leaf(origin: Origin) -> _Told:
     nans, infinite, size = origin.outputs
     what = f"{nans + infinite} of {size} values are not finite, the first at {list(origin.first)}"
     if origin.leaf in ("weight", "buffer"):
-        return (f"the {origin.leaf} {origin.name} was not finite before the step: {what}",
-                Remedy("go back to a checkpoint in which torch.isfinite(p).all() holds for every parameter and buffer", {"parameter": origin.name}))  # fmt: skip
+        cure = "go back to a checkpoint in which torch.isfinite(p).all() holds for every parameter and buffer"
+        return f"the {origin.leaf} {origin.name} was not finite before the step: {what}", Remedy(cure, {"parameter": origin.name})
     if origin.leaf == "input":
-        return (f"the batch was not finite before any operation ({origin.name}): {what}",
-                Remedy(f"drop or repair the sample {origin.first[0] if origin.first else 0} of this batch, and check the data with torch.isfinite(x).all()",
-                       {"look_at": 1}))  # fmt: skip
-    return (f"the tensor {origin.name} came into the step with such values: {what}",
-            Remedy("look at where it is made; check it with torch.isfinite(x).all()", {"look_at": 1}))  # fmt: skip
+        cure = f"drop or repair sample {origin.first[0] if origin.first else 0} of this batch, and check the data with torch.isfinite(x).all()"
+        return f"the batch was not finite before any operation ({origin.name}): {what}", Remedy(cure, {"look_at": 1})
+    cure = "look at where it is made; check it with torch.isfinite(x).all()"
+    return f"the tensor {origin.name} came into the step with such values: {what}", Remedy(cure, {"look_at": 1})
 
 
 # ---- operations, forward
@@ -113,9 +117,8 @@ def _power(origin: Origin) -> _Told:
 
 def _unit(origin: Origin) -> _Told:
     inside = _inside(origin)
-    return (f"its argument must lie in [-1, 1]{_seen(origin)}",
-            Remedy(f"x.clamp({-1 + inside:g}, {1 - inside:g}) before {base(origin.op)}" if inside > 1e-5 else
-                   f"x.clamp(-1 + {inside:g}, 1 - {inside:g}) before {base(origin.op)}", {"clamp": 1 - inside}))  # fmt: skip
+    cure = f"x.clamp(-1 + {inside:g}, 1 - {inside:g}) before {base(origin.op)}"
+    return f"its argument must lie in [-1, 1]{_seen(origin)}", Remedy(cure, {"clamp": 1 - inside})
 
 
 def _logit(origin: Origin) -> _Told:
@@ -124,11 +127,10 @@ def _logit(origin: Origin) -> _Told:
 
 
 def _labels(origin: Origin) -> _Told:
-    if origin.outputs[0]:
-        return ("the mean over no label at all, 0/0: every target is ignored, or its class weight is 0",
-                Remedy("leave such a batch out, or divide by the count yourself: cross_entropy(..., reduction='sum') / max(count, 1)",
-                       {"labels": "repair"}))  # fmt: skip
-    return _other(origin)
+    if not origin.outputs[0]:
+        return _other(origin)
+    cure = "leave such a batch out, or divide by the count yourself: cross_entropy(..., reduction='sum') / max(count, 1)"
+    return "the mean over no label at all, 0/0: every target is ignored, or its class weight is 0", Remedy(cure, {"labels": "repair"})
 
 
 def _overflow(origin: Origin) -> _Told:
@@ -140,28 +142,27 @@ def _overflow(origin: Origin) -> _Told:
 
 
 def _running(origin: Origin) -> _Told:
-    reason, _ = _overflow(origin)
-    return reason, Remedy("take it in logarithms: torch.logcumsumexp or x.log().cumsum(dim) and exp at the end, or scale x to about 1", {"clamp": 1.0})
+    cure = "take it in logarithms: x.log().cumsum(dim), and exp at the end; or scale x to about 1"
+    return _overflow(origin)[0], Remedy(cure, {"clamp": 1.0})
 
 
 def _product(origin: Origin) -> _Told:
     if origin.outputs[0] and not origin.outputs[1]:
-        return (f"infinity times 0, or a number that is not finite in the code{_seen(origin)}",
-                Remedy(f"use torch.where or masked_fill with a finite number such as {FILL:g} in the place of the product", {"clamp": FILL}))  # fmt: skip
+        return f"infinity times 0{_seen(origin)}", NO_INFINITY
     return _overflow(origin)
 
 
 def _cast(origin: Origin) -> _Told:
     source = origin.ranges[0] if origin.ranges else None
     reach = max(abs(source.low), abs(source.high)) if source else math.nan
-    return (f"values up to {number(reach)} do not fit into the smaller type that they were turned into (float16 ends at 65504)",
-            Remedy("keep this in bfloat16 or float32, or scale it down before", {"dtype": "bfloat16"}))  # fmt: skip
+    reason = f"values up to {number(reach)} do not fit into the smaller type that they were turned into (float16 ends at 65504)"
+    return reason, Remedy("keep this in bfloat16 or float32, or scale it down before", {"dtype": "bfloat16"})
 
 
 def _other(origin: Origin) -> _Told:
     eps = _eps(origin)
-    return (f"its result is not finite for finite arguments{_seen(origin)}",
-            Remedy(f"clamp its arguments to where it is defined, at least {eps:g} away from the edge", {"eps": eps}))  # fmt: skip
+    cure = f"clamp its arguments to where it is defined, at least {eps:g} away from the edge"
+    return f"its result is not finite for finite arguments{_seen(origin)}", Remedy(cure, {"eps": eps})
 
 
 # ---- operations, backward
@@ -181,12 +182,12 @@ def _unit_derivative(origin: Origin) -> _Told:
 
 
 def _derivative(origin: Origin) -> _Told:
-    if any(_argument(origin, r.name) is r and max(abs(r.low), abs(r.high)) > _largest(origin) ** 0.5 for r in origin.ranges) or _dtype(origin) == "float16":
+    if _dtype(origin) == "float16" or any(max(abs(r.low), abs(r.high)) > math.sqrt(_largest(origin)) for r in origin.ranges):
         reason, remedy = _overflow(origin)
         return f"its derivative: {reason}", remedy
     eps = _eps(origin)
-    return (f"its derivative is not finite for these arguments{_seen(origin)}",
-            Remedy(f"keep its arguments at least {eps:g} away from where the derivative has no finite value", {"eps": eps}))  # fmt: skip
+    cure = f"keep its arguments at least {eps:g} away from where the derivative has no finite value"
+    return f"its derivative is not finite for these arguments{_seen(origin)}", Remedy(cure, {"eps": eps})
 
 
 _FORWARD: dict[str, Callable[[Origin], _Told]] = {
@@ -203,24 +204,36 @@ _FORWARD: dict[str, Callable[[Origin], _Told]] = {
     "pow": _power, "mul": _product, "_to_copy": _cast, "copy": _cast,
 }  # fmt: skip
 
+_EDGES = {  # operations: (why the derivative is not finite, what to write in their place)
+    ("sqrt",): ("the derivative of a root is infinite at 0", "torch.sqrt(x + {eps})"),
+    ("rsqrt",): ("the derivative of 1/sqrt is infinite at 0", "torch.rsqrt(x + {eps})"),
+    ("pow",): ("the derivative of a power below 1 is infinite at 0", "(x + {eps}).pow(...)"),
+    ("linalg_vector_norm", "norm"): (
+        "the derivative of a norm does not exist at the zero vector",
+        "(x.square().sum(dim) + {eps}).sqrt() in the place of the norm",
+    ),
+    ("std", "std_mean"): (
+        "the derivative of a standard deviation is 0/0 where all values are equal",
+        "(x.var(dim, unbiased=False) + {eps}).sqrt() in the place of std",
+    ),
+    ("div", "reciprocal"): ("the derivative of a quotient overflows for divisors this small", "divide by x.clamp(min={eps})"),
+    ("log", "log2", "log10", "log1p", "xlogy"): ("the derivative of a logarithm overflows for arguments this small", "log(x.clamp(min={eps}))"),
+    ("_linalg_eigh", "linalg_eigh", "linalg_eig", "_linalg_svd", "linalg_svd"): (
+        "the derivative of eigenvectors and singular vectors is infinite where two of the values are equal",
+        "add {eps} times distinct numbers to the diagonal",
+    ),
+    ("atan2",): ("the derivative of atan2 does not exist at (0, 0)", "torch.atan2(y, x + {eps}) where both may be 0"),
+    ("_cdist_forward", "_euclidean_dist"): ("the derivative of a distance does not exist where two points are equal", "(d.square() + {eps}).sqrt()"),
+    ("cumprod", "prod"): (
+        "the derivative of the product is not finite for these factors",
+        "take it in logarithms: x.clamp(min={eps}).log().cumsum(dim).exp()",
+    ),
+}
+
 _BACKWARD: dict[str, Callable[[Origin], _Told]] = {
-    "sqrt": _edge("the derivative of a root is infinite at 0", "torch.sqrt(x + {eps})"),
-    "rsqrt": _edge("the derivative of 1/sqrt is infinite at 0", "torch.rsqrt(x + {eps})"),
-    "pow": _edge("the derivative of a power below 1 is infinite at 0", "(x + {eps}).pow(...)"),
-    **dict.fromkeys(("linalg_vector_norm", "norm"), _edge("the derivative of a norm does not exist at the zero vector",
-                                                          "(x.square().sum(dim) + {eps}).sqrt() in the place of the norm")),
-    **dict.fromkeys(("std", "std_mean"), _edge("the derivative of a standard deviation is 0/0 where all values are equal",
-                                               "(x.var(dim, unbiased=False) + {eps}).sqrt() in the place of std")),
-    **dict.fromkeys(("div", "reciprocal"), _edge("the derivative of a quotient overflows for divisors this small", "divide by x.clamp(min={eps})")),
-    **dict.fromkeys(("log", "log2", "log10", "log1p", "xlogy"), _edge("the derivative of a logarithm overflows for arguments this small", "log(x.clamp(min={eps}))")),
+    **{name: _edge(*words) for names, words in _EDGES.items() for name in names},
     **dict.fromkeys(("acos", "asin", "atanh", "erfinv"), _unit_derivative),
-    **dict.fromkeys(("_linalg_eigh", "linalg_eigh", "linalg_eig", "_linalg_svd", "linalg_svd"), _edge(
-        "the derivative of eigenvectors and singular vectors is infinite where two of the values are equal", "add {eps} times distinct numbers to the diagonal")),
-    "atan2": _edge("the derivative of atan2 does not exist at (0, 0)", "torch.atan2(y, x + {eps}) where both may be 0"),
-    **dict.fromkeys(("cdist", "_cdist_forward", "_euclidean_dist"), _edge("the derivative of a distance does not exist where two points are equal",
-                                                                         "(d.square() + {eps}).sqrt()")),
-    **dict.fromkeys(("cumprod", "prod"), _edge("the derivative of the product is not finite for these factors", "take it in logarithms: x.clamp(min={eps}).log().cumsum(dim).exp()")),
-}  # fmt: skip
+}
 
 
 # ---- helpers
