@@ -134,6 +134,14 @@ class Table(nn.Module):
         return x
 
 
+def filled_with_nan(model, x):
+    torch.use_deterministic_algorithms(True)  # torch then fills such memory with NaN
+    try:
+        return mean(model, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 class Clever(torch.autograd.Function):
     """A derivative that the user wrote, and wrote wrongly."""
 
@@ -191,6 +199,8 @@ FAULTS = {
     "in place": Fault(Op(lambda x: x.relu().clone().log_().add_(1)), "aten.log_", change="eps"),
     "written through a view": Fault(Op(lambda x: _through_a_view(x)), "aten.sqrt", change="eps"),
     "a derivative of one's own": Fault(Op(Clever.apply), "Clever", "backward"),
+    "NaN beside an infinity": Fault(Op(lambda x: (x * 500).exp().log() + x.sqrt()), "aten.sqrt", change="eps"),
+    "uninitialised memory is read": Fault(Op(lambda x: x + torch.empty(6)), "aten.empty", loss=lambda m, x: filled_with_nan(m, x)),
     "loss function": Fault(Op(same), "aten.log", module=None, loss=lambda m, x: (through(m, x).softmax(1) * 0).log().mean(), change="eps"),
     "every label ignored": Fault(
         Op(same), "aten.nll_loss_forward", module=None, loss=lambda m, x: F.cross_entropy(through(m, x), torch.full((8,), -100)), change="labels"

@@ -29,7 +29,6 @@ FILLS = frozenset({"full", "full_like", "new_full", "fill", "fill_", "masked_fil
                    "constant_pad_nd", "lift_fresh", "lift_fresh_copy"})  # fmt: skip
 # Operations that look at none of what their first argument held before.
 OVERWRITE = frozenset({"copy_", "fill_", "zero_", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "set_", "resize_", "trunc_normal_"})
-EMPTY = ("empty", "new_empty")  # what stands in such memory has been made by nobody
 # Operations for which -inf is an ordinary argument: a row of nothing else is what they cannot take.
 SOFTMAX = frozenset({"_softmax", "_log_softmax", "_safe_softmax", "logsumexp", "softmax", "log_softmax", "_masked_softmax"})
 FUSED_ATTENTION = ("_scaled_dot_product", "_efficient_attention", "_flash_attention")
@@ -164,8 +163,6 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if forward and threading.get_ident() == self._thread and sequence >= 0 and sequence not in self._steps:
             ranges = tuple(_ranges(inputs))
             self._steps[sequence] = Step(str(func.overloadpacket), self._site(), ranges)
-        if name.startswith(EMPTY):
-            return
         for outputs, sources in _lanes(name, inputs, result):
             keys = {key_of(one.tensor) for one in sources if not one.written}
             for output in outputs:

@@ -159,6 +159,10 @@ def _cast(origin: Origin) -> _Told:
     return reason, Remedy("keep this in bfloat16 or float32, or scale it down before", {"dtype": "bfloat16"})
 
 
+def _empty(origin: Origin) -> _Told:
+    return "memory is read that nothing was written to", Remedy("torch.zeros or torch.full in the place of torch.empty", {"eps": 0.0})
+
+
 def _other(origin: Origin) -> _Told:
     eps = _eps(origin)
     cure = f"clamp its arguments to where it is defined, at least {eps:g} away from the edge"
@@ -201,6 +205,7 @@ _FORWARD: dict[str, Callable[[Origin], _Told]] = {
     **dict.fromkeys(("cumprod", "prod"), _running),
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm", "convolution", "_convolution", "linear", "mv", "addmv", "dot", "add", "sub", "sum", "cumsum", "square",
                      "pow_square", "native_layer_norm", "var", "std", "linalg_vector_norm"), _overflow),
+    **dict.fromkeys(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize"), _empty),
     "pow": _power, "mul": _product, "_to_copy": _cast, "copy": _cast,
 }  # fmt: skip
 
