@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossguard import actions, arguments, batches, exits, facts, place, report, resume, verdict, watching
+from lossguard import actions, arguments, batches, exits, facts, place, resume, verdict, watching
 from lossguard.aftermath import Aftermath
 from lossguard.coverage import Coverage, survey
 from lossguard.device.recorder import Recorder
@@ -290,6 +290,8 @@ class Guard:
 
     def report(self, path: str | Path) -> Path:
         """Write the post-mortem page of the run so far: one HTML file. Needs ``pip install 'lossguard[report]'``."""
+        from lossguard import report
+
         return report.of_guard(self, facts.of(self, self._policy), path, self._record.folder if self._record else None)
 
     @property
