@@ -69,7 +69,7 @@ class Aftermath:
         """The batch of the coming step. Kept alive only on request, else its fingerprint is taken if it lives at the halt."""
         shown = _Shown(step, index, [weakref.ref(t) for t in leaves(batch)])
         if self._cap:
-            shown.batch, shown.rng = batch, _raw_states()
+            shown.batch, shown.rng = batch, random_now()
         self._shown.append(shown)
 
     @property
@@ -102,6 +102,7 @@ class Aftermath:
         state = {
             "schema": SCHEMA, "time": time.time(), "attempt": attempt, "rank": place.rank(), "world": place.world(), "exit_code": halt.exit_code,
             "step": finding.step, "steps": steps, "loss": plain(float(loss[-1])) if loss.size else None, "finding": finding.to_dict(),
+            "culprit": halt.culprit,
             "lr": [[plain(_number(g.get("lr"))) for g in o.param_groups] for o in self._optimizers], "loss_scale": self._loss_scale(missing),
             "batch": _about(shown, finding.step, missing), "checkpoint": self._last_good(finding.step), "versions": versions(), "environment": environment(),
             "missing": missing,
@@ -167,12 +168,13 @@ def fingerprint(tensors: Sequence[Tensor]) -> str:
 
 def random_states(raw: tuple[Any, ...] | None = None) -> dict[str, Any]:
     """The states of all random generators, now or as they were, as plain types and tensors. Reads host memory only."""
-    torchs, (version, words, gauss), (name, keys, *rest), cuda = raw or _raw_states()
+    torchs, (version, words, gauss), (name, keys, *rest), cuda = raw or random_now()
     numpys = [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *(float(v) for v in rest)]
     return {"torch": torchs, "python": [version, list(words), gauss], "numpy": numpys, "cuda": cuda}
 
 
-def _raw_states() -> tuple[Any, ...]:
+def random_now() -> tuple[Any, ...]:
+    """The states of all random generators as they are handed out; :func:`random_states` makes them portable."""
     cuda = torch.cuda.get_rng_state_all() if _cuda() and not torch.cuda.is_current_stream_capturing() else []
     return torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True), cuda
 

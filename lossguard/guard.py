@@ -6,7 +6,7 @@ Users call it once an iteration; it raises only ``TrainingHalted`` and errors ab
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossguard import actions, arguments, batches, exits, facts, place, report, resume, verdict, watching
+from lossguard import actions, arguments, batches, exits, facts, place, resume, verdict, watching
 from lossguard.aftermath import Aftermath
 from lossguard.coverage import Coverage, survey
 from lossguard.device.recorder import Recorder
@@ -27,6 +27,7 @@ from lossguard.host.handover import Handover
 from lossguard.host.history import History
 from lossguard.host.intake import Intake
 from lossguard.introduce import Introduction
+from lossguard.locating import Locator
 from lossguard.pulses import Pulses, check_loss, evaluation
 from lossguard.rules import Rule
 from lossguard.rules.judge import Judge
@@ -52,6 +53,8 @@ class Guard:
     recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
     plain loop, ``"explicit"`` for trainers that call ``after_backward`` themselves, once before each update. agree: whether
     the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several.
+    locate: ``lambda x, y: criterion(model(x), y)``, the loss of a batch as it was shown; a halt by a non-finite value then runs
+    the step again and names the operation (holds a copy of the weights and ``lag + 2`` batches; see ``lossguard.culprit``).
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 
@@ -86,6 +89,7 @@ class Guard:
         sinks: Sequence[Sink] = (),
         phases: str = "hooks",
         agree: bool | None = None,
+        locate: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         model = arguments.a_model(model)
         parameters = list(model.parameters())
@@ -107,7 +111,7 @@ class Guard:
         self._aftermath = Aftermath(record or "", self.optimizers, scaler, arguments.batch_cap(keep_batch, record), lag)
         about = {"torch": torch.__version__, "model": type(model).__name__, "every": every}
         self._record: Record | None = None if record is None else self._faults.watch(Record, place.own_folder(record), about, part="the record")
-        self._skipping = Skipping(skip, self.optimizers)
+        self._skipping, self._locator = Skipping(skip, self.optimizers), Locator(locate, model, lag, scaler)
         self._recorder = Recorder(model, self.optimizers, scaler)
         self._history = History(loss_family=loss_family or "unknown", optimizers=len(self.optimizers))
         self._introduction = Introduction(self._history, self._recorder, declared=loss_family is not None)
@@ -144,6 +148,7 @@ class Guard:
             return
         self._check_open()
         terms = check_loss(loss)
+        self._faults.watch(self._locator.keep, now, terms)
         sick = self._pulses.write(now, terms)
         if sick:
             self._schedule.alarm(now)
@@ -266,7 +271,7 @@ class Guard:
     @property
     def findings(self) -> list[Finding]:
         """The events so far, oldest first; one an episode, with counts and consequences."""
-        return [self._skipping.told(f) for f in self._judge.findings]
+        return [self._locator.told(self._skipping.told(f)) for f in self._judge.findings]
 
     @property
     def history(self) -> History:
@@ -285,12 +290,14 @@ class Guard:
 
     def report(self, path: str | Path) -> Path:
         """Write the post-mortem page of the run so far: one HTML file. Needs ``pip install 'lossguard[report]'``."""
+        from lossguard import report
+
         return report.of_guard(self, facts.of(self, self._policy), path, self._record.folder if self._record else None)
 
     @property
     def memory(self) -> int:
         """Bytes the guard holds now, on devices and on the host; bounded, and reached after the first full window."""
-        return self._recorder.nbytes + self._pulses.nbytes + self._handover.nbytes + self._history.nbytes + self._aftermath.nbytes
+        return self._recorder.nbytes + self._pulses.nbytes + self._handover.nbytes + self._history.nbytes + self._aftermath.nbytes + self._locator.nbytes
 
     def __repr__(self) -> str:
         state, found = "closed" if self.closed else "watching", len(self._judge.findings)
@@ -319,6 +326,7 @@ class Guard:
         self._pulses.show((inputs, targets), handed=handed)
         if self._record:
             self._faults.watch(self._aftermath.show, self.steps, self._batches - 1, (inputs, targets))
+        self._faults.watch(self._locator.show, self.steps, (inputs, targets))
 
     def _open_step(self) -> None:
         """Decide whether the coming step is sampled, and attach what it needs."""
@@ -329,7 +337,7 @@ class Guard:
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
             self._taps.listen(bool(self._skipping) or self._recorder.expects_clearing)
             self._recorder.targets = None
-            if not self._taps.listening:
+            if not self._taps.listening and not self._locator:
                 self._quiet = self._schedule.next_due(self.steps) - self.steps - 1
             return
         if sampled and self._recorder.outdated:
@@ -364,7 +372,9 @@ class Guard:
                 self._faults.watch(news.write, self._record, self._history)
             self._skipping.arrived(news.sample)
             heard += self._judge.observe(self._history, new_sample=news.sample is not None)
-        heard = [self._skipping.told(f) for f in heard]
+        if self._locator.locate([f for f in heard if self._policy.halts(f)], self._taps, self._faults.watch):
+            self._open_step()
+        heard = [self._locator.told(self._skipping.told(f)) for f in heard]
         for finding in heard:
             for sink in self._sinks:
                 self._faults.watch(sink, finding)
@@ -377,6 +387,7 @@ class Guard:
 
     def _halt(self, finding: Finding) -> actions.TrainingHalted:
         halt = actions.TrainingHalted(finding, codes=self._codes)
+        halt.culprit = self._locator.culprit(finding)
         if self._record:
             self._faults.watch(self._aftermath.leave, halt, self._history, self.steps)
         return halt

@@ -29,6 +29,7 @@ LAYERS = [
     ("rules/",),
     ("exits.py", "place.py", "watching.py", "actions.py", "resume.py", "batches.py", "faults.py"),
     ("aftermath.py", "sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "skipping.py", "preflight/"),
+    ("culprit/", "locating.py"),
     ("record.py", "facts.py", "explain.py"),
     ("report/",),
     ("guard.py",),

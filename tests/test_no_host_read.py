@@ -73,6 +73,18 @@ def test_a_guarded_run_works_on_meta(name, optimizer):
 
 
 @pytest.mark.parametrize("where", [no_read_device, meta_device])
+def test_what_a_search_will_need_is_kept_without_a_read(where):
+    """With locate= the batches and the weights from before the newest sound step are kept where every host read raises."""
+    with where() as device:
+        guard, weights = train(device, "mlp", OPTIMIZERS["adamw"], locate=lambda x, y: None)
+        keepsake = guard._locator._keepsake
+        assert not guard._faults.silenced
+        if where is no_read_device:
+            assert [reveal(at).item() for at in keepsake.at] == [6]
+            assert all(torch.equal(reveal(a), reveal(b)) for a, b in zip(weights, keepsake._copies, strict=False))
+
+
+@pytest.mark.parametrize("where", [no_read_device, meta_device])
 def test_a_signal_that_reads_is_caught(where, monkeypatch):
     """A signal that calls item() fails these tests: they can fail."""
 
