@@ -333,6 +333,7 @@ class Guard:
         self._schedule.update_tried = False
         sampled = self._schedule.due(self.steps)
         self._taps.next_step()
+        self._skipping.begin()
         self._quiet = 0
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
             self._taps.listen(bool(self._skipping) or self._recorder.expects_clearing)

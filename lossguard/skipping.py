@@ -56,6 +56,11 @@ class Skipping:
         for one in self.gates:
             one.judge(scale)
 
+    def begin(self) -> None:
+        """A new step of the run starts."""
+        for one in self.gates:
+            one.begin()
+
     def lay(self, row_of: Callable[[torch.device], Row]) -> None:
         """The counters, into the sampled step's row."""
         for k, one in enumerate(self.gates):

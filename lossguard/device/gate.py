@@ -48,10 +48,13 @@ class Gate:
     def __init__(self, optimizer: Optimizer, means: Means, limit: Limit | None, on_fault: Callable[[Exception], None]) -> None:
         self.optimizer, self.means = optimizer, means
         self.late = 0  # updates that were judged at the update itself, since no backward pass was seen to end
+        self.broken = False  # a fault of our own: the gate stands open
         self.scaled = False  # whether somebody else's flag, such as a loss scaler's, was ever there
         self.device = torch.device("meta")
         self._limit, self._on_fault = limit, on_fault
         self._judged = False  # since the last update
+        self._seen: list[tuple[int, int]] = []  # the gradients that were judged, and how often each had been written to
+        self._depth = 0  # a step that calls the step of its base class is one update, though hooks run for both
         self._theirs: Tensor | None = None
         mine = weakref.ref(self)  # the optimizer outlives a forgotten guard, and must not stay shut then
         hooks = [optimizer.register_step_pre_hook(_eager(partial(_before, mine))), optimizer.register_step_post_hook(_eager(partial(_after, mine)))]
@@ -67,8 +70,8 @@ class Gate:
         self._run_own(self._judge, scale)
 
     def _judge(self, scale: Tensor | None) -> None:
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._judged = True
+        gradients = self._gradients()
+        self._judged, self._seen = True, _versions(gradients)
         if not gradients:
             self.verdict[:2].zero_()
             return
@@ -86,18 +89,29 @@ class Gate:
 
     def before(self, *, closure: bool) -> None:
         """The optimizer is about to step. A closure runs the backward pass inside the step, and what it ends in is judged then."""
-        self._run_own(self._before, closure)
+        self._depth += 1
+        if self._depth == 1:
+            self._run_own(self._before, closure)
+
+    def begin(self) -> None:
+        """No step is under way, even if one raised midway."""
+        self._depth = 0
 
     def _before(self, closure: bool) -> None:
         if not self._judged and not closure:
             self._judge(getattr(self.optimizer, "grad_scale", None))
             self.late += 1
+        elif not closure and (gradients := self._gradients()) and _versions(gradients) != self._seen:
+            # clipped, or changed otherwise, since they were judged: what has become non-finite meanwhile is left out too
+            self.flag.copy_(torch.maximum(self.flag, (~torch.isfinite(total_norm(gradients, self.device))).to(self.flag.dtype)))
         self._theirs = self.means.before(closure=closure)
         self.scaled |= self._theirs is not None
 
     def after(self) -> None:
         """The optimizer stepped: one count for each update, however many backward passes led to it."""
-        self._run_own(self._after)
+        self._depth -= 1
+        if self._depth == 0:
+            self._run_own(self._after)
 
     def _after(self) -> None:
         self._judged = False
@@ -134,6 +148,9 @@ class Gate:
         for name, count in zip(COUNTS, self.totals.unbind(), strict=True):
             row.add_scalars(name, np.array([index]), [count])
 
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
     def _place(self, device: torch.device) -> None:
         """Counters live where the gradients do; parameters may move after the guard was made."""
         old = self.state() if self.device.type != "meta" else {}
@@ -150,11 +167,14 @@ class Gate:
 
     def _run_own(self, part: Callable[..., None], *args: Any) -> None:
         """Our own faults end no run; a gate that cannot judge stands open and says so."""
+        if self.broken or not self.close.alive:
+            return
         try:
             with torch.no_grad():
                 part(*args)
         except Exception as error:
-            self.close()
+            self.broken = True  # the hooks stay, for this may be one of them, and do nothing
+            self.means.disarm()
             self._on_fault(error)
 
 
@@ -176,6 +196,10 @@ def total_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     return signals.l2(found[0] if len(found) == 1 else torch.cat(found))
 
 
+def _versions(gradients: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(id(g), g._version) for g in gradients]
+
+
 def armed(
     optimizers: Sequence[Optimizer], limit: Limit | None = None, *, put_back: Sequence[Optimizer] = (), on_fault: Callable[[Exception], None]
 ) -> list[Gate]:
@@ -194,13 +218,13 @@ def _eager(hook: Callable[..., None]) -> Any:
 
 def _before(mine: weakref.ref[Gate], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     gate = mine()
-    if gate is not None and gate.close.alive:
+    if gate is not None:
         gate.before(closure=(kwargs.get("closure") or (args[1] if len(args) > 1 else None)) is not None)
 
 
 def _after(mine: weakref.ref[Gate], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     gate = mine()
-    if gate is not None and gate.close.alive:
+    if gate is not None:
         gate.after()
 
 
