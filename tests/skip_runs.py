@@ -112,7 +112,7 @@ def everything(model, *optimizers):
     for k, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
-                leaves = value if isinstance(value, list) else [*value.values()][0] if isinstance(value, dict) else [value]
+                leaves = value if isinstance(value, list) else next(iter(value.values())) if isinstance(value, dict) else [value]
                 found.update({f"{k}.{i}.{key}.{j}": bits(t) if isinstance(t, torch.Tensor) else t for j, t in enumerate(leaves)})
         for g, group in enumerate(optimizer.param_groups):
             found.update({f"{k}.group {g} {key}": bits(v) for key, v in group.items() if isinstance(v, torch.Tensor)})

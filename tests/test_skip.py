@@ -112,7 +112,7 @@ def test_a_scaler_that_counts_devices_skips_too():
 def test_a_search_for_the_scale_is_no_skipping_of_ours():
     """A dozen overflows in a row at the start of fp16 are the scaler's own: no skip is counted, nothing is reported, nothing halts."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**28, growth_interval=10**6)
-    model, guard = network(), None
+    model = network()
     optimizer = FUSED["adamw"](list(model.parameters()))
     with Guard(model, optimizer, skip={"nonfinite_gradient"}, scaler=scaler) as guard:
         for i in range(40):
