@@ -219,18 +219,7 @@ def test_a_compiled_step(kind, by, name):
 @pytest.mark.parametrize(("by", "name"), [("found_inf", "adamw"), ("restore", "nadam"), ("restore", "lion")])
 def test_a_step_with_a_closure(by, name):
     """Where the backward pass runs inside of the step, what it ends in is judged."""
-    if name == "lion":
-
-        class Closing(Lion):
-            def step(self, closure=None):
-                if closure is not None:
-                    with torch.enable_grad():
-                        closure()
-                super().step()
-
-        build = Closing
-    else:
-        build = make(by, name)
+    build = make(by, name)
     ends = []
     for bad, skip in (((0, 5), ()), ((), (0, 5))):
         model = network()
