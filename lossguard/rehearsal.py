@@ -48,6 +48,11 @@ def honours(optimizer: Optimizer) -> bool:
 
 
 def _cannot_put_back(optimizer: Optimizer, name: str) -> str | None:
+    aside = _on_host(optimizer)
+    if aside is not None:
+        known = any("capturable" in group for group in optimizer.param_groups)
+        cure = "build it with capturable=True" if known else "no setting of it changes that"
+        return f"{name} keeps {aside!r} on the host, which cannot know of a skip in time; {cure}"
     inner = next((k for k, v in vars(optimizer).items() if isinstance(v, Optimizer)), None)
     if inner is not None:
         return f"{name} wraps another optimizer (.{inner}); give that one to the guard"
@@ -71,7 +76,26 @@ def _cannot_put_back(optimizer: Optimizer, name: str) -> str | None:
     return None
 
 
-def _copy(optimizer: Optimizer, keep: tuple[str, ...] = ()) -> tuple[Any, list[nn.Parameter]]:
+def _on_host(optimizer: Optimizer) -> str | None:
+    """What of the state of parameters on a device would lie on the host. A copy on meta shows where new state goes."""
+    if all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"]):
+        return None
+    states = [(p, state) for p, state in optimizer.state.items() if isinstance(p, Tensor) and p.device.type != "cpu"]
+    if not states:
+        copy, parameters = _copy(optimizer, keep=("capturable",), device="meta")
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        try:
+            means.begin(copy, closure=False)
+            if not copy.state:
+                copy.step()
+        except Exception:  # a step that cannot run without values: its state shows at the first update
+            pass
+        states = list(copy.state.items())
+    return next((str(key) for _, state in states for key, t in state.items() if isinstance(t, Tensor) and t.device.type == "cpu"), None)
+
+
+def _copy(optimizer: Optimizer, keep: tuple[str, ...] = (), device: str = "cpu") -> tuple[Any, list[nn.Parameter]]:
     """The same class with the same settings on small parameters of the same kinds and dtypes, without a state and without hooks."""
     other: Any = object.__new__(type(optimizer))
     vars(other).update({k: v for k, v in vars(optimizer).items() if k not in ("step", "found_inf", "grad_scale")})
@@ -80,16 +104,16 @@ def _copy(optimizer: Optimizer, keep: tuple[str, ...] = ()) -> tuple[Any, list[n
     parameters: list[nn.Parameter] = []
     for group in optimizer.param_groups:
         kinds = {(p.dim(), p.dtype): p for p in group["params"]}
-        small = [_small(p) for p in kinds.values()]
+        small = [_small(p, device) for p in kinds.values()]
         new = {k: _setting(k, v, keep) for k, v in group.items() if k != "params"}
         other.param_groups.append({**new, "params": small})
         parameters += small
     return other, parameters
 
 
-def _small(p: Tensor) -> nn.Parameter:
+def _small(p: Tensor, device: str) -> nn.Parameter:
     shape = [min(n, SIDE) for n in p.shape]
-    return nn.Parameter(torch.linspace(-1.0, 1.0, max(math.prod(shape), 1), device="cpu").reshape(shape).to(p.dtype), requires_grad=True)
+    return nn.Parameter(torch.linspace(-1.0, 1.0, math.prod(shape), device=device).reshape(shape).to(p.dtype), requires_grad=True)
 
 
 def _setting(key: str, value: Any, keep: tuple[str, ...]) -> Any:
@@ -102,7 +126,7 @@ def _setting(key: str, value: Any, keep: tuple[str, ...]) -> Any:
 def _step(copy: Any, parameters: list[nn.Parameter], seed: int, flag: float | None = None) -> None:
     """One update with gradients of our own; flag: as if the gate had decided so."""
     for k, p in enumerate(parameters):
-        p.grad = torch.linspace(-0.7 - k, 1.3 * seed, max(p.numel(), 1), device="cpu").reshape(p.shape).to(p.dtype)
+        p.grad = torch.linspace(-0.7 - k, 1.3 * seed, p.numel(), device="cpu").reshape(p.shape).to(p.dtype)
     if flag is None:
         copy.step()
         return

@@ -61,7 +61,8 @@ class Module(L.LightningModule):
 
 def fit(name, factor, *, precision="32-true", manual=False, leave=(), guarded=True, scaler=None, gate="nonfinite_gradient", **options):
     by, make = MAKES[name]
-    clips = name != "fused" or precision == "32-true"  # Lightning refuses to clip for a fused optimizer in mixed precision
+    # Lightning refuses to clip for a fused optimizer in mixed precision, and clips scaled gradients in manual optimisation
+    clips = (name != "fused" and not (manual and precision == "16-mixed")) or precision == "32-true"
     module = Module(make, factor, manual=manual, clips=clips)
     skip = {gate: QUICK if gate == "exploding_gradient" else None}
     callback = LossGuardCallback(skip=skip, skip_by=by, halt=None)

@@ -125,6 +125,8 @@ class PutBack:
         tensors, self._numbers = held(self.optimizer)
         self._known = set(tensors)
         for path, t in tensors.items():
+            if path[0] == "state" and t.device.type == "cpu" != self._flag.device.type:
+                raise CannotPutBack(f"it keeps {path[-1]!r} on the host, which cannot know of a skip in time")
             old = self._old.get(path)
             if old is None or old.shape != t.shape or old.dtype != t.dtype or old.device != t.device:
                 self._old[path] = torch.empty_like(t)
