@@ -69,7 +69,7 @@ def spared(finding: Finding, skippable: Collection[str], skipped: Collection[int
     if finding.diagnosis in skippable:
         note = "the updates with such gradients were skipped on the device: weights and moments are those before them"
         return replace(finding, severity=min(finding.severity, Severity.WARNING), note=note)
-    if finding.diagnosis.startswith("nonfinite") and finding.step in skipped:
+    if finding.diagnosis.startswith(("nonfinite", "exploding")) and finding.step in skipped:
         return replace(finding, note="the update of this step was skipped on the device: weights and moments are those before it")
     return finding
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from lossguard.device import signals
@@ -30,7 +30,9 @@ class Coverage:
         return "\n".join([f"observed: {seen}", *(["not observed:", *unseen] if unseen else [])])
 
 
-def survey(recorder: Recorder, history: History, handover: Handover, steps: int, backward_seen: bool, silenced: Collection[str]) -> Coverage:
+def survey(
+    recorder: Recorder, history: History, handover: Handover, steps: int, backward_seen: bool, silenced: Collection[str], unguarded: Mapping[str, str]
+) -> Coverage:
     """Ask every part what it has seen."""
     observed = {"loss": 1} if history.loss_steps(1).size else {}
     observed.update(history.observed())
@@ -42,6 +44,7 @@ def survey(recorder: Recorder, history: History, handover: Handover, steps: int,
     if handover.late:
         unseen["late rows"] = f"{handover.late} rows had not arrived at their step and were waited for; a larger lag= avoids that"
     unseen.update(dict.fromkeys(silenced, "failed once and is switched off"))
+    unseen.update(unguarded)
     return Coverage(observed, unseen)
 
 

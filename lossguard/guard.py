@@ -44,7 +44,8 @@ class Guard:
     model: any ``nn.Module``. optimizers: one ``torch.optim.Optimizer`` or a list. every: interval, in steps, of the
     costly signals; the first ``dense`` steps are all sampled. halt: diagnosis names, or a ``Severity`` and above, that
     raise ``TrainingHalted``; None for never. skip: diagnoses whose update is left out on the device
-    (``nonfinite_gradient``; needs fused optimizers). mute: diagnosis names not to report. rules: rule objects that
+    (``nonfinite_gradient``, ``exploding_gradient``). skip_by: ``"found_inf"`` (fused optimizers), or ``"restore"``: the others
+    too, for a copy of weights and optimizer state. mute: diagnosis names not to report. rules: rule objects that
     replace the default of the same diagnosis or join them. record: a folder for the run's record; after a halt
     it holds a folder ``halt-STEP`` with what a post-mortem needs. keep_batch: the batch too, True for up to 64 MiB or a cap in bytes
     (holds ``lag + 2`` batches; 0.1 ms a step). exit_codes: diagnosis -> code of the process, where it differs from ``lossguard.exits``. scaler: the
@@ -76,7 +77,8 @@ class Guard:
         every: int = 10,
         dense: int = DENSE,
         halt: Iterable[str] | Severity | str | None = Severity.HALT,
-        skip: Iterable[str] = (),
+        skip: Iterable[str] | Mapping[str, Any] = (),
+        skip_by: str = "found_inf",
         mute: Iterable[str] = (),
         rules: Iterable[Rule] = (),
         record: str | Path | None = None,
@@ -111,7 +113,7 @@ class Guard:
         self._aftermath = Aftermath(record or "", self.optimizers, scaler, arguments.batch_cap(keep_batch, record), lag)
         about = {"torch": torch.__version__, "model": type(model).__name__, "every": every}
         self._record: Record | None = None if record is None else self._faults.watch(Record, place.own_folder(record), about, part="the record")
-        self._skipping, self._locator = Skipping(skip, self.optimizers), Locator(locate, model, lag, scaler)
+        self._skipping, self._locator = Skipping(skip, self.optimizers, skip_by, model), Locator(locate, model, lag, scaler)
         self._recorder = Recorder(model, self.optimizers, scaler)
         self._history = History(loss_family=loss_family or "unknown", optimizers=len(self.optimizers))
         self._introduction = Introduction(self._history, self._recorder, declared=loss_family is not None)
@@ -122,7 +124,7 @@ class Guard:
         self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), *sinks]
         self._batches, self._explicit = 0, phases == "explicit"
         self._schedule = Schedule(self.every, self.dense, accumulate=accumulate, may_skip=scaler is not None and not self._explicit)
-        self._parts: dict[str, resume.Resumable] = {"history": self._history, "judge": self._judge}  # what a resumed run takes over
+        self._parts: dict[str, resume.Resumable] = {"history": self._history, "judge": self._judge, "skipping": self._skipping}  # what a resumed run takes over
         self._overdue: actions.TrainingHalted | None = None
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
         watching.take_over(model, self)
@@ -252,7 +254,7 @@ class Guard:
             return
         self._schedule.update_tried = self._explicit
         self._faults.watch(self._recorder.backward_done, unscaled=unscaled)
-        self._skipping.judge()
+        self._skipping.judge(None if unscaled else getattr(self._scaler, "_scale", None))
 
     def before_update(self, index: int = 0) -> None:
         """Optimizer ``index`` is about to step on gradients as they are now, clipped or not. Its own hook says so too."""
@@ -274,6 +276,11 @@ class Guard:
         return [self._locator.told(self._skipping.told(f)) for f in self._judge.findings]
 
     @property
+    def skipped(self) -> dict[str, int]:
+        """Updates left out so far, by the diagnosis that ``skip=`` names; as far as has arrived from the device."""
+        return self._skipping.counts
+
+    @property
     def history(self) -> History:
         """What has arrived from the device so far, as rules see it; to be read only."""
         return self._history
@@ -286,7 +293,8 @@ class Guard:
     @property
     def coverage(self) -> Coverage:
         """What is observed and what is not, and why."""
-        return survey(self._recorder, self._history, self._handover, self.steps, self._taps.backward_seen, self._faults.silenced)
+        unguarded = self._skipping.unseen(self.steps)
+        return survey(self._recorder, self._history, self._handover, self.steps, self._taps.backward_seen, self._faults.silenced, unguarded)
 
     def report(self, path: str | Path) -> Path:
         """Write the post-mortem page of the run so far: one HTML file. Needs ``pip install 'lossguard[report]'``."""
@@ -297,7 +305,8 @@ class Guard:
     @property
     def memory(self) -> int:
         """Bytes the guard holds now, on devices and on the host; bounded, and reached after the first full window."""
-        return self._recorder.nbytes + self._pulses.nbytes + self._handover.nbytes + self._history.nbytes + self._aftermath.nbytes + self._locator.nbytes
+        holders = (self._recorder, self._pulses, self._handover, self._history, self._aftermath, self._skipping, self._locator)
+        return sum(holder.nbytes for holder in holders)
 
     def __repr__(self) -> str:
         state, found = "closed" if self.closed else "watching", len(self._judge.findings)
@@ -333,6 +342,7 @@ class Guard:
         self._schedule.update_tried = False
         sampled = self._schedule.due(self.steps)
         self._taps.next_step()
+        self._skipping.begin()
         self._quiet = 0
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
             self._taps.listen(bool(self._skipping) or self._recorder.expects_clearing)
@@ -354,7 +364,7 @@ class Guard:
         if parts is None:
             return
         facts = {**self._recorder.facts, "batch": self._batches - 1 if self._batches else now}
-        facts.update({name: 1.0 for name, there in (("scaler", self._scaler is not None), ("gated", bool(self._skipping))) if there})
+        facts.update(self._skipping.facts(self._scaler))
         self._introduction.update()
         for k, (row, segments) in enumerate(parts):
             self._handover.send(now, row, ("row", now, segments, facts, k == len(parts) - 1))

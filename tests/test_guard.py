@@ -59,7 +59,7 @@ REFUSED = {
     "mute unknown": (lambda: Guard(MODEL, OPTIMIZER, mute={"los_spike"}), r"in mute=; did you mean 'loss_spike'"),
     "mute unknown string": (lambda: Guard(MODEL, OPTIMIZER, mute="deadrelu"), r"in mute=; did you mean 'dead_relu'"),
     "skip unknown": (lambda: Guard(MODEL, OPTIMIZER, skip={"nonfinite_gradients"}), r"in skip=; did you mean 'nonfinite_gradient'"),
-    "skip impossible": (lambda: Guard(MODEL, OPTIMIZER, skip={"loss_spike"}), r"in skip=.*known: nonfinite_gradient"),
+    "skip impossible": (lambda: Guard(MODEL, OPTIMIZER, skip={"loss_spike"}), r"in skip=.*known: exploding_gradient, nonfinite_gradient"),
     "skip unfused": (
         lambda: Guard(MODEL, OPTIMIZER, skip={"nonfinite_gradient"}),
         r"SGD does not honour found_inf; build it with fused=True.*halt= instead of skip=",

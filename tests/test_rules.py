@@ -20,7 +20,18 @@ from lossguard.rules.judge import Judge
 PER_PARAMETER = ("grad_norm", "weight_norm", "update_norm", "rounded_away", "gradient_reach", "weight_range")
 PER_UNIT = ("activation_rms", "sample_variance", "zero_fraction", "dead_fraction", "saturated_fraction", "activation_reach", "attention_logit")
 PER_HEAD = ("logit_peak", "confident_fraction", "log_normalizer", "confident_wrong", "label_nll")
-FEW = ("loss", "validation", "input_rms", "clip_coefficient", "consecutive_skips", "frozen_update", "net_update", "void_update", "outside_update")
+FEW = (
+    "loss",
+    "validation",
+    "input_rms",
+    "clip_coefficient",
+    "consecutive_skips",
+    "total_skips",
+    "frozen_update",
+    "net_update",
+    "void_update",
+    "outside_update",
+)
 SIGNALS = {*FEW, "grad_rms", "grad_total", "update_ratio", *PER_PARAMETER, *PER_UNIT, *PER_HEAD}
 
 PARAMS = [
@@ -62,7 +73,7 @@ def healthy_step(step: int, rng: np.random.Generator, scale: float) -> tuple[Val
         "saturated_fraction": np.where(rails, 0.05, np.nan),
         "logit_peak": 8 * noise(2), "confident_fraction": np.array([0.4, 0.1]) * noise(2), "log_normalizer": 3 * noise(2),
         "confident_wrong": np.array([0.02, np.nan]), "label_nll": np.array([0.5, np.nan]),
-        "input_rms": noise(1), "clip_coefficient": np.minimum(1.0, noise(1)), "consecutive_skips": np.zeros(1),
+        "input_rms": noise(1), "clip_coefficient": np.minimum(1.0, noise(1)), "consecutive_skips": np.zeros(1), "total_skips": np.zeros(1),
         "activation_reach": 0.01 * noise(9), "gradient_reach": 0.001 * noise(7), "rounded_away": np.clip(0.3 * noise(7), 0, 1),
         "weight_range": np.where(np.arange(7) % 2 == 1, 0.3, np.nan), "attention_logit": np.where(np.arange(9) == 4, 3 * noise(9), np.nan),
         "frozen_update": np.full(1, np.nan),
