@@ -30,11 +30,11 @@ from lossguard import exits, place, resume
 from lossguard.actions import TrainingHalted
 from lossguard.findings import plain
 from lossguard.host.history import History
+from lossguard.safekeeping import Checkpoints
 
 SCHEMA = 1
 ROWS, LOSSES = 64, 512  # samples and losses of the tape's tail; as many as the widest windows of the rules
 TAIL_BYTES = 4 * 2**20  # of the tape's tail, before compression; our own choice, because a thousand ranks leave 4 GB then
-CHECKPOINTS = 16  # checkpoints remembered
 
 # Variables that explain a fault and hold no secret. Everything else of the environment stays out.
 NAMES = ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "NVIDIA_TF32_OVERRIDE", "PYTHONHASHSEED", "RANK", "SLURM_JOB_ID",
@@ -57,13 +57,13 @@ class _Shown:
 
 class Aftermath:
     """Remembers what a halt must know and writes it down then. cap: most bytes of a batch to keep, 0 for none; lag: steps that
-    a halt comes late."""
+    a halt comes late; checkpoints: those that are known to be good."""
 
-    def __init__(self, folder: str | Path, optimizers: Sequence[Optimizer], scaler: Any, cap: int, lag: int) -> None:
+    def __init__(self, folder: str | Path, optimizers: Sequence[Optimizer], scaler: Any, cap: int, lag: int, checkpoints: Checkpoints) -> None:
         self._folder, self._optimizers, self._scaler, self._cap = Path(folder), optimizers, scaler, cap
         self._shown: deque[_Shown] = deque(maxlen=lag + 2)
         self._born = time.time_ns()
-        self._checkpoints: deque[tuple[int, str]] = deque(maxlen=CHECKPOINTS)
+        self._checkpoints = checkpoints
 
     def show(self, step: int, index: int, batch: Any) -> None:
         """The batch of the coming step. Kept alive only on request, else its fingerprint is taken if it lives at the halt."""
@@ -76,10 +76,6 @@ class Aftermath:
     def nbytes(self) -> int:
         """Bytes of the batches kept alive."""
         return sum(t.numel() * t.element_size() for shown in self._shown if shown.batch is not None for t in leaves(shown.batch))
-
-    def saved(self, step: int, checkpoint: str | Path) -> None:
-        """A checkpoint was written after so many steps."""
-        self._checkpoints.append((step, str(checkpoint)))
 
     def leave(self, halt: TrainingHalted, history: History, steps: int) -> None:
         """Write the folder and name it in the halt. A part that cannot be written is named in the state; ``OSError`` if nothing can."""
@@ -125,8 +121,8 @@ class Aftermath:
 
     def _last_good(self, step: int) -> dict[str, Any] | None:
         """The newest checkpoint from before the finding's step."""
-        good = [(at, path) for at, path in self._checkpoints if at <= step]
-        return {"after_steps": good[-1][0], "path": good[-1][1]} if good else None
+        good = self._checkpoints.last_good(step)
+        return None if good is None else good._asdict()
 
 
 # ---- the parts

@@ -31,6 +31,7 @@ from lossguard.locating import Locator
 from lossguard.pulses import Pulses, check_loss, evaluation
 from lossguard.rules import Rule
 from lossguard.rules.judge import Judge
+from lossguard.safekeeping import Keeper
 from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
 from lossguard.skipping import Skipping
@@ -38,7 +39,7 @@ from lossguard.skipping import Skipping
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
 
-class Guard:
+class Guard(Keeper):
     """Watches one training run.
 
     model: any ``nn.Module``. optimizers: one ``torch.optim.Optimizer`` or a list. every: interval, in steps, of the
@@ -110,7 +111,8 @@ class Guard:
         lag = (0 if on_host else LAG) if lag is None else arguments.at_least(0, lag, "lag")
         self._faults = Faults()
         self._codes = exits.check_codes(exit_codes, {rule.diagnosis: rule for rule in chosen})
-        self._aftermath = Aftermath(record or "", self.optimizers, scaler, arguments.batch_cap(keep_batch, record), lag)
+        self._keep()
+        self._aftermath = Aftermath(record or "", self.optimizers, scaler, arguments.batch_cap(keep_batch, record), lag, self._checkpoints)
         about = {"torch": torch.__version__, "model": type(model).__name__, "every": every}
         self._record: Record | None = None if record is None else self._faults.watch(Record, place.own_folder(record), about, part="the record")
         self._skipping, self._locator = Skipping(skip, self.optimizers, skip_by, model), Locator(locate, model, lag, scaler)
@@ -124,8 +126,10 @@ class Guard:
         self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), *sinks]
         self._batches, self._explicit = 0, phases == "explicit"
         self._schedule = Schedule(self.every, self.dense, accumulate=accumulate, may_skip=scaler is not None and not self._explicit)
-        self._parts: dict[str, resume.Resumable] = {"history": self._history, "judge": self._judge, "skipping": self._skipping}  # what a resumed run takes over
-        self._overdue: actions.TrainingHalted | None = None
+        self._parts: dict[str, resume.Resumable] = {  # what a resumed run takes over
+            "history": self._history, "judge": self._judge, "skipping": self._skipping, "checkpoints": self._checkpoints,
+        }  # fmt: skip
+        self._overdue: Finding | None = None  # what the coming step halts for
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
         watching.take_over(model, self)
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
@@ -146,7 +150,7 @@ class Guard:
             self._quiet -= 1
             self.steps = now + 1
             if self._handover.due(now):
-                self._receive(now)
+                self._end(self._receive(now))
             return
         self._check_open()
         terms = check_loss(loss)
@@ -161,13 +165,10 @@ class Guard:
             self._pulses.send()
         self.steps += 1
         self._open_step()
-        if self._handover.due(now):
-            self._receive(now)
-        if self._agreement is not None and self._schedule.regular(now) and (verdict := self._agreement.round()) is not None:
-            self._overdue = self._overdue or self._halt(verdict)
-        halt, self._overdue = self._overdue, None
-        if halt is not None:
-            raise halt
+        ending = self._receive(now) if self._handover.due(now) else None
+        verdict = self._agreement.round() if self._agreement is not None and self._schedule.regular(now) else None
+        ending, self._overdue = self._overdue or ending or verdict, None
+        self._end(ending)
 
     def batches(self, loader: Iterable[Any]) -> batches.Batches:
         """The loader's batches, each shown to the guard: ``for x, y in guard.batches(loader)``. Keeps ``len``."""
@@ -192,25 +193,17 @@ class Guard:
         self._pulses.send()
         self._handover.send(self.steps - 1, numbers, ("validation", self.steps - 1))
         if self._handover.due(self.steps - 1):
-            self._receive(self.steps - 1)
+            self._end(self._receive(self.steps - 1))
 
     def flush(self, *, patience: float | None = None) -> None:
         """Judge all that was recorded; waits for the device, ``patience`` seconds at most. Raises ``TrainingHalted`` as :meth:`step` does."""
-        self._pulses.send()
-        if patience is None or self._handover.arrived(patience):
-            self._receive(self.steps, everything=True)
+        self._end(self._receive_all(patience))
 
     def settle(self, *, patience: float | None = None) -> None:
         """As :meth:`flush`, but a finding that halts is raised by the next step."""
-        try:
-            self.flush(patience=patience)
-        except actions.TrainingHalted as halt:
-            self._overdue, self._quiet = halt, 0
-
-    def saved(self, checkpoint: str | Path) -> None:
-        """The run's checkpoint was written there: a halt names the newest one from before its finding."""
-        self._aftermath.saved(self.steps, checkpoint)
-        self.note(f"saved {checkpoint}")
+        ending = self._receive_all(patience)
+        if ending is not None:
+            self._overdue, self._quiet = ending, 0
 
     def note(self, event: str) -> None:
         """A line in the run's record, such as a signal; nothing without a record."""
@@ -222,9 +215,9 @@ class Guard:
         if self.closed:
             return
         try:
-            self.flush(patience=patience)
-        except actions.TrainingHalted:
-            pass  # the run is over anyway: the finding stands in ``findings``
+            ending = self._receive_all(patience)
+            if ending is not None:
+                self._halt(ending)  # not raised, the run is over anyway: the finding stands in ``findings``
         finally:
             self.closed, self._quiet = True, 0
             if self._agreement is not None:
@@ -324,7 +317,7 @@ class Guard:
         self._check_open()
         self._introduction.ensure()
         resume.restore(self._parts, state)
-        self.steps, self._batches = state["steps"], state["batches"]
+        self.steps, self._batches, self._fatal = state["steps"], state["batches"], None
         self._open_step()
 
     # ---- inside
@@ -369,10 +362,15 @@ class Guard:
         for k, (row, segments) in enumerate(parts):
             self._handover.send(now, row, ("row", now, segments, facts, k == len(parts) - 1))
 
-    def _receive(self, now: int, *, everything: bool = False) -> None:
-        """Take what has arrived, judge it, act. Raises ``TrainingHalted``."""
+    def _receive_all(self, patience: float | None) -> Finding | None:
+        """What was recorded up to now, as far as the device answers in time."""
+        self._pulses.send()
+        return self._receive(self.steps, everything=True) if patience is None or self._handover.arrived(patience) else None
+
+    def _receive(self, now: int, *, everything: bool = False) -> Finding | None:
+        """Take what has arrived, judge it, tell of it. Returns the finding that ends the run now."""
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
-            return  # asking an event would break the capture
+            return None  # asking an event would break the capture
         heard: list[Finding] = []
         for news in self._intake.receive(now, everything=everything):
             if news.sick:
@@ -388,12 +386,19 @@ class Guard:
         for finding in heard:
             for sink in self._sinks:
                 self._faults.watch(sink, finding)
-        halting = [f for f in heard if self._policy.halts(f)]
-        if halting:
-            worst = max(halting, key=lambda f: f.severity)
-            if self._agreement is None or self._agreement.over is not None:
-                raise self._halt(worst)
-            self._agreement.accuse(worst)
+        worst = max((f for f in heard if self._policy.halts(f)), key=lambda f: f.severity, default=None)
+        if worst is None:
+            return None
+        self._fatal = self._fatal or worst
+        if self._agreement is None or self._agreement.over is not None:
+            return worst
+        self._agreement.accuse(worst)
+        return None
+
+    def _end(self, ending: Finding | None) -> None:
+        """Raise ``TrainingHalted`` for a finding that ends the run."""
+        if ending is not None:
+            raise self._halt(ending)
 
     def _halt(self, finding: Finding) -> actions.TrainingHalted:
         halt = actions.TrainingHalted(finding, codes=self._codes)

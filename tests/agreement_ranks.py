@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -83,6 +84,39 @@ def no_guard(rank, world):
         return train(rank, world)
     except ValueError as error:
         return [str(error)]
+
+
+def _guarded():
+    model = torch.nn.Linear(4, 2)
+    return model, Guard(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def one_ill_save(rank, world):
+    """Each rank writes its own file of a folder; then the weights of rank 1 turn ill."""
+    model, guard = _guarded()
+    folder = Path(sys.argv[4]).parent / "saves"
+    folder.mkdir(exist_ok=True)
+    answers = []
+    for word in ("good", "bad"):
+        if word == "bad" and rank == 1:
+            torch.nn.init.constant_(model.weight, float("nan"))
+        answers.append(guard.safe_to_save())
+        with guard.saving(folder / "state") as target:
+            target.mkdir(exist_ok=True)
+            (target / str(rank)).write_text(f"{word}-{rank}")
+    kept = sorted((folder / name / str(rank)).read_text() for name in ("state", "state-bad"))
+    return [bool(answers[0]), str(answers[1]), bool(guard.safe_to_save(together=False)), kept]
+
+
+def lonely_save(rank, world):
+    model, guard = _guarded()
+    if rank:
+        return ["did not ask"]
+    guard._unison._patience = timedelta(seconds=1)
+    try:
+        return [str(guard.safe_to_save())]
+    except ValueError as error:
+        return [str(error), bool(guard.safe_to_save(together=False))]
 
 
 if __name__ == "__main__":

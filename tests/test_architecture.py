@@ -28,7 +28,7 @@ LAYERS = [
     ("verdict.py",),
     ("rules/",),
     ("exits.py", "place.py", "watching.py", "actions.py", "resume.py", "batches.py", "faults.py"),
-    ("rehearsal.py",),
+    ("rehearsal.py", "soundness.py", "safekeeping.py"),
     ("aftermath.py", "sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "skipping.py", "preflight/"),
     ("culprit/", "locating.py"),
     ("record.py", "facts.py", "explain.py"),

@@ -21,6 +21,7 @@ from lossguard.batches import split
 from lossguard.device.taps import unwrap
 from lossguard.findings import Finding, Severity
 from lossguard.guard import Guard
+from lossguard.integrations.lightning_checkpoints import Vetoes
 from lossguard.integrations.scalars import layers, scalars
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -79,7 +80,7 @@ class LossGuardCallback(Callback):
         self._clock: dict[int, int] = {}  # guard's step -> the loggers' step, until its sample has arrived
         self._logged: int | None = None  # the loggers' step of the newest scalars
         self._logs = True
-        self._checkpoint = ""  # the newest that the guard was told of
+        self._vetoes: Vetoes | None = None
 
     @property
     def findings(self) -> list[Finding]:
@@ -98,6 +99,7 @@ class LossGuardCallback(Callback):
         keywords = {"accumulate": _micro_batches(trainer), **self._keywords} if automatic else self._keywords
         # In manual optimisation clipping comes before Lightning's hooks, as in a plain loop: there the guard's own hooks see more.
         self.guard = Guard(pl_module, trainer.optimizers, scaler=_scaler(trainer), phases="explicit" if automatic else "hooks", **keywords)
+        self._vetoes = Vetoes(trainer, self.guard)
         self._clock, self._logged, self._logs = {}, None, True
         if state:
             try:
@@ -120,8 +122,8 @@ class LossGuardCallback(Callback):
             self._close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Detach: after an exception no other hook is called."""
-        self._close()
+        """Detach: after an exception no other hook is called. Checkpoints of an ill state stay diverted until the next fit."""
+        self._close(vetoes=False)
 
     # ---- one training batch
 
@@ -130,10 +132,6 @@ class LossGuardCallback(Callback):
         self._losses.clear()
         guard = self._watching()
         if guard is not None:
-            newest = _newest_checkpoint(trainer)
-            if newest not in ("", self._checkpoint):
-                guard.saved(newest)
-            self._checkpoint = newest
             guard.batch(*split(batch))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
@@ -198,8 +196,11 @@ class LossGuardCallback(Callback):
         """The guard while it watches; another guard on the same model may have closed it."""
         return None if self.guard is None or self.guard.closed else self.guard
 
-    def _close(self) -> None:
+    def _close(self, *, vetoes: bool = True) -> None:
         self._losses.clear()
+        if vetoes and self._vetoes is not None:
+            self._vetoes.close()
+            self._vetoes = None
         if self.guard is not None:
             self.guard.close()
 
@@ -252,11 +253,6 @@ def _micro_batches(trainer: Any) -> int:
     """The most batches that make an update, now or by a schedule (``GradientAccumulationScheduler``)."""
     schedules = [s for c in trainer.callbacks if isinstance(s := getattr(c, "scheduling", None), dict)]
     return int(max([1, trainer.accumulate_grad_batches, *(n for s in schedules for n in s.values())]))
-
-
-def _newest_checkpoint(trainer: Any) -> str:
-    """Where ``ModelCheckpoint`` wrote last, as far as it says so."""
-    return next((path for c in trainer.checkpoint_callbacks if (path := str(getattr(c, "_last_checkpoint_saved", "")))), "")
 
 
 def _logger_step(trainer: Any) -> int:
