@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossguard.device import signals
+from lossguard.device import shards, signals
 from lossguard.device.tape import Row, Sites
 
 SMALL = 16384  # elements; tensors up to this size are read whole
@@ -35,7 +35,12 @@ def why_not(parameter: Tensor) -> str | None:
     """The reason why a parameter cannot be measured here, or None if it can."""
     if nn.parameter.is_lazy(parameter):
         return "lazy: not initialised yet"
-    if type(parameter).__name__ == "DTensor" or hasattr(parameter, "_local_tensor"):
+    hidden = shards.engine(parameter)
+    if hidden is not None:
+        return hidden
+    if shards.is_sharded(parameter):
+        return shards.why_not(parameter) or (why_not(shards.own(parameter)) if shards.own(parameter).numel() else None)
+    if hasattr(parameter, "_local_tensor"):
         return "sharded across ranks"
     if parameter.is_quantized or parameter.dtype not in READABLE:
         return f"dtype {parameter.dtype} holds no plain floating-point numbers"
@@ -49,12 +54,14 @@ def why_not(parameter: Tensor) -> str | None:
 
 
 class Bank:
-    """The parameters of one optimizer on one device, ordered by size.
+    """The parameters of one optimizer on one device, ordered by size; of sharded ones, this rank's parts, all in one bank.
 
+    probed: the parameters whose gradients are read again before the update; chosen here where it is None.
     Gradients, weights and updates are only kept when they are seen; ``lay`` measures all three at once when the step is over.
     """
 
-    def __init__(self, parameters: Sequence[tuple[int, Tensor]], optimizer: int, model_elements: int) -> None:
+    def __init__(self, parameters: Sequence[tuple[int, Tensor]], optimizer: int, model_elements: int, probed: Sequence[int] | None = None) -> None:
+        self.sharded = shards.is_sharded(parameters[0][1])
         sizes = _padded_sizes([_elements(p) for _, p in parameters])
         by_size = sorted(zip(parameters, sizes, strict=True), key=lambda pair: (pair[1] or 10**12, pair[0][0]))
         self.optimizer = optimizer
@@ -79,7 +86,7 @@ class Bank:
         self._norms: tuple[Sites, list[Tensor]] | None = None  # of the large gradients
         self._seen: list[tuple[int, int] | None] = []
         self._moved = False
-        self.probes = self._choose_probes()
+        self.probes = self._choose_probes() if probed is None else [(s, p) for s, p in parameters if s in probed]
         self.sparse: set[int] = set()  # sites whose gradient was sparse: reading it would wait
 
     @property
@@ -103,6 +110,12 @@ class Bank:
         self._seen = [version(p) for _, p in self.probes]
         self.sparse.update(s for s in missing if self._parameter[s].grad is not None)
         return [s for s in missing if s not in self.sparse]
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Sites whose gradient was there and could not be read, and why."""
+        why = "its gradient lies on the ranks in another way than its weights" if self.sharded else "its gradient is sparse: reading it would wait"
+        return dict.fromkeys(sorted(self.sparse), why)
 
     def keep_weights(self) -> None:
         """Weights as they are before the update."""
@@ -145,7 +158,7 @@ class Bank:
         """Norms of all weights as they are, every element read: for the post-mortem of a non-finite loss."""
         for sites, parameters in ((self._small_sites, self._small), (self._large_sites, self._large)):
             if parameters:
-                row.add_scalars("weight_norm", sites, signals.l2_of_each([p.detach() for p in parameters]))
+                row.add_scalars("weight_norm", sites, signals.l2_of_each([shards.own(p).detach() for p in parameters]))
 
     @property
     def untouched(self) -> bool:
@@ -173,11 +186,11 @@ class Bank:
     def _make_slots(self) -> list[Tensor]:
         """Where each small gradient goes: views of the kept ones, of the gradients' shapes."""
         places = [self.offsets[int(s)] for s in self._small_sites]
-        shapes = [(*p.shape, 2) if p.is_complex() else p.shape for p in self._small]
+        shapes = [(*p.shape, 2) if p.is_complex() else shards.own(p).shape for p in self._small]
         return [self.gradients[at : at + _elements(p)].view(shape) for at, p, shape in zip(places, self._small, shapes, strict=True)]
 
     def _gather_gradients(self, missing: list[int]) -> None:
-        found = [p.grad for p in self._small]
+        found = [_shard(p) for p in self._small] if self.sharded else [p.grad for p in self._small]
         there = [g for g in found if g is not None and g.layout == torch.strided]
         if len(there) == len(found):
             torch._foreach_copy_(self._slots, [_plain(g) if g.is_complex() else g for g in there])
@@ -237,9 +250,9 @@ class Bank:
 
 def version(p: Tensor) -> tuple[int, int] | None:
     """Which memory the gradient has and how often it was written to; None where there is no gradient."""
-    g = p.grad
-    if g is None:
+    if p.grad is None:
         return None
+    g = shards.own(p.grad)
     try:
         return g.data_ptr(), g._version
     except RuntimeError:  # a wrapper without memory of its own
@@ -252,7 +265,7 @@ def _others(tap: str) -> list[signals.Signal]:
 
 
 def _elements(p: Tensor) -> int:
-    return p.numel() * (2 if p.is_complex() else 1)
+    return shards.own(p).numel() * (2 if p.is_complex() else 1)
 
 
 def _padded_sizes(elements: Sequence[int]) -> list[int]:
@@ -277,8 +290,8 @@ def _runs(tensors: int, model_elements: int) -> int:
 
 
 def _plain(t: Tensor) -> Tensor:
-    """The tensor without autograd, complex numbers as pairs."""
-    t = t.detach()
+    """The tensor without autograd, of a sharded one this rank's part, complex numbers as pairs."""
+    t = shards.own(t).detach()
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
@@ -289,9 +302,15 @@ def _dense(t: Tensor) -> Tensor:
     return t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
 
 
+def _shard(p: Tensor) -> Tensor | None:
+    """This rank's part of a sharded gradient, or None where it lies on the ranks in another way than its parameter."""
+    g = p.grad
+    return shards.own(g) if g is not None and shards.alike(p, g) else None
+
+
 def _gradient(p: Tensor) -> Tensor | None:
     """The gradient, or None where there is none to read (none at all, or sparse: coalescing it would wait)."""
-    g = p.grad
+    g = _shard(p) if shards.is_sharded(p) else p.grad
     if g is None or g.layout != torch.strided:
         return None
     return _plain(g) if g.is_complex() or g.requires_grad else g
@@ -312,6 +331,6 @@ def _spread(t: Tensor, runs: int) -> Tensor:
 def _pointers(parameters: Sequence[Tensor]) -> list[int]:
     """Where the parameters' memory is; views of it must be made anew when it moved (0 for tensors without memory)."""
     try:
-        return [p.data_ptr() for p in parameters]
+        return [shards.own(p).data_ptr() for p in parameters]
     except RuntimeError:  # a wrapper without storage of its own
         return [id(p) for p in parameters]

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.device import graph, roles, signals
+from lossguard.device import graph, roles, shards, signals
 from lossguard.device.bank import Bank, version
 from lossguard.device.extras import Extras
 from lossguard.device.forward import Forward, Site
 from lossguard.device.functional import GradientRows
+from lossguard.device.joint import Joint
 from lossguard.device.logits import logits_numbers
 from lossguard.device.outputs import first_tensor, float_tensors, watched
 from lossguard.device.tape import Layout, Row
@@ -62,6 +63,8 @@ class Recorder:
         self._added: dict[int, bool] = {}  # probe -> whether all that arrived since then was added to what was left of it
         self._carried: dict[str, Any] = {}  # what a step that is not sampled tells of itself: facts of the next sample
         self._functional = GradientRows()
+        self.joint = Joint(self.forward.units)
+        self.forward.joint = self.joint
         self.extras = Extras(model, optimizers)
 
     # ---- phases
@@ -79,6 +82,7 @@ class Recorder:
             held.clear()
         self.forward.begin()
         self.extras.begin()
+        self.joint.begin()
         for row in self._rows.values():
             row.discard()
 
@@ -128,7 +132,7 @@ class Recorder:
                     if bank.untouched:
                         self.facts["unclipped"] = (*self.facts.get("unclipped", ()), index)
                         continue
-                    bank.lay_probes(self.row(bank.device))
+                    bank.lay_probes(self._row_of(bank))
                     if all(p.grad is None for _, p in bank.probes):
                         self.facts["cleared"] = 1.0  # after the backward pass, before the step
                     self.facts["probes_unscaled"] = roles.unscaled(self.scaler, self.optimizers[index])
@@ -159,7 +163,7 @@ class Recorder:
                 self._logits(logits, -1, self.targets)
             self.row(self._default_device())
             for k in sorted(self._kept_before):
-                self.banks[k].lay(self.row(self.banks[k].device), closely=self._dense)
+                self.banks[k].lay(self._row_of(self.banks[k]), closely=self._dense)
             self.extras.finish(self.facts, self.row)
             self.forward.finish(self.row)
             self.facts.update({"loss_is_safe": graph.safe(losses)} if "forced" in self.facts else {})
@@ -173,7 +177,8 @@ class Recorder:
         """A non-finite number was seen: add the exact norms of all weights as they are now to the row."""
         with torch.no_grad():
             for bank in self.banks:
-                bank.lay_exact_weights(self.row(bank.device))
+                if not bank.sharded:  # of which the others would have to tell their parts, and they have no reason to
+                    bank.lay_exact_weights(self.row(bank.device))
         self.facts["forced"] = 1.0
 
     # ---- what is known
@@ -195,14 +200,16 @@ class Recorder:
         self.modules = watched(self.model)
         self._few = (-1, {})
         self._ordinary.clear()
-        groups: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
+        groups: dict[tuple[int, torch.device, bool], list[tuple[int, Tensor]]] = {}
         elements = 0
+        held = self._plan_joint()
         for i, t in enumerate(self.roster.trained):
             if t.name in self.roster.unread or t.optimizer < 0:
                 continue
             elements += t.tensor.numel()
-            groups.setdefault((t.optimizer, t.tensor.device), []).append((i, t.tensor))
-        self.banks = [Bank(members, optimizer, elements) for (optimizer, _), members in groups.items()]
+            if i in held or not shards.is_sharded(t.tensor):
+                groups.setdefault((t.optimizer, t.tensor.device, i in held), []).append((i, t.tensor))
+        self.banks = [Bank(members, owner, elements, self.joint.probed if cut else None) for (owner, _, cut), members in groups.items()]
         self._signature = roles.signature(self.optimizers)
         self._kept_before.clear()
         self._functional.forget()
@@ -214,7 +221,7 @@ class Recorder:
         """What of the model as it is now is not measured, and why."""
         found = dict(self.roster.unread)
         found.update(dict.fromkeys(self.roster.missing, "held by no optimizer"))
-        found.update({self.roster.trained[s].name: "its gradient is sparse: reading it would wait" for bank in self.banks for s in sorted(bank.sparse)})
+        found.update({self.roster.trained[s].name: why for bank in self.banks for s, why in bank.unreadable.items()})
         if self.banks:
             known = {id(t.tensor) for t in self.roster.trained}
             found.update({n: "new since parameters were last listed" for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known})
@@ -238,6 +245,18 @@ class Recorder:
 
     # ---- inside
 
+    def _row_of(self, bank: Bank) -> Any:
+        """Where a bank's numbers go: into the row, or to the other ranks first."""
+        return self.joint if bank.sharded else self.row(bank.device)
+
+    def _plan_joint(self) -> frozenset[int]:
+        """The sharded parameters of which this rank holds a part."""
+        some = [(i, t) for i, t in enumerate(self.roster.trained) if shards.is_sharded(t.tensor) and t.optimizer >= 0 and t.name not in self.roster.unread]
+        held = self.joint.plan([i for i, _ in some], [t.tensor for _, t in some], [t.name for _, t in some])
+        if held is None:
+            self.roster.unread.update({t.name: "sharded over several meshes of which none is the whole world" for _, t in some})
+        return frozenset(held or ())
+
     def _needed(self) -> dict[int, tuple[str, str]]:
         """The modules whose outputs no activation behind them shows."""
         covered = self.forward.covered
@@ -252,6 +271,9 @@ class Recorder:
         self.fired.add(name)
         tensor = output if isinstance(output, Tensor) and output.is_floating_point() else first_tensor(output)
         if tensor is None or tensor.layout != torch.strided or not tensor.numel():
+            return
+        if shards.is_sharded(tensor):
+            self.forward.unwatched.add(f"{name}: its output is sharded across ranks")
             return
         first, self._first_module = self._first_module, False
         if first:
