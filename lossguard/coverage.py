@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from lossguard.device import signals
+from lossguard.device.bank import NORMS
 from lossguard.device.recorder import Recorder
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
@@ -55,6 +56,7 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
         unseen["gradients"] = "no backward pass was seen to end between two guard steps"
     elif "update_norm" not in observed:
         unseen["updates"] = "no step of an optimizer was seen since the guard was attached"
+    unseen.update(_of_all_ranks(recorder, history))
     unseen.update({name: why for name, _, why in (entry.partition(": ") for entry in recorder.extras.attention.hidden)})
     if recorder.graph is not None and recorder.graph.attentions and not recorder.extras.attention.sites:
         unseen["attention logits"] = f"{recorder.graph.attentions} fused attentions whose output no watched Linear takes: their logits stay inside the kernel"
@@ -62,4 +64,21 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
         unseen.update({f"graph region ({what})": "its inside cannot be read for roles and functional ReLUs" for what in sorted(recorder.graph.opaque)})
     if "logit_peak" not in observed:
         unseen["softmax logits"] = "no softmax was found at the loss; pass them with guard.step(loss, logits=...) if there is one"
+    return unseen
+
+
+def _of_all_ranks(recorder: Recorder, history: History) -> dict[str, str]:
+    """What is this rank's own though the run has several."""
+    unseen: dict[str, str] = {}
+    joint, void = recorder.joint, history.notes.get("void_rows", 0)
+    if joint.over is not None or void:
+        own = f": {joint.faults[0]}" if joint.faults else ""
+        unseen["numbers of all ranks"] = joint.over or f"a rank could not measure its part in {void} samples, which were dropped on all{own}"
+    apart = joint.apart([s.index for s in recorder.forward.sites if s.kind in signals.RELU_KINDS])
+    if apart is not None:
+        unseen["dead units of all ranks"] = f"dead_fraction is of this rank's batches alone: {apart}"
+    if any(bank.sharded for bank in recorder.banks):
+        unseen["clearing of sharded gradients"] = "whether they are cleared between updates does not show in their version counters"
+        custom = [s.name for tap in ("gradient", "weight", "update") for s in signals.of(tap) if s.name not in NORMS]
+        unseen.update({f"signal {name}": "a signal of your own cannot be joined over the ranks that hold a parameter's parts" for name in custom})
     return unseen

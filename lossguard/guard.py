@@ -148,8 +148,10 @@ class Guard:
         if sick:
             self._schedule.alarm(now)
             self._faults.watch(self._recorder.post_mortem)
-        if sick or (self._recorder.on and self._schedule.complete(bool(self._recorder.facts.get("stepped")))):
-            self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits)
+        stepped = bool(self._recorder.facts.get("stepped"))
+        together = self._schedule.together(now, stepped)
+        if sick or (self._recorder.on and self._schedule.complete(stepped)) or together:
+            self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits, together)
         elif self._pulses.full:
             self._pulses.send()
         self.steps += 1
@@ -339,15 +341,17 @@ class Guard:
         self._taps.watch_forward(sampled)
         self._taps.listen(sampled or bool(self._skipping) or self._recorder.expects_clearing)
 
-    def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None) -> None:
+    def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None, together: bool) -> None:
         self._skipping.lay(self._recorder.row)
         parts = self._faults.watch(self._recorder.finish, losses, logits)
+        joined = self._recorder.join(measured=parts is not None) if together else []
         self._pulses.send()
         if parts is None:
             return
         facts = {**self._recorder.facts, "batch": self._batches - 1 if self._batches else now}
         facts.update({name: 1.0 for name, there in (("scaler", self._scaler is not None), ("gated", bool(self._skipping))) if there})
         self._introduction.update()
+        parts += joined
         for k, (row, segments) in enumerate(parts):
             self._handover.send(now, row, ("row", now, segments, facts, k == len(parts) - 1))
 

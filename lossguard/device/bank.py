@@ -162,8 +162,9 @@ class Bank:
 
     @property
     def untouched(self) -> bool:
-        """Whether the gradients of the probes are those that were kept: nobody clipped or unscaled them since."""
-        return self._seen == [version(p) for _, p in self.probes]
+        """Whether the gradients of the probes are those that were kept: nobody clipped or unscaled them since. Sharded ones do
+        not count what is written to all of them at once, so they are read again."""
+        return not self.sharded and self._seen == [version(p) for _, p in self.probes]
 
     def lay_probes(self, row: Row) -> None:
         """Norms of a few gradients as they are now: held against the earlier ones they give what clipping did."""
@@ -250,10 +251,13 @@ class Bank:
 
 def version(p: Tensor) -> tuple[int, int] | None:
     """Which memory the gradient has and how often it was written to; None where there is no gradient."""
-    if p.grad is None:
+    g = p.grad
+    if g is None:
         return None
-    g = shards.own(p.grad)
     try:
+        if shards.is_sharded(g):  # writes through the whole count there, writes to this rank's part count here
+            part = shards.own(g)
+            return part.data_ptr(), g._version + part._version
         return g.data_ptr(), g._version
     except RuntimeError:  # a wrapper without memory of its own
         return id(g), g._version

@@ -3,7 +3,7 @@
 Norms of this rank's shards and the units that fired in its batch flow in, as into a ``Row``; one packed vector of sums goes
 round on the training's own group; true norms of whole parameters and dead units of the joined batch flow out. The vector has
 the same length on every rank, which is compared once, and its first number counts the ranks that could measure: where one
-could not, all numbers of the step are NaN. So a fault on one rank costs numbers, and hangs nobody.
+could not, the host drops the step's joined numbers. So a fault on one rank costs numbers, and hangs nobody.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lossguard.device import shards
-from lossguard.device.tape import Layout, Row, Sites
+from lossguard.device.tape import JOINED, Layout, Row, Sites
 from lossguard.device.units import SilentUnits, window
 
 SQUARED = ("grad_norm", "weight_norm", "update_norm", "net_update", "clipped_norm")  # squares of parts add up to that of the whole
@@ -45,7 +45,7 @@ class Joint:
         self.over: str | None = None  # why nothing is joined any more
         self._units = units
         self._sites: list[int] = []  # sharded parameters, as all ranks list them
-        self._empty: dict[int, Tensor] = {}  # those of which this rank holds no element
+        self._empty: frozenset[int] = frozenset()  # those of which this rank holds no element, and never a gradient
         self._weights: dict[int, float] = {}
         self._probed: list[int] = []
         self._names: list[str] = []
@@ -61,7 +61,7 @@ class Joint:
     @property
     def on(self) -> bool:
         """Whether this step's numbers may be joined."""
-        return bool(self.groups) and self.over is None
+        return len(self.groups) > 0 and self.over is None
 
     @property
     def ranks(self) -> int:
@@ -80,7 +80,7 @@ class Joint:
         self._sites, self._names = list(sites), [f"{name} {tuple(p.shape)}" for name, p in zip(names, parameters, strict=True)]
         self._weights = dict(zip(sites, weights, strict=True))
         parts = [shards.own(p) for p in parameters]
-        self._empty = {s: p for s, p, part in zip(sites, parameters, parts, strict=True) if not part.numel()}
+        self._empty = frozenset(s for s, part in zip(sites, parts, strict=True) if not part.numel())
         self._probed = self._sites[:: max(1, len(self._sites) // PROBES)][:PROBES]
         self._use(parts[0].device)
         return [s for s in sites if s not in self._empty]
@@ -109,7 +109,7 @@ class Joint:
             self._row.add(signal, sites, numbers, scale)
 
     def add_block(self, names: Sequence[str], sites: Sequence[Sites], numbers: Tensor, scale: Any = None) -> None:
-        """As :meth:`Row.add_block`."""
+        """Norms, as :meth:`Row.add_block`."""
         self._row.add_block(names, sites, numbers, scale)
 
     def add_scalars(self, signal: str, sites: Sites, numbers: list[Tensor], scale: Any = None) -> None:
@@ -125,6 +125,16 @@ class Joint:
     def fired(self, sites: Sequence[int], peaks: Tensor, positions: int) -> None:
         """The peaks of these layers' units, (K, U): positive or NaN where a unit fired."""
         self._fired.append(_Fired(list(sites), peaks, positions))
+
+    def apart(self, sites: Sequence[int]) -> str | None:
+        """Why the units of these layers are those of this rank's batches alone; None if all are joined, or this is the only rank."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1) or not sites:
+            return None
+        if not self.on:
+            return self.over or "no wrapper was seen that keeps ranks in step at every batch"
+        if len(self.groups) > 1:
+            return "parameters are sharded over several dimensions of a part of the world"
+        return None if self._places is None or all(s in self._places for s in sites) else f"ranks run different layers, or more than {MAX_UNITS} units"
 
     def failed(self) -> None:
         """This rank could not measure: say so to the others."""
@@ -191,8 +201,9 @@ class Joint:
 
     def _unpack(self, packed: Tensor, told: set[str], gradients_missing: Sequence[int]) -> tuple[Tensor, Layout]:
         whole = packed[0] == self._members
+        self._out.add(JOINED, self._array((0,)), whole.reshape(1))
         count = len(self._sites)
-        norms = torch.where(whole, packed[1 : 1 + len(SQUARED) * count].sqrt(), torch.nan).to(torch.float32).view(len(SQUARED), count)
+        norms = packed[1 : 1 + len(SQUARED) * count].sqrt().to(torch.float32).view(len(SQUARED), count)
         told = told or ({"grad_norm", "weight_norm"} if self._empty else set())
         for k, signal in enumerate(SQUARED):
             if signal in told and count:
@@ -227,7 +238,7 @@ class Joint:
         if signal == "clipped_norm":
             return [s if s in self._probed else -1 for s in self._sites]
         if signal == "grad_norm":
-            return [-1 if s in gradients_missing or (s in self._empty and self._empty[s].grad is None) else s for s in self._sites]
+            return [-1 if s in gradients_missing else s for s in self._sites]
         return self._sites
 
     def _plan_of(self, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -238,7 +249,8 @@ class Joint:
             places: list[int] = []
             factors: list[float] = []
             for segment in layout.segments:
-                for k, site in enumerate(segment.sites.tolist()):
+                sites = segment.sites
+                for k, site in enumerate(sites.tolist()):
                     there = site in index
                     places.append(1 + SQUARED.index(segment.signal) * len(index) + index[site] if there else 0)
                     scale = 1.0 if segment.scale is None else segment.scale[k]

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.device import graph, roles, shards, signals
-from lossguard.device.bank import Bank, version
+from lossguard.device.bank import Bank
+from lossguard.device.clearing import Clearing
 from lossguard.device.extras import Extras
 from lossguard.device.forward import Forward, Site
 from lossguard.device.functional import GradientRows
+from lossguard.device.grouping import banks_of
 from lossguard.device.joint import Joint
 from lossguard.device.logits import logits_numbers
 from lossguard.device.outputs import first_tensor, float_tensors, watched
@@ -59,8 +61,7 @@ class Recorder:
         self._kept_before: set[int] = set()  # banks whose weights before the update are kept in this step
         self._updated: set[int] = set()  # optimizers that stepped in this step
         self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
-        self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient since the last update
-        self._added: dict[int, bool] = {}  # probe -> whether all that arrived since then was added to what was left of it
+        self._clearing = Clearing()
         self._carried: dict[str, Any] = {}  # what a step that is not sampled tells of itself: facts of the next sample
         self._functional = GradientRows()
         self.joint = Joint(self.forward.units)
@@ -106,8 +107,8 @@ class Recorder:
         """All gradients of a backward pass are there, unclipped. Later passes before an update overwrite earlier ones."""
         if not self.banks:
             self.build()
-        if self._versions:
-            self._look_at_clearing()
+        if self._clearing.pending:
+            self._clearing.backward_done(self.banks)
         if not self.on:
             return
         with torch.no_grad():
@@ -121,7 +122,7 @@ class Recorder:
 
     def before_update(self, index: int) -> None:
         """Optimizer ``index`` is about to step: see what clipping did since the backward pass."""
-        if self._versions:
+        if self._clearing.pending:
             self._tell_of_clearing(index)
         if not self.on:
             return
@@ -133,7 +134,7 @@ class Recorder:
                         self.facts["unclipped"] = (*self.facts.get("unclipped", ()), index)
                         continue
                     bank.lay_probes(self._row_of(bank))
-                    if all(p.grad is None for _, p in bank.probes):
+                    if bank.probes and all(p.grad is None for _, p in bank.probes):
                         self.facts["cleared"] = 1.0  # after the backward pass, before the step
                     self.facts["probes_unscaled"] = roles.unscaled(self.scaler, self.optimizers[index])
 
@@ -143,7 +144,7 @@ class Recorder:
             return
         for bank in self.banks:
             if bank.optimizer == index:
-                self._versions.update({s: v for s, p in bank.probes if (v := version(p)) is not None})
+                self._clearing.updated(bank)
         with torch.no_grad():
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
@@ -173,6 +174,21 @@ class Recorder:
         self.facts.setdefault("stepped", 0.0)
         return [row.lay_down() for row in self._rows.values()]
 
+    def join(self, *, measured: bool) -> list[tuple[Tensor, Layout]]:
+        """What all ranks measured in this step; to be called at the same steps on every rank, whatever went wrong on this one."""
+        if not measured:
+            self.joint.failed()
+        with torch.no_grad():
+            joined = self.joint.close(self.facts.get("no_gradient", ()))
+        return [] if joined is None else [joined]
+
+    def wrapper_called(self, module: nn.parallel.DistributedDataParallel) -> None:
+        """A data-parallel wrapper ran: if it is this model's, ranks are in step, unless some may run out of data before others."""
+        if not self.joint.on and torch.is_grad_enabled() and not module._join_config.enable:
+            first = next(self.model.parameters(), None)
+            if first is not None and any(p is first for p in module.parameters()):
+                self.joint.follow(module.process_group, first.device)
+
     def post_mortem(self) -> None:
         """A non-finite number was seen: add the exact norms of all weights as they are now to the row."""
         with torch.no_grad():
@@ -200,16 +216,7 @@ class Recorder:
         self.modules = watched(self.model)
         self._few = (-1, {})
         self._ordinary.clear()
-        groups: dict[tuple[int, torch.device, bool], list[tuple[int, Tensor]]] = {}
-        elements = 0
-        held = self._plan_joint()
-        for i, t in enumerate(self.roster.trained):
-            if t.name in self.roster.unread or t.optimizer < 0:
-                continue
-            elements += t.tensor.numel()
-            if i in held or not shards.is_sharded(t.tensor):
-                groups.setdefault((t.optimizer, t.tensor.device, i in held), []).append((i, t.tensor))
-        self.banks = [Bank(members, owner, elements, self.joint.probed if cut else None) for (owner, _, cut), members in groups.items()]
+        self.banks = banks_of(self.roster, self.joint)
         self._signature = roles.signature(self.optimizers)
         self._kept_before.clear()
         self._functional.forget()
@@ -231,7 +238,7 @@ class Recorder:
     @property
     def expects_clearing(self) -> bool:
         """Whether the next backward pass shows if gradients were cleared."""
-        return bool(self._versions)
+        return self._clearing.pending
 
     @property
     def outdated(self) -> bool:
@@ -248,14 +255,6 @@ class Recorder:
     def _row_of(self, bank: Bank) -> Any:
         """Where a bank's numbers go: into the row, or to the other ranks first."""
         return self.joint if bank.sharded else self.row(bank.device)
-
-    def _plan_joint(self) -> frozenset[int]:
-        """The sharded parameters of which this rank holds a part."""
-        some = [(i, t) for i, t in enumerate(self.roster.trained) if shards.is_sharded(t.tensor) and t.optimizer >= 0 and t.name not in self.roster.unread]
-        held = self.joint.plan([i for i, _ in some], [t.tensor for _, t in some], [t.name for _, t in some])
-        if held is None:
-            self.roster.unread.update({t.name: "sharded over several meshes of which none is the whole world" for _, t in some})
-        return frozenset(held or ())
 
     def _needed(self) -> dict[int, tuple[str, str]]:
         """The modules whose outputs no activation behind them shows."""
@@ -330,29 +329,11 @@ class Recorder:
         self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus})
         self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
 
-    def _look_at_clearing(self) -> None:
-        """Memory and version counter of a gradient show whether a backward pass added to what the last update left there.
-
-        Every pass until the next update is looked at: what a pass for another purpose left (a generator's, an attack's) may
-        be cleared before the own one.
-        """
-        for site, p in (probe for bank in self.banks for probe in bank.probes):
-            before, now = self._versions.get(site), version(p)
-            if before is None or now is None or now == before:
-                continue
-            added = now == (before[0], before[1] + 1)
-            self._added[site] = added and self._added.get(site, True)
-            self._versions[site] = now if added else before
-
     def _tell_of_clearing(self, index: int) -> None:
-        """Optimizer ``index`` is about to step: how many of its gradients were added to and never cleared."""
-        sites = [site for bank in self.banks if bank.optimizer == index for site, _ in bank.probes]
-        added = [self._added.pop(site) for site in sites if site in self._added]
-        for site in sites:
-            self._versions.pop(site, None)
-        if added:
+        share = self._clearing.before_update(self.banks, index)
+        if share is not None:
             facts = self.facts if self.on else self._carried
-            facts["not_cleared"] = max(sum(added) / len(added), facts.get("not_cleared", 0.0))
+            facts["not_cleared"] = max(share, facts.get("not_cleared", 0.0))
 
     def _read_rates(self) -> None:
         """Learning rates: host numbers become facts, device numbers go through the tape."""

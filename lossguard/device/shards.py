@@ -49,7 +49,8 @@ def why_not(parameter: Any) -> str | None:
 
 def alike(parameter: Any, gradient: Any) -> bool:
     """Whether a gradient lies on the ranks as its parameter does, so that its parts are parts and no terms of a sum."""
-    return bool(is_sharded(gradient) and gradient.placements == parameter.placements and gradient.device_mesh == parameter.device_mesh)
+    same: bool = is_sharded(gradient) and gradient.placements == parameter.placements and gradient.device_mesh == parameter.device_mesh
+    return same
 
 
 def common(parameters: Sequence[Any]) -> tuple[list[Any], list[float]] | None:
