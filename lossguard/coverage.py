@@ -40,6 +40,7 @@ def survey(recorder: Recorder, history: History, handover: Handover, steps: int,
     unseen.update({entry.partition(": ")[0]: entry.partition(": ")[2] for entry in recorder.forward.unwatched})
     if steps:
         unseen.update(_after_steps(recorder, observed, backward_seen))
+        unseen.update(_of_all_ranks(recorder, history))
     if handover.late:
         unseen["late rows"] = f"{handover.late} rows had not arrived at their step and were waited for; a larger lag= avoids that"
     unseen.update(dict.fromkeys(silenced, "failed once and is switched off"))
@@ -56,7 +57,6 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
         unseen["gradients"] = "no backward pass was seen to end between two guard steps"
     elif "update_norm" not in observed:
         unseen["updates"] = "no step of an optimizer was seen since the guard was attached"
-    unseen.update(_of_all_ranks(recorder, history))
     unseen.update({name: why for name, _, why in (entry.partition(": ") for entry in recorder.extras.attention.hidden)})
     if recorder.graph is not None and recorder.graph.attentions and not recorder.extras.attention.sites:
         unseen["attention logits"] = f"{recorder.graph.attentions} fused attentions whose output no watched Linear takes: their logits stay inside the kernel"

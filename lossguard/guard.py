@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossguard import actions, arguments, batches, exits, facts, place, report, resume, verdict, watching
+from lossguard import actions, arguments, batches, cluster, exits, facts, place, report, resume, verdict, watching
 from lossguard.aftermath import Aftermath
 from lossguard.coverage import Coverage, survey
 from lossguard.device.recorder import Recorder
@@ -22,7 +22,6 @@ from lossguard.device.taps import Taps
 from lossguard.faults import Faults
 from lossguard.findings import Finding, Severity, check_names
 from lossguard.host import agreement
-from lossguard.host.agreement import Agreement
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
 from lossguard.host.intake import Intake
@@ -124,7 +123,7 @@ class Guard:
         watching.take_over(model, self)
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
         settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity)
-        self._agreement = Agreement(settings) if agreement.wanted(agree) else None
+        self._agreement = cluster.agreement(settings, model, self._history) if agreement.wanted(agree) else None
         self._open_step()
 
     # ---- what a loop calls
@@ -326,6 +325,8 @@ class Guard:
         """Decide whether the coming step is sampled, and attach what it needs."""
         self._schedule.update_tried = False
         sampled = self._schedule.due(self.steps)
+        if self._agreement is not None and self._schedule.regular(self.steps):
+            self._recorder.printing = self._agreement.telling
         self._taps.next_step()
         self._quiet = 0
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off

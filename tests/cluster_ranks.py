@@ -5,14 +5,12 @@ Each scenario is a function (rank, world) that returns what test_cluster.py is t
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
 import sys
 import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lossguard import Guard
+from lossguard import Guard, TrainingHalted
 
 ROWS = 13  # of each rank's batch
 SIGNALS = ("grad_norm", "weight_norm", "update_norm", "update_ratio", "dead_fraction", "clip_coefficient")
@@ -160,7 +158,8 @@ def fsdp2_frozen(rank, world):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     told, _ = train(model, model, lambda step: data(step, rank, world), optimizer=optimizer, accumulate=2)
     whole = net(("first.weight", "norm.bias"))
-    alone, _ = train(whole, whole, joined(world), optimizer=torch.optim.SGD([p for p in whole.parameters() if p.requires_grad], lr=0.05, momentum=0.9), accumulate=2)
+    optimizer = torch.optim.SGD([p for p in whole.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    alone, _ = train(whole, whole, joined(world), optimizer=optimizer, accumulate=2)
     return [compare(told, alone), sorted(told[max(told)]["grad_norm"])]
 
 
@@ -352,6 +351,71 @@ def same_run(rank, world):
             guard.close()
         ends.append([p.to_local().detach().clone() for p in model.parameters()])
     return all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def guarded(rank, world, *, steps=60, bypass=None, break_at=None, breaker=None, odd=None, wrap=True, every=2, seed=0, halt="halt"):
+    """A data-parallel run with the guard's ranks agreeing: what was found, and where it ended. bypass: a step from which one rank calls
+    the model without its wrapper; breaker: writes to the model at break_at; odd: the rank whose loss lies high."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if wrap else model
+    optimizer = torch.optim.Adam(wrapped.parameters(), lr=1e-2)
+    torch.manual_seed(1000 + rank)  # dropout differs between ranks
+    guard = Guard(model, optimizer, every=every, dense=10, halt=halt)
+    try:
+        with guard:
+            for step in range(steps):
+                x, y = data(step, rank, world)
+                x[:, 0] = 0.0
+                if odd == rank:
+                    y = (y + 1 + (step % 2)) % 3 if step % 3 else y
+                forward = model if bypass is not None and step >= bypass else wrapped
+                loss = F.cross_entropy(forward(x), y if odd is None else x[:, 1:4].argmax(dim=1) if odd != rank else y)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if breaker is not None and step == break_at:
+                    breaker(model)
+                guard.step(loss)
+    except TrainingHalted as halted:
+        return [guard.steps, [[f.diagnosis, f.severity.label, f.step, f.where] for f in [halted.finding]]]
+    return [guard.steps, [[f.diagnosis, f.severity.label, f.step, f.where] for f in guard.findings if f.diagnosis in ("replica_divergence", "rank_outlier")]]
+
+
+def replicas_healthy(rank, world):
+    """Batch-norm buffers, dropout and data differ; weights do not."""
+    return guarded(rank, world)
+
+
+def replicas_bypassed(rank, world):
+    """From step 25 on the wrapper is not called any more."""
+    return guarded(rank, world, bypass=25)
+
+
+def replicas_one_bit(rank, world):
+    """One weight of one rank is written to."""
+
+    def breaker(model):
+        if rank == world - 1:
+            with torch.no_grad():
+                model[4].weight[1, 2] += 1.0
+
+    return guarded(rank, world, break_at=25, breaker=breaker)
+
+
+def replicas_never_wrapped(rank, world):
+    """Equal at the start, never averaged."""
+    return guarded(rank, world, wrap=False)
+
+
+def replicas_apart(rank, world):
+    """Ranks that train models of their own."""
+    return guarded(rank, world, wrap=False, seed=rank)
+
+
+def rank_with_other_data(rank, world):
+    """One rank's labels are noise, those of the others can be learned."""
+    return guarded(rank, world, odd=1, steps=260, every=4)
 
 
 if __name__ == "__main__":

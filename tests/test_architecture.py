@@ -27,7 +27,7 @@ LAYERS = [
     ("readings.py", "obstacles.py"),
     ("verdict.py",),
     ("rules/",),
-    ("exits.py", "place.py", "watching.py", "actions.py", "resume.py", "batches.py", "faults.py"),
+    ("cluster.py", "exits.py", "place.py", "watching.py", "actions.py", "resume.py", "batches.py", "faults.py"),
     ("aftermath.py", "sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "skipping.py", "preflight/"),
     ("record.py", "facts.py", "explain.py"),
     ("report/",),

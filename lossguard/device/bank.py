@@ -85,6 +85,7 @@ class Bank:
         self._missing: set[int] = set()
         self._norms: tuple[Sites, list[Tensor]] | None = None  # of the large gradients
         self._seen: list[tuple[int, int] | None] = []
+        self._signs: Tensor | None = None  # for prints, made where they are asked for
         self._moved = False
         self.probes = self._choose_probes() if probed is None else [(s, p) for s, p in parameters if s in probed]
         self.sparse: set[int] = set()  # sites whose gradient was sparse: reading it would wait
@@ -107,7 +108,7 @@ class Bank:
         if self._large:
             self._measure_large_gradients(missing)
         self._missing = set(missing)
-        self._seen = [version(p) for _, p in self.probes]
+        self._seen = [shards.version(p) for _, p in self.probes]
         self.sparse.update(s for s in missing if self._parameter[s].grad is not None)
         return [s for s in missing if s not in self.sparse]
 
@@ -160,11 +161,23 @@ class Bank:
             if parameters:
                 row.add_scalars("weight_norm", sites, signals.l2_of_each([shards.own(p).detach() for p in parameters]))
 
+    def lay_prints(self, row: Row) -> None:
+        """A projection of each tensor before the update on fixed random signs: equal where the weights are, on every rank."""
+        if self._signs is None:
+            width = max([SMALL if self._small else 0, self._runs * RUN if self._large else 0])
+            draw = torch.Generator().manual_seed(0)  # the run's own random numbers stay as they are
+            self._signs = (torch.randint(2, (width,), generator=draw, dtype=torch.float32) * 2 - 1).to(self.device)
+        for first, count, size, sites in self._layout:
+            row.add("weight_print", sites, torch.mv(self._kept[1, first : first + count * size].view(count, size), self._signs[:size]))
+        if self._large:
+            samples = self._sampled[0].view(len(self._large), -1)
+            row.add("weight_print", self._large_sites, torch.mv(samples, self._signs[: samples.shape[1]]), self._scale)
+
     @property
     def untouched(self) -> bool:
         """Whether the gradients of the probes are those that were kept: nobody clipped or unscaled them since. Sharded ones do
         not count what is written to all of them at once, so they are read again."""
-        return not self.sharded and self._seen == [version(p) for _, p in self.probes]
+        return not self.sharded and self._seen == [shards.version(p) for _, p in self.probes]
 
     def lay_probes(self, row: Row) -> None:
         """Norms of a few gradients as they are now: held against the earlier ones they give what clipping did."""
@@ -191,7 +204,7 @@ class Bank:
         return [self.gradients[at : at + _elements(p)].view(shape) for at, p, shape in zip(places, self._small, shapes, strict=True)]
 
     def _gather_gradients(self, missing: list[int]) -> None:
-        found = [_shard(p) for p in self._small] if self.sharded else [p.grad for p in self._small]
+        found = [shards.gradient(p) for p in self._small] if self.sharded else [p.grad for p in self._small]
         there = [g for g in found if g is not None and g.layout == torch.strided]
         if len(there) == len(found):
             torch._foreach_copy_(self._slots, [_plain(g) if g.is_complex() else g for g in there])
@@ -249,20 +262,6 @@ class Bank:
         return [(int(s), p) for s, p in pairs[::stride][:8]]
 
 
-def version(p: Tensor) -> tuple[int, int] | None:
-    """Which memory the gradient has and how often it was written to; None where there is no gradient."""
-    g = p.grad
-    if g is None:
-        return None
-    try:
-        if shards.is_sharded(g):  # writes through the whole count there, writes to this rank's part count here
-            part = shards.own(g)
-            return part.data_ptr(), g._version + part._version
-        return g.data_ptr(), g._version
-    except RuntimeError:  # a wrapper without memory of its own
-        return id(g), g._version
-
-
 def _others(tap: str) -> list[signals.Signal]:
     """The signals of a tap that are not its norm."""
     return [s for s in signals.of(tap) if s.name not in NORMS]
@@ -306,15 +305,9 @@ def _dense(t: Tensor) -> Tensor:
     return t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
 
 
-def _shard(p: Tensor) -> Tensor | None:
-    """This rank's part of a sharded gradient, or None where it lies on the ranks in another way than its parameter."""
-    g = p.grad
-    return shards.own(g) if g is not None and shards.alike(p, g) else None
-
-
 def _gradient(p: Tensor) -> Tensor | None:
     """The gradient, or None where there is none to read (none at all, or sparse: coalescing it would wait)."""
-    g = _shard(p) if shards.is_sharded(p) else p.grad
+    g = shards.gradient(p) if shards.is_sharded(p) else p.grad
     if g is None or g.layout != torch.strided:
         return None
     return _plain(g) if g.is_complex() or g.requires_grad else g

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lossguard.device.bank import Bank, version
+from lossguard.device.bank import Bank
+from lossguard.device.shards import version
 
 
 class Clearing:

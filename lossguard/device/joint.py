@@ -56,7 +56,6 @@ class Joint:
         self._places: dict[int, tuple[int, int]] | None = None  # layer -> first unit, units; None until compared
         self._plans: dict[int, tuple[Layout, Tensor, Tensor]] = {}
         self._arrays: dict[tuple[int, ...], Sites] = {}
-        self._failed = False
 
     @property
     def on(self) -> bool:
@@ -100,7 +99,7 @@ class Joint:
 
     def begin(self) -> None:
         """A new step: forget what was not joined."""
-        self._fired, self._failed = [], False
+        self._fired = []
         self._row.discard()
 
     def add(self, signal: str, sites: Sites, numbers: Tensor, scale: Any = None) -> None:
@@ -136,14 +135,11 @@ class Joint:
             return "parameters are sharded over several dimensions of a part of the world"
         return None if self._places is None or all(s in self._places for s in sites) else f"ranks run different layers, or more than {MAX_UNITS} units"
 
-    def failed(self) -> None:
-        """This rank could not measure: say so to the others."""
-        self._failed = True
-
     # ---- the collective
 
-    def close(self, gradients_missing: Sequence[int] = ()) -> tuple[Tensor, Layout] | None:
-        """Join what all ranks measured in this step; called on every rank at the same steps. Returns the joined numbers and their meaning."""
+    def close(self, gradients_missing: Sequence[int], *, measured: bool) -> tuple[Tensor, Layout] | None:
+        """Join what all ranks measured in this step; called on every rank at the same steps. Returns the joined numbers and their
+        meaning. measured: this rank could measure; if not, it says so to the others."""
         if not self.on:
             return None
         try:
@@ -151,7 +147,7 @@ class Joint:
                 self._compare()
                 if self.over is not None:
                     return None
-            packed, told = self._pack()
+            packed, told = self._pack(measured)
             for group in self.groups:
                 dist.all_reduce(packed, group=group)
         except RuntimeError as error:  # the connection is gone, and with it the training's own collectives
@@ -176,12 +172,12 @@ class Joint:
                 self._places[site] = first, units
                 first += units
 
-    def _pack(self) -> tuple[Tensor, set[str]]:
+    def _pack(self, measured: bool) -> tuple[Tensor, set[str]]:
         """(1 + 5 sharded parameters + units,) in double precision, so that squares neither overflow nor vanish; and which norms were measured."""
         first = 1 + len(SQUARED) * len(self._sites)
         packed = torch.zeros(first + self._width, dtype=torch.float64, device=self._device)
         try:
-            if self._failed:
+            if not measured:
                 return packed, set()
             numbers, layout = self._row.lay_down()
             told = {segment.signal for segment in layout.segments}

@@ -45,6 +45,8 @@ class Recorder:
         self.graph: graph.GraphFacts | None = None
         self.targets: Tensor | None = None
         self.on = False
+        self.replicated = False  # a wrapper keeps the weights of all ranks equal
+        self.printing = False  # whether this step's weights are to be compared over ranks
         self.modules = watched(model)
         self.asked = self.modules
         self._dense = True
@@ -165,6 +167,8 @@ class Recorder:
             self.row(self._default_device())
             for k in sorted(self._kept_before):
                 self.banks[k].lay(self._row_of(self.banks[k]), closely=self._dense)
+                if self.printing and not self.banks[k].sharded:
+                    self.banks[k].lay_prints(self.row(self.banks[k].device))
             self.extras.finish(self.facts, self.row)
             self.forward.finish(self.row)
             self.facts.update({"loss_is_safe": graph.safe(losses)} if "forced" in self.facts else {})
@@ -176,10 +180,8 @@ class Recorder:
 
     def join(self, *, measured: bool) -> list[tuple[Tensor, Layout]]:
         """What all ranks measured in this step; to be called at the same steps on every rank, whatever went wrong on this one."""
-        if not measured:
-            self.joint.failed()
         with torch.no_grad():
-            joined = self.joint.close(self.facts.get("no_gradient", ()))
+            joined = self.joint.close(self.facts.get("no_gradient", ()), measured=measured)
         return [] if joined is None else [joined]
 
     def wrapper_called(self, module: nn.parallel.DistributedDataParallel) -> None:
@@ -188,6 +190,7 @@ class Recorder:
             first = next(self.model.parameters(), None)
             if first is not None and any(p is first for p in module.parameters()):
                 self.joint.follow(module.process_group, first.device)
+                self.replicated = module.process_group.size() == torch.distributed.get_world_size()
 
     def post_mortem(self) -> None:
         """A non-finite number was seen: add the exact norms of all weights as they are now to the row."""

@@ -53,6 +53,26 @@ def alike(parameter: Any, gradient: Any) -> bool:
     return same
 
 
+def gradient(p: Tensor) -> Tensor | None:
+    """This rank's part of a sharded gradient, or None where it lies on the ranks in another way than its parameter."""
+    g = p.grad
+    return own(g) if g is not None and alike(p, g) else None
+
+
+def version(p: Tensor) -> tuple[int, int] | None:
+    """Which memory the gradient has and how often it was written to; None where there is no gradient."""
+    g = p.grad
+    if g is None:
+        return None
+    try:
+        if is_sharded(g):  # writes through the whole count there, writes to this rank's part count here
+            part = own(g)
+            return part.data_ptr(), g._version + part._version
+        return g.data_ptr(), g._version
+    except RuntimeError:  # a wrapper without memory of its own
+        return id(g), g._version
+
+
 def common(parameters: Sequence[Any]) -> tuple[list[Any], list[float]] | None:
     """The groups over which sums of all of them are complete (one; several for one mesh of several dimensions that is not
     the whole world), and the weight of this rank's part of each. None where no such groups exist.
