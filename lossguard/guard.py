@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ from lossguard.rules.judge import Judge
 from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
 from lossguard.skipping import Skipping
+from lossguard.watchdog import Watchdog
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
@@ -51,6 +53,7 @@ class Guard:
     recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
     plain loop, ``"explicit"`` for trainers that call ``after_backward`` themselves, once before each update. agree: whether
     the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several.
+    stall: whether a thread watches for ``stalled_training``, or the least number of seconds it waits; None: where ranks agree.
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 
@@ -85,6 +88,7 @@ class Guard:
         sinks: Sequence[Sink] = (),
         phases: str = "hooks",
         agree: bool | None = None,
+        stall: bool | float | None = None,
     ) -> None:
         model = arguments.a_model(model)
         parameters = list(model.parameters())
@@ -124,6 +128,8 @@ class Guard:
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
         settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity)
         self._agreement = cluster.agreement(settings, model, self._history) if agreement.wanted(agree) else None
+        stall = False if "stalled_training" in self._muted else stall
+        self._watchdog = Watchdog(self._history, chosen, self._record and self._record.folder, stall, ranks=self._agreement is not None)
         self._open_step()
 
     # ---- what a loop calls
@@ -135,6 +141,7 @@ class Guard:
         Raises ``TrainingHalted`` when a finding halts, ``ValueError`` for a loss that is no scalar or a closed guard.
         """
         now = self.steps
+        self._watchdog.beat(now)
         if self._quiet and logits is None and self._pulses.quick(loss):
             self._quiet -= 1
             self.steps = now + 1
@@ -147,8 +154,7 @@ class Guard:
         if sick:
             self._schedule.alarm(now)
             self._faults.watch(self._recorder.post_mortem)
-        stepped = bool(self._recorder.facts.get("stepped"))
-        together = self._schedule.together(now, stepped)
+        together = self._schedule.together(now, stepped := bool(self._recorder.facts.get("stepped")))
         if sick or (self._recorder.on and self._schedule.complete(stepped)) or together:
             self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits, together)
         elif self._pulses.full:
@@ -211,10 +217,15 @@ class Guard:
         if self._record:
             self._faults.watch(self._record.event, self.steps, event)
 
+    def pause(self) -> AbstractContextManager[None]:
+        """``with guard.pause():`` around what is meant to take long, such as an evaluation: ``stalled_training`` leaves it out."""
+        return self._watchdog.pause()
+
     def close(self, *, patience: float | None = None) -> None:
         """Flush, then take every hook off. A finding that would halt is kept, not raised. Harmless when closed already."""
         if self.closed:
             return
+        self._watchdog.close()
         try:
             self.flush(patience=patience)
         except actions.TrainingHalted:
@@ -323,12 +334,9 @@ class Guard:
 
     def _open_step(self) -> None:
         """Decide whether the coming step is sampled, and attach what it needs."""
-        self._schedule.update_tried = False
+        self._schedule.update_tried, self._quiet = False, 0
         sampled = self._schedule.due(self.steps)
-        if self._agreement is not None and self._schedule.regular(self.steps):
-            self._recorder.printing = self._agreement.telling
         self._taps.next_step()
-        self._quiet = 0
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
             self._taps.listen(bool(self._skipping) or self._recorder.expects_clearing)
             self._recorder.targets = None
@@ -344,6 +352,7 @@ class Guard:
 
     def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None, together: bool) -> None:
         self._skipping.lay(self._recorder.row)
+        self._recorder.printing = self._agreement is not None and self._agreement.telling
         parts = self._faults.watch(self._recorder.finish, losses, logits)
         joined = self._recorder.join(measured=parts is not None) if together else []
         self._pulses.send()

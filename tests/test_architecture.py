@@ -28,7 +28,7 @@ LAYERS = [
     ("verdict.py",),
     ("rules/",),
     ("cluster.py", "exits.py", "place.py", "watching.py", "actions.py", "resume.py", "batches.py", "faults.py"),
-    ("aftermath.py", "sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "skipping.py", "preflight/"),
+    ("aftermath.py", "sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "skipping.py", "watchdog.py", "preflight/"),
     ("record.py", "facts.py", "explain.py"),
     ("report/",),
     ("guard.py",),

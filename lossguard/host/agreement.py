@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from lossguard.findings import DIAGNOSES, Finding
 
+OF_ALL = ("replica_divergence", "rank_outlier")  # found by all ranks alike: whose vote counts says nothing
 LEAVING = 1 << 62  # above every verdict: a rank that votes no more
 PATIENCE = timedelta(minutes=30)  # that a vote may wait for the slowest rank: as long as torch's own collectives of gloo do
 GATHER = timedelta(minutes=5)  # that the first rank waits for guards on the others
@@ -81,8 +82,8 @@ class Agreement:
 
     @property
     def telling(self) -> bool:
-        """Whether ranks tell each other something beside the next vote."""
-        return self.over is None and self.teller is not None and self.teller.due(self._rounds)
+        """Whether ranks tell each other something beside the next vote, or did beside the last: a sample may wait for its update."""
+        return self.over is None and self.teller is not None and (self.teller.due(self._rounds) or self.teller.due(self._rounds - 1))
 
     def accuse(self, finding: Finding) -> None:
         """This rank wants to halt, and says so in its next vote."""
@@ -195,14 +196,16 @@ class Agreement:
     def _encode(self, finding: Finding) -> int:
         """Orders votes: the gravest, then the earliest, then the highest rank."""
         step = (1 << 32) - 1 - min(max(finding.step, 0), (1 << 32) - 1)
-        return (1 + int(finding.severity)) << 57 | self._names.index(finding.diagnosis) << 48 | step << 16 | self.rank
+        return (1 + int(finding.severity)) << 57 | step << 25 | self._names.index(finding.diagnosis) << 16 | self.rank
 
     def _share(self, verdict: int) -> Finding | None:
         """The accusing rank's finding, on all ranks, with the name of the accuser."""
         accuser = verdict & 0xFFFF
         box: list[Any] = [None]
         if accuser == self.rank and self._voted is not None:
-            where = f"{self._voted.where} on rank {self.rank} of {self.world} ({socket.gethostname()})"
+            where = self._voted.where
+            if self._voted.diagnosis not in OF_ALL:
+                where += f" on rank {self.rank} of {self.world} ({socket.gethostname()})"
             box = [replace(self._voted, where=where).to_dict()]
         try:
             dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, accuser), group=self._group)
