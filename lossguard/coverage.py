@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from lossguard.device import signals
+from lossguard.device.bank import NORMS
 from lossguard.device.recorder import Recorder
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
@@ -41,6 +42,7 @@ def survey(
     unseen.update({entry.partition(": ")[0]: entry.partition(": ")[2] for entry in recorder.forward.unwatched})
     if steps:
         unseen.update(_after_steps(recorder, observed, backward_seen))
+        unseen.update(_of_all_ranks(recorder, history))
     if handover.late:
         unseen["late rows"] = f"{handover.late} rows had not arrived at their step and were waited for; a larger lag= avoids that"
     unseen.update(dict.fromkeys(silenced, "failed once and is switched off"))
@@ -65,4 +67,21 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
         unseen.update({f"graph region ({what})": "its inside cannot be read for roles and functional ReLUs" for what in sorted(recorder.graph.opaque)})
     if "logit_peak" not in observed:
         unseen["softmax logits"] = "no softmax was found at the loss; pass them with guard.step(loss, logits=...) if there is one"
+    return unseen
+
+
+def _of_all_ranks(recorder: Recorder, history: History) -> dict[str, str]:
+    """What is this rank's own though the run has several."""
+    unseen: dict[str, str] = {}
+    joint, void = recorder.joint, history.notes.get("void_rows", 0)
+    if joint.over is not None or void:
+        own = f": {joint.faults[0]}" if joint.faults else ""
+        unseen["numbers of all ranks"] = joint.over or f"a rank could not measure its part in {void} samples, which were dropped on all{own}"
+    apart = joint.apart([s.index for s in recorder.forward.sites if s.kind in signals.RELU_KINDS])
+    if apart is not None:
+        unseen["dead units of all ranks"] = f"dead_fraction is of this rank's batches alone: {apart}"
+    if any(bank.sharded for bank in recorder.banks):
+        unseen["clearing of sharded gradients"] = "whether they are cleared between updates does not show in their version counters"
+        custom = [s.name for tap in ("gradient", "weight", "update") for s in signals.of(tap) if s.name not in NORMS]
+        unseen.update({f"signal {name}": "a signal of your own cannot be joined over the ranks that hold a parameter's parts" for name in custom})
     return unseen

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossguard import actions, arguments, batches, exits, facts, place, resume, verdict, watching
+from lossguard import actions, arguments, batches, cluster, exits, facts, place, resume, verdict, watching
 from lossguard.aftermath import Aftermath
 from lossguard.coverage import Coverage, survey
 from lossguard.device.recorder import Recorder
@@ -22,7 +23,6 @@ from lossguard.device.taps import Taps
 from lossguard.faults import Faults
 from lossguard.findings import Finding, Severity, check_names
 from lossguard.host import agreement
-from lossguard.host.agreement import Agreement
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
 from lossguard.host.intake import Intake
@@ -35,6 +35,7 @@ from lossguard.safekeeping import Keeper
 from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
 from lossguard.skipping import Skipping
+from lossguard.watchdog import Watchdog
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
@@ -57,6 +58,7 @@ class Guard(Keeper):
     the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several.
     locate: ``lambda x, y: criterion(model(x), y)``, the loss of a batch as it was shown; a halt by a non-finite value then runs
     the step again and names the operation (holds a copy of the weights and ``lag + 2`` batches; see ``lossguard.culprit``).
+    stall: whether a thread watches for ``stalled_training``, or the least number of seconds it waits; None: where ranks agree.
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 
@@ -93,6 +95,7 @@ class Guard(Keeper):
         phases: str = "hooks",
         agree: bool | None = None,
         locate: Callable[[Any, Any], Any] | None = None,
+        stall: bool | float | None = None,
     ) -> None:
         model = arguments.a_model(model)
         parameters = list(model.parameters())
@@ -134,7 +137,9 @@ class Guard(Keeper):
         watching.take_over(model, self)
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
         settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity)
-        self._agreement = Agreement(settings) if agreement.wanted(agree) else None
+        self._agreement = cluster.agreement(settings, model, self._history) if agreement.wanted(agree) else None
+        stall = False if "stalled_training" in self._muted else stall
+        self._watchdog = Watchdog(self._history, chosen, self._record and self._record.folder, stall, ranks=self._agreement is not None)
         self._open_step()
 
     # ---- what a loop calls
@@ -146,6 +151,7 @@ class Guard(Keeper):
         Raises ``TrainingHalted`` when a finding halts, ``ValueError`` for a loss that is no scalar or a closed guard.
         """
         now = self.steps
+        self._watchdog.beat(now)
         if self._quiet and logits is None and self._pulses.quick(loss):
             self._quiet -= 1
             self.steps = now + 1
@@ -159,8 +165,9 @@ class Guard(Keeper):
         if sick:
             self._schedule.alarm(now)
             self._faults.watch(self._recorder.post_mortem)
-        if sick or (self._recorder.on and self._schedule.complete(bool(self._recorder.facts.get("stepped")))):
-            self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits)
+        together = self._schedule.together(now, stepped := bool(self._recorder.facts.get("stepped")))
+        if sick or (self._recorder.on and self._schedule.complete(stepped)) or together:
+            self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits, together)
         elif self._pulses.full:
             self._pulses.send()
         self.steps += 1
@@ -210,10 +217,15 @@ class Guard(Keeper):
         if self._record:
             self._faults.watch(self._record.event, self.steps, event)
 
+    def pause(self) -> AbstractContextManager[None]:
+        """``with guard.pause():`` around what is meant to take long, such as an evaluation: ``stalled_training`` leaves it out."""
+        return self._watchdog.pause()
+
     def close(self, *, patience: float | None = None) -> None:
         """Flush, then take every hook off. A finding that would halt is kept, not raised. Harmless when closed already."""
         if self.closed:
             return
+        self._watchdog.close()
         try:
             ending = self._receive_all(patience)
             if ending is not None:
@@ -332,11 +344,10 @@ class Guard(Keeper):
 
     def _open_step(self) -> None:
         """Decide whether the coming step is sampled, and attach what it needs."""
-        self._schedule.update_tried = False
+        self._schedule.update_tried, self._quiet = False, 0
         sampled = self._schedule.due(self.steps)
         self._taps.next_step()
         self._skipping.begin()
-        self._quiet = 0
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
             self._taps.listen(bool(self._skipping) or self._recorder.expects_clearing)
             self._recorder.targets = None
@@ -350,15 +361,18 @@ class Guard(Keeper):
         self._taps.watch_forward(sampled)
         self._taps.listen(sampled or bool(self._skipping) or self._recorder.expects_clearing)
 
-    def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None) -> None:
+    def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None, together: bool) -> None:
         self._skipping.lay(self._recorder.row)
+        self._recorder.printing = self._agreement is not None and self._agreement.telling
         parts = self._faults.watch(self._recorder.finish, losses, logits)
+        joined = self._recorder.join(measured=parts is not None) if together else []
         self._pulses.send()
         if parts is None:
             return
         facts = {**self._recorder.facts, "batch": self._batches - 1 if self._batches else now}
         facts.update(self._skipping.facts(self._scaler))
         self._introduction.update()
+        parts += joined
         for k, (row, segments) in enumerate(parts):
             self._handover.send(now, row, ("row", now, segments, facts, k == len(parts) - 1))
 

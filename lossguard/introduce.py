@@ -25,6 +25,7 @@ class Introduction:
             self._name_parameters()
         history.name_units([(s.name, s.kind, s.width) for s in recorder.forward.sites])
         history.heads = list(recorder.heads)
+        history.notes["replicated"] = recorder.replicated
 
     def ensure(self) -> None:
         """Make sites known before the first sampled step, as for a state that is saved or loaded then."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.device import signals
+from lossguard.device import shards, signals
 from lossguard.device.attention import AttentionLogits
 from lossguard.device.halves import Halves, RowOf
 from lossguard.device.roles import Trained
@@ -49,7 +49,7 @@ class Extras:
     def plan(self, trained: Sequence[Trained]) -> None:
         """The parameters are listed anew."""
         self._trained = trained
-        self._outside = [t.tensor.detach() for t in trained if t.optimizer < 0 and t.tensor.layout == torch.strided and t.tensor.numel()][:OUTSIDE], []
+        self._outside = [t.tensor.detach() for t in trained if t.optimizer < 0 and _readable(t.tensor)][:OUTSIDE], []
         self.halves.plan(trained)
 
     def begin(self) -> None:
@@ -105,10 +105,10 @@ class Extras:
             self._fed.add(index)
             self._void.pop(index, None)
         else:
-            some = [p for group in groups for p in group["params"] if p.numel() and p.layout == torch.strided][:FROZEN]
+            some = [p for group in groups for p in group["params"] if _readable(p)][:FROZEN]
             self._void[index] = some, [_first(p).clone() for p in some]
         frozen = [p for group in groups for p in group["params"] if not p.requires_grad and p.grad is not None]
-        frozen = [p for p in frozen if p.numel() and p.layout == torch.strided][:FROZEN]
+        frozen = [p for p in frozen if _readable(p)][:FROZEN]
         if frozen and any(p.requires_grad for group in groups for p in group["params"]):  # else somebody computes gradients by hand
             self._frozen[index] = frozen, [_first(p).clone() for p in frozen]
 
@@ -165,6 +165,11 @@ def _is_matrix(p: Tensor) -> bool:
     return plain and p.dim() >= 2 and p.shape[0] >= 2 and p.numel() >= max(2 * p.shape[0], BORN_ELEMENTS)
 
 
+def _readable(p: Tensor) -> bool:
+    """Whether a few of its elements can be looked at on this rank."""
+    return p.layout == torch.strided and p.numel() > 0 and shards.own(p).numel() > 0
+
+
 def _first(p: Tensor) -> Tensor:
-    """The first elements of a parameter."""
-    return p.detach().reshape(-1)[:FROZEN_ELEMENTS]
+    """The first elements of a parameter, of a sharded one those of this rank's part."""
+    return shards.own(p).detach().reshape(-1)[:FROZEN_ELEMENTS]

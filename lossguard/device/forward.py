@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lossguard.device import outputs, signals
+from lossguard.device.joint import Joint
 from lossguard.device.tape import Row, Scale, Sites
 from lossguard.device.units import SilentUnits, window
 
@@ -62,6 +63,7 @@ class Forward:
     def __init__(self) -> None:
         self.sites: list[Site] = []
         self.units = SilentUnits()
+        self.joint: Joint | None = None  # with whom the batch is shared, where its units are to be those of all ranks
         self.unwatched: set[str] = set()  # calls that could not be measured, and why
         self._by_call: dict[tuple[str, int], Site] = {}
         self._calls: dict[str, int] = {}
@@ -265,7 +267,9 @@ class Forward:
         """Peaks of layers of one width: one set of counters for all of them."""
         groups: dict[tuple[int, torch.device, int], list[tuple[_Taken, Tensor]]] = {}
         for t in self._taken:
-            if t.peaks is not None:
+            if t.peaks is not None and self.joint is not None and self.joint.takes([site.index for site in t.sites], t.peaks):
+                self.joint.fired([site.index for site in t.sites], t.peaks, t.positions)
+            elif t.peaks is not None:
                 groups.setdefault((t.peaks.shape[1], t.peaks.device, window(t.positions)), []).append((t, t.peaks))
         for (_, device, batches), group in groups.items():
             sites = [site for t, _ in group for site in t.sites]

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.device import graph, roles, signals
-from lossguard.device.bank import Bank, version
+from lossguard.device import graph, roles, shards, signals
+from lossguard.device.bank import Bank
+from lossguard.device.clearing import Clearing
 from lossguard.device.extras import Extras
 from lossguard.device.forward import KEEP, KEEP_LITTLE, LARGE_MODEL, Forward, Site
 from lossguard.device.functional import GradientRows
+from lossguard.device.grouping import banks_of
+from lossguard.device.joint import Joint
 from lossguard.device.logits import logits_numbers
 from lossguard.device.outputs import first_tensor, float_tensors, watched
 from lossguard.device.tape import Layout, Row
@@ -42,6 +45,8 @@ class Recorder:
         self.graph: graph.GraphFacts | None = None
         self.targets: Tensor | None = None
         self.on = False
+        self.replicated = False  # a wrapper keeps the weights of all ranks equal
+        self.printing = False  # whether this step's weights are to be compared over ranks
         self.modules = watched(model)
         self.asked = self.modules
         self._dense = True
@@ -58,10 +63,11 @@ class Recorder:
         self._kept_before: set[int] = set()  # banks whose weights before the update are kept in this step
         self._updated: set[int] = set()  # optimizers that stepped in this step
         self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
-        self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient since the last update
-        self._added: dict[int, bool] = {}  # probe -> whether all that arrived since then was added to what was left of it
+        self._clearing = Clearing()
         self._carried: dict[str, Any] = {}  # what a step that is not sampled tells of itself: facts of the next sample
         self._functional = GradientRows()
+        self.joint = Joint(self.forward.units)
+        self.forward.joint = self.joint
         self.extras = Extras(model, optimizers)
 
     # ---- phases
@@ -79,6 +85,7 @@ class Recorder:
             held.clear()
         self.forward.begin()
         self.extras.begin()
+        self.joint.begin()
         for row in self._rows.values():
             row.discard()
 
@@ -102,8 +109,8 @@ class Recorder:
         """All gradients of a backward pass are there, unclipped. Later passes before an update overwrite earlier ones."""
         if not self.banks:
             self.build()
-        if self._versions:
-            self._look_at_clearing()
+        if self._clearing.pending:
+            self._clearing.backward_done(self.banks)
         if not self.on:
             return
         with torch.no_grad():
@@ -117,7 +124,7 @@ class Recorder:
 
     def before_update(self, index: int) -> None:
         """Optimizer ``index`` is about to step: see what clipping did since the backward pass."""
-        if self._versions:
+        if self._clearing.pending:
             self._tell_of_clearing(index)
         if not self.on:
             return
@@ -128,8 +135,8 @@ class Recorder:
                     if bank.untouched:
                         self.facts["unclipped"] = (*self.facts.get("unclipped", ()), index)
                         continue
-                    bank.lay_probes(self.row(bank.device))
-                    if all(p.grad is None for _, p in bank.probes):
+                    bank.lay_probes(self._row_of(bank))
+                    if bank.probes and all(p.grad is None for _, p in bank.probes):
                         self.facts["cleared"] = 1.0  # after the backward pass, before the step
                     self.facts["probes_unscaled"] = roles.unscaled(self.scaler, self.optimizers[index])
 
@@ -139,7 +146,7 @@ class Recorder:
             return
         for bank in self.banks:
             if bank.optimizer == index:
-                self._versions.update({s: v for s, p in bank.probes if (v := version(p)) is not None})
+                self._clearing.updated(bank)
         with torch.no_grad():
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
@@ -159,7 +166,9 @@ class Recorder:
                 self._logits(logits, -1, self.targets)
             self.row(self._default_device())
             for k in sorted(self._kept_before):
-                self.banks[k].lay(self.row(self.banks[k].device), closely=self._dense)
+                self.banks[k].lay(self._row_of(self.banks[k]), closely=self._dense)
+                if self.printing and not self.banks[k].sharded:
+                    self.banks[k].lay_prints(self.row(self.banks[k].device))
             self.extras.finish(self.facts, self.row)
             self.forward.finish(self.row)
             self.facts.update({"loss_is_safe": graph.safe(losses)} if "forced" in self.facts else {})
@@ -169,11 +178,26 @@ class Recorder:
         self.facts.setdefault("stepped", 0.0)
         return [row.lay_down() for row in self._rows.values()]
 
+    def join(self, *, measured: bool) -> list[tuple[Tensor, Layout]]:
+        """What all ranks measured in this step; to be called at the same steps on every rank, whatever went wrong on this one."""
+        with torch.no_grad():
+            joined = self.joint.close(self.facts.get("no_gradient", ()), measured=measured)
+        return [] if joined is None else [joined]
+
+    def wrapper_called(self, module: nn.parallel.DistributedDataParallel) -> None:
+        """A data-parallel wrapper ran: if it is this model's, ranks are in step, unless some may run out of data before others."""
+        if not self.joint.on and torch.is_grad_enabled() and not module._join_config.enable:
+            first = next(self.model.parameters(), None)
+            if first is not None and any(p is first for p in module.parameters()):
+                self.joint.follow(module.process_group, first.device)
+                self.replicated = module.process_group.size() == torch.distributed.get_world_size()
+
     def post_mortem(self) -> None:
         """A non-finite number was seen: add the exact norms of all weights as they are now to the row."""
         with torch.no_grad():
             for bank in self.banks:
-                bank.lay_exact_weights(self.row(bank.device))
+                if not bank.sharded:  # of which the others would have to tell their parts, and they have no reason to
+                    bank.lay_exact_weights(self.row(bank.device))
         self.facts["forced"] = 1.0
 
     # ---- what is known
@@ -195,15 +219,8 @@ class Recorder:
         self.modules = watched(self.model)
         self._few = (-1, {})
         self._ordinary.clear()
-        groups: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
-        elements = 0
-        for i, t in enumerate(self.roster.trained):
-            if t.name in self.roster.unread or t.optimizer < 0:
-                continue
-            elements += t.tensor.numel()
-            groups.setdefault((t.optimizer, t.tensor.device), []).append((i, t.tensor))
+        self.banks, elements = banks_of(self.roster, self.joint)
         self.forward.room = KEEP if elements < LARGE_MODEL else KEEP_LITTLE
-        self.banks = [Bank(members, optimizer, elements) for (optimizer, _), members in groups.items()]
         self._signature = roles.signature(self.optimizers)
         self._kept_before.clear()
         self._functional.forget()
@@ -215,7 +232,7 @@ class Recorder:
         """What of the model as it is now is not measured, and why."""
         found = dict(self.roster.unread)
         found.update(dict.fromkeys(self.roster.missing, "held by no optimizer"))
-        found.update({self.roster.trained[s].name: "its gradient is sparse: reading it would wait" for bank in self.banks for s in sorted(bank.sparse)})
+        found.update({self.roster.trained[s].name: why for bank in self.banks for s, why in bank.unreadable.items()})
         if self.banks:
             known = {id(t.tensor) for t in self.roster.trained}
             found.update({n: "new since parameters were last listed" for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known})
@@ -225,7 +242,7 @@ class Recorder:
     @property
     def expects_clearing(self) -> bool:
         """Whether the next backward pass shows if gradients were cleared."""
-        return bool(self._versions)
+        return self._clearing.pending
 
     @property
     def outdated(self) -> bool:
@@ -238,6 +255,10 @@ class Recorder:
         return sum(b.nbytes for b in self.banks) + sum(r.nbytes for r in self._rows.values()) + self.forward.nbytes + self._functional.nbytes
 
     # ---- inside
+
+    def _row_of(self, bank: Bank) -> Any:
+        """Where a bank's numbers go: into the row, or to the other ranks first."""
+        return self.joint if bank.sharded else self.row(bank.device)
 
     def _needed(self) -> dict[int, tuple[str, str]]:
         """The modules whose outputs no activation behind them shows."""
@@ -253,6 +274,9 @@ class Recorder:
         self.fired.add(name)
         tensor = output if isinstance(output, Tensor) and output.is_floating_point() else first_tensor(output)
         if tensor is None or tensor.layout != torch.strided or not tensor.numel():
+            return
+        if shards.is_sharded(tensor):
+            self.forward.unwatched.add(f"{name}: its output is sharded across ranks")
             return
         first, self._first_module = self._first_module, False
         if first:
@@ -309,29 +333,11 @@ class Recorder:
         self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus})
         self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
 
-    def _look_at_clearing(self) -> None:
-        """Memory and version counter of a gradient show whether a backward pass added to what the last update left there.
-
-        Every pass until the next update is looked at: what a pass for another purpose left (a generator's, an attack's) may
-        be cleared before the own one.
-        """
-        for site, p in (probe for bank in self.banks for probe in bank.probes):
-            before, now = self._versions.get(site), version(p)
-            if before is None or now is None or now == before:
-                continue
-            added = now == (before[0], before[1] + 1)
-            self._added[site] = added and self._added.get(site, True)
-            self._versions[site] = now if added else before
-
     def _tell_of_clearing(self, index: int) -> None:
-        """Optimizer ``index`` is about to step: how many of its gradients were added to and never cleared."""
-        sites = [site for bank in self.banks if bank.optimizer == index for site, _ in bank.probes]
-        added = [self._added.pop(site) for site in sites if site in self._added]
-        for site in sites:
-            self._versions.pop(site, None)
-        if added:
+        share = self._clearing.before_update(self.banks, index)
+        if share is not None:
             facts = self.facts if self.on else self._carried
-            facts["not_cleared"] = max(sum(added) / len(added), facts.get("not_cleared", 0.0))
+            facts["not_cleared"] = max(share, facts.get("not_cleared", 0.0))
 
     def _read_rates(self) -> None:
         """Learning rates: host numbers become facts, device numbers go through the tape."""

@@ -70,6 +70,8 @@ class Taps:
                     taps._watch(taps._recorder.module_called, module, args, output, part=known[0])
                 elif type(module) is nn.CrossEntropyLoss:
                     taps._watch(taps._recorder.criterion_called, args, part="CrossEntropyLoss")
+                elif isinstance(module, nn.parallel.DistributedDataParallel):
+                    taps._watch(taps._recorder.wrapper_called, module)
 
             _expect_compiled_modules()
             self._forward.append(register_module_forward_hook(forward_ended))

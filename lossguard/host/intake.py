@@ -69,7 +69,9 @@ class Intake:
                     news = News()
                 continue
             _, step, layout, facts, last = meaning
-            if numbers is not None:
+            if numbers is not None and _void(numbers, layout):
+                self._history.notes["void_rows"] = self._history.notes.get("void_rows", 0) + 1
+            elif numbers is not None:
                 self._parts.append((numbers.copy(), layout))
             if last:
                 parts, self._parts = self._parts, []
@@ -95,3 +97,8 @@ class Intake:
             for name, value in (terms or {}).items():
                 news.terms.setdefault(name, []).append(value)
             news.sick |= not math.isfinite(total) or finite == 0.0
+
+
+def _void(numbers: Numbers, layout: Any) -> bool:
+    """Whether some rank could not measure its part of these numbers."""
+    return bool(layout.segments and layout.segments[0].signal == "joined" and numbers[0] != 1.0)
