@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossguard import actions, arguments, batches, cluster, exits, facts, place, resume, verdict, watching
+from lossguard import actions, arguments, batches, cluster, exits, facts, place, resume, watching
 from lossguard.aftermath import Aftermath
-from lossguard.coverage import Coverage, survey
 from lossguard.device.recorder import Recorder
 from lossguard.device.taps import Taps
 from lossguard.faults import Faults
@@ -35,12 +34,13 @@ from lossguard.safekeeping import Keeper
 from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
 from lossguard.skipping import Skipping
+from lossguard.telling import Teller
 from lossguard.watchdog import Watchdog
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
 
-class Guard(Keeper):
+class Guard(Keeper, Teller):
     """Watches one training run.
 
     model: any ``nn.Module``. optimizers: one ``torch.optim.Optimizer`` or a list. every: interval, in steps, of the
@@ -132,6 +132,7 @@ class Guard(Keeper):
         self._parts: dict[str, resume.Resumable] = {  # what a resumed run takes over
             "history": self._history, "judge": self._judge, "skipping": self._skipping, "checkpoints": self._checkpoints,
         }  # fmt: skip
+        self._holders = (self._recorder, self._pulses, self._handover, self._history, self._aftermath, self._skipping, self._locator)
         self._overdue: Finding | None = None  # what the coming step halts for
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
         watching.take_over(model, self)
@@ -273,50 +274,13 @@ class Guard(Keeper):
         self._schedule.update_seen = True
         self._faults.watch(self._recorder.after_update, index)
 
-    # ---- what was found
-
-    @property
-    def findings(self) -> list[Finding]:
-        """The events so far, oldest first; one an episode, with counts and consequences."""
-        return [self._locator.told(self._skipping.told(f)) for f in self._judge.findings]
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Updates left out so far, by the diagnosis that ``skip=`` names; as far as has arrived from the device."""
-        return self._skipping.counts
-
-    @property
-    def history(self) -> History:
-        """What has arrived from the device so far, as rules see it; to be read only."""
-        return self._history
-
-    @property
-    def verdict(self) -> str:
-        """The reading of the loss curves now: ``learning``, ``overfitting``, ``bottleneck``, ...; see ``lossguard.verdict``."""
-        return verdict.read(self._history)
-
-    @property
-    def coverage(self) -> Coverage:
-        """What is observed and what is not, and why."""
-        unguarded = self._skipping.unseen(self.steps)
-        return survey(self._recorder, self._history, self._handover, self.steps, self._taps.backward_seen, self._faults.silenced, unguarded)
+    # ---- what is left of it
 
     def report(self, path: str | Path) -> Path:
         """Write the post-mortem page of the run so far: one HTML file. Needs ``pip install 'lossguard[report]'``."""
         from lossguard import report
 
         return report.of_guard(self, facts.of(self, self._policy), path, self._record.folder if self._record else None)
-
-    @property
-    def memory(self) -> int:
-        """Bytes the guard holds now, on devices and on the host; bounded, and reached after the first full window."""
-        holders = (self._recorder, self._pulses, self._handover, self._history, self._aftermath, self._skipping, self._locator)
-        return sum(holder.nbytes for holder in holders)
-
-    def __repr__(self) -> str:
-        state, found = "closed" if self.closed else "watching", len(self._judge.findings)
-        what = f"{len(self._recorder.roster.trained)} parameter tensors, {self.steps} steps"
-        return f"<lossguard.Guard {state} {type(self.model).__name__}: {what}, {found or 'no'} finding{'' if found == 1 else 's'}>"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to give the same alarms; tensors and plain types, safe to ``torch.save``."""

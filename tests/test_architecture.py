@@ -45,6 +45,7 @@ LAYERS = [
     ("culprit/", "locating.py"),
     ("record.py", "facts.py", "explain.py"),
     ("report/",),
+    ("telling.py",),
     ("guard.py",),
     ("integrations/", "demo.py", "replay.py", "launch/"),
     ("__init__.py", "__main__.py", "cli.py"),

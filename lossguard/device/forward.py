@@ -81,6 +81,10 @@ class Forward:
         self._uncovered: set[str] = set()
         self._conv1d = False  # whether the last shaping module of three dimensions put channels first
 
+    def fit(self, elements: int) -> None:
+        """A model of so many elements is watched."""
+        self.room = KEEP if elements < LARGE_MODEL else KEEP_LITTLE
+
     def begin(self) -> None:
         """A new step: forget calls that led to no update."""
         self._calls.clear()

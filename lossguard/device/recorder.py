@@ -19,7 +19,7 @@ from lossguard.device import graph, roles, shards, signals
 from lossguard.device.bank import Bank
 from lossguard.device.clearing import Clearing
 from lossguard.device.extras import Extras
-from lossguard.device.forward import KEEP, KEEP_LITTLE, LARGE_MODEL, Forward, Site
+from lossguard.device.forward import Forward, Site
 from lossguard.device.functional import GradientRows
 from lossguard.device.grouping import banks_of
 from lossguard.device.joint import Joint
@@ -220,7 +220,7 @@ class Recorder:
         self._few = (-1, {})
         self._ordinary.clear()
         self.banks, elements = banks_of(self.roster, self.joint)
-        self.forward.room = KEEP if elements < LARGE_MODEL else KEEP_LITTLE
+        self.forward.fit(elements)
         self._signature = roles.signature(self.optimizers)
         self._kept_before.clear()
         self._functional.forget()
