@@ -98,7 +98,7 @@ class Guard:
         self._policy = actions.Policy.of(halt)
         self.model, self.steps, self.closed = model, 0, False
         self._muted = check_names(mute, "mute")
-        self._scaler = scaler
+        self._scaler = scaler = arguments.a_scaler(scaler, optimizers)
         on_host = all(p.device.type == "cpu" for p in parameters)
         self._on_cuda = any(p.device.type == "cuda" for p in parameters)
         lag = (0 if on_host else LAG) if lag is None else arguments.at_least(0, lag, "lag")

@@ -21,7 +21,7 @@ from lossguard.batches import split
 from lossguard.device.taps import unwrap
 from lossguard.findings import Finding, Severity
 from lossguard.guard import Guard
-from lossguard.integrations.scalars import layers, scalars
+from lossguard.scalars import layers, scalars
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 OURS = ("model", "optimizers", "scaler", "phases")  # keywords of the guard that the Trainer answers
