@@ -33,6 +33,7 @@ from lossguard.rules.judge import Judge
 from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
 from lossguard.skipping import Skipping
+from lossguard.trackers.feed import Feed
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
@@ -49,9 +50,10 @@ class Guard:
     (holds ``lag + 2`` batches; 0.1 ms a step). exit_codes: diagnosis -> code of the process, where it differs from ``lossguard.exits``. scaler: the
     ``GradScaler``, so that gradient norms have their true scale. accumulate: micro-batches per update, where the guard
     is stepped for each. loss_family: such as ``"adversarial"`` where the loss's fall means nothing. lag: steps between
-    recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
-    plain loop, ``"explicit"`` for trainers that call ``after_backward`` themselves, once before each update. agree: whether
-    the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several.
+    recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. trackers: what gets scalars and
+    findings, see ``lossguard.trackers``. phases: ``"hooks"`` for a plain loop, ``"explicit"`` for trainers that call
+    ``after_backward`` themselves, once before each update. agree: whether the ranks of a ``torch.distributed`` job halt
+    together, at the same step, within two regular samples; None: where there are several.
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 
@@ -84,6 +86,7 @@ class Guard:
         loss_family: str | None = None,
         lag: int | None = None,
         sinks: Sequence[Sink] = (),
+        trackers: Iterable[Any] = (),
         phases: str = "hooks",
         agree: bool | None = None,
     ) -> None:
@@ -115,7 +118,8 @@ class Guard:
         self._handover = Handover(lag)
         self._intake = Intake(self._history, self._handover)
         self._pulses = Pulses(self._handover, min(self.every, 10))
-        self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), *sinks]
+        self._feed = Feed(trackers, self._faults)
+        self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), self._feed.finding, *sinks]
         self._batches, self._explicit = 0, phases == "explicit"
         self._schedule = Schedule(self.every, self.dense, accumulate=accumulate, may_skip=scaler is not None and not self._explicit)
         self._parts: dict[str, resume.Resumable] = {"history": self._history, "judge": self._judge}  # what a resumed run takes over
@@ -226,6 +230,7 @@ class Guard:
             self._skipping.close()
             if self._record:
                 self._faults.watch(facts.finish, self, self._policy, self._record)
+            self._feed.close()
             watching.release(self.model, self)
 
     def __enter__(self) -> Guard:
@@ -364,6 +369,8 @@ class Guard:
                 self._faults.watch(news.write, self._record, self._history)
             self._skipping.arrived(news.sample)
             heard += self._judge.observe(self._history, new_sample=news.sample is not None)
+            if news.sample is not None:
+                self._feed.arrived(self._history, self._judge.findings)
         heard = [self._skipping.told(f) for f in heard]
         for finding in heard:
             for sink in self._sinks:

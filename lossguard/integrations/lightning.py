@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lossguard.batches import split
 from lossguard.device.taps import unwrap
-from lossguard.findings import Finding, Severity
+from lossguard.findings import Finding
 from lossguard.guard import Guard
-from lossguard.scalars import layers, scalars
+from lossguard.scalars import chosen
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 OURS = ("model", "optimizers", "scaler", "phases")  # keywords of the guard that the Trainer answers
@@ -230,9 +230,7 @@ class LossGuardCallback(Callback):
         if self._logged is not None and step - self._logged < trainer.log_every_n_steps:
             return
         self._logged = step
-        numbers = {**scalars(guard.history), "findings": float(sum(f.severity >= Severity.WARNING for f in guard.findings))}
-        if self.log_layers:
-            numbers.update(layers(guard.history))
+        numbers = chosen(guard.history, guard.findings, of_layers=self.log_layers)
         try:
             for logger in trainer.loggers:
                 logger.log_metrics({f"{self.name}/{k}": v for k, v in numbers.items()}, step=step)
