@@ -6,8 +6,6 @@ the two and imports no other; ``import lossguard`` imports neither.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import sys
 import warnings
 from collections.abc import Mapping
@@ -21,6 +19,7 @@ from lossguard.batches import split
 from lossguard.device.taps import unwrap
 from lossguard.findings import Finding
 from lossguard.guard import Guard
+from lossguard.integrations import keywords as keywords_
 from lossguard.scalars import chosen
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -65,12 +64,7 @@ class LossGuardCallback(Callback):
 
     def __init__(self, *, name: str = "lossguard", log_layers: bool = False, monitor: str = "val_loss", **keywords: Any) -> None:
         super().__init__()
-        known = [k for k in inspect.signature(Guard).parameters if k not in OURS]
-        for keyword in keywords:
-            if keyword not in known:
-                near = difflib.get_close_matches(keyword, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(['name', 'log_layers', 'monitor', *known])}"
-                raise TypeError(f"unknown keyword {keyword!r}; {hint}")
+        keywords_.check(keywords, ("name", "log_layers", "monitor"), OURS)
         self.name, self.log_layers, self.monitor = name, log_layers, monitor
         self.guard: Guard | None = None
         self._keywords = keywords
