@@ -246,6 +246,10 @@ class Guard:
         if not self.closed:
             self._open_step()
 
+    def watch_forward(self, on: bool) -> None:
+        """Whether forward passes count from here on in this step: of an update's several micro-batches one suffices."""
+        self._taps.watch_forward(on and self._recorder.on and not self.closed)
+
     def after_backward(self, *, unscaled: bool = False) -> None:
         """A backward pass ended; gradients are complete and unclipped. unscaled: they have their true scale already."""
         if self.closed or self._quiet:

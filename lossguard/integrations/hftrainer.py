@@ -19,7 +19,7 @@ import torch
 
 # Engines that keep gradients and weights where no module's parameter shows them.
 HIDING = {
-    "DEEPSPEED": "DeepSpeed keeps gradients and master weights in flat buffers of its own: loss, batches and activations are seen, gradients and updates are not",
+    "DEEPSPEED": "DeepSpeed keeps gradients and master weights in flat buffers of its own: gradients and updates are not seen, all else is",
     "MEGATRON_LM": "Megatron-LM runs backward and the update inside its own engine: gradients and updates are not seen",
 }
 
@@ -50,16 +50,17 @@ class Detour:
             setattr(owner, self._name, self._before)
 
 
-def caller(callback: Any) -> Any:
-    """The Trainer whose event this is: callbacks are not told, but it stands on the call stack."""
+def caller(belongs: Callable[[Any], bool]) -> tuple[Any, Any]:
+    """The Trainer whose event this is, and which of its callbacks belongs to us: callbacks are not told, but it stands on the call stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         one = frame.f_locals.get("self")
         handler = getattr(one, "__dict__", {}).get("callback_handler")
-        if any(c is callback for c in getattr(handler, "callbacks", ())):
-            return one
+        for callback in getattr(handler, "callbacks", ()):
+            if belongs(callback):
+                return one, callback
         frame = frame.f_back
-    return None
+    return None, None
 
 
 def engine(accelerator: Any) -> str:
@@ -69,13 +70,13 @@ def engine(accelerator: Any) -> str:
 
 def shifts_labels(trainer: Any, model: Any) -> bool:
     """Whether the model's own loss shifts the labels by one token, as that of a causal language model does."""
-    known = getattr(trainer, "_loss_shifts_labels", None)  # of newer versions
-    if isinstance(known, bool):
-        return known
+    if getattr(trainer, "_loss_shifts_labels", False) is True:  # of newer versions, which do not know it of every such model
+        return True
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    name = type(inner).__name__
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForCausalLM")
 
 
 def as_text(state: Mapping[str, Any]) -> str:

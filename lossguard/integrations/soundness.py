@@ -36,6 +36,15 @@ def unsound(model: nn.Module, optimizers: Sequence[Optimizer]) -> str:
     return ""
 
 
+def agreed(where: str, device: torch.device) -> str:
+    """What was found on this rank, or that something was found on another: all ranks write a checkpoint or none."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return where
+    flag = torch.tensor([float(bool(where))], device=device)
+    torch.distributed.all_reduce(flag)
+    return where or ("the state of another rank" if flag.item() else "")
+
+
 def _tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
     names = {id(p): name for name, p in model.named_parameters()}
     of_optimizer = [p for o in optimizers for group in o.param_groups for p in group["params"]]

@@ -18,7 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerCallback
+
+try:
+    from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerCallback
+except ImportError as error:
+    raise ImportError("lossguard.integrations.transformers needs Hugging Face's Trainer; pip install 'transformers>=4.46' 'accelerate>=1.0'") from error
 
 from lossguard.actions import TrainingHalted
 from lossguard.batches import split
@@ -28,7 +32,7 @@ from lossguard.findings import Finding
 from lossguard.guard import Guard
 from lossguard.integrations import keywords as keywords_
 from lossguard.integrations.hftrainer import HIDING, Detour, as_text, caller, engine, from_text, shifts_labels
-from lossguard.integrations.soundness import unsound
+from lossguard.integrations.soundness import agreed, unsound
 from lossguard.scalars import chosen
 
 OURS = ("model", "optimizers", "scaler", "phases", "accumulate")  # keywords of the guard that the Trainer answers
@@ -55,8 +59,6 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     []
     """
 
-    _living: weakref.WeakSet[LossGuardCallback] = weakref.WeakSet()
-
     def __init__(
         self,
         *,
@@ -77,18 +79,14 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.name, self.log_layers, self.monitor, self.on_halt, self.veto_saves = name, log_layers, monitor, on_halt, veto_saves
         self.guard: Guard | None = None
         self.halted: TrainingHalted | None = None
-        self._keywords = keywords
+        self._keywords, self._detours = keywords, list[Detour]()
         self._trainer: weakref.ref[Any] | None = None
-        self._detours: list[Detour] = []
         self._loss: Tensor | None = None  # of the micro-batches since the last update; only the last one's graph is held
         self._sums: list[Tensor] = []  # one for each float tensor of the micro-batches since then
         self._backwards = 0  # of the micro-batch under way
-        self._shifts = False
+        self._shifts, self._logs, self._vetoed = False, True, ""
         self._offset = 0  # the Trainer's step before the guard's first
         self._logged = -1  # the newest sample whose scalars were logged
-        self._logs = True
-        self._vetoed = ""
-        LossGuardCallback._living.add(self)
 
     @property
     def findings(self) -> list[Finding]:
@@ -106,23 +104,22 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Whatever ends a training by an exception detaches the guard."""
-        trainer = caller(self)
+        trainer, _ = caller(lambda c: c is self)
         if trainer is not None and hasattr(trainer, "_inner_training_loop"):
             Detour(trainer, "_inner_training_loop", self._whole_training)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
         """Attach. A training that is resumed from a checkpoint goes on with the history in it."""
         self._close()
-        trainer = caller(self)
+        trainer, _ = caller(lambda c: c is self)
         if trainer is None or not hasattr(trainer, "accelerator"):
             warnings.warn("lossguard: no transformers.Trainer calls this callback, so nothing is guarded; give it to a Trainer", RuntimeWarning, stacklevel=2)
             return
         self._trainer = weakref.ref(trainer)
-        hidden = HIDING.get(engine(trainer.accelerator))
         keywords = dict(self._keywords)
-        if hidden:  # its optimizer holds flat copies, so that no parameter is the optimizer's own
+        if hidden := HIDING.get(engine(trainer.accelerator)):
             logger.warning("lossguard: %s", hidden)
-            keywords["mute"] = {*keywords.get("mute", ()), "missing_from_optimizer"}
+            keywords["mute"] = {*keywords.get("mute", ()), "unchanged_weights"}  # its optimizer holds copies, and none of the model's own
         self.guard = guard = Guard(model, optimizer, phases="explicit", **keywords)
         self.halted, self._logged, self._logs, self._vetoed = None, -1, True, ""
         self._resume(guard, state)
@@ -201,8 +198,8 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def _become_the_living_one(self) -> None:
         """The Trainer (``restore_callback_states_from_checkpoint``) makes a callback anew from its state: it goes on as the
         one that the user holds, whose keywords JSON could not keep."""
-        living = [c for c in LossGuardCallback._living if type(c) is type(self) and c._watching() is None]
-        self.__dict__ = living[-1].__dict__ if living else LossGuardCallback().__dict__
+        _, living = caller(lambda c: type(c) is type(self))
+        self.__dict__ = (living or LossGuardCallback()).__dict__
 
     def _resume(self, guard: Guard, state: Any) -> None:
         entry = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
@@ -210,6 +207,7 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         texts = [e["attributes"]["_saved"] for e in entries if e and e.get("attributes", {}).get("_saved")]
         if not texts:
             if state.global_step:
+                state.stateful_callbacks.setdefault(type(self).__name__, {})  # the Trainer's next save looks for it
                 logger.warning("lossguard: the checkpoint holds no state of the guard, its history begins at step %d", state.global_step)
             return
         try:
@@ -232,6 +230,7 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if guard is None:
             return method(*args, **kwargs)
         self._backwards = 0
+        guard.watch_forward(self._updates())  # else every micro-batch would count as further calls of each module
         self._show(guard, kwargs.get("inputs", args[1] if len(args) > 1 else None))
         loss = method(*args, **kwargs)
         if not self._backwards and isinstance(loss, Tensor):  # a step of the user's own that calls loss.backward() itself
@@ -279,7 +278,7 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             inputs = {**{k: v for k, v in batch.items() if v is not targets}, "labels": targets}
         if self._sums:
             inputs = [torch.stack(self._sums), inputs] if len({s.device for s in self._sums}) == 1 else inputs
-        if self._shifts and isinstance(targets, Tensor) and targets.dim():
+        if self._shifts and isinstance(targets, Tensor) and targets.dim() and "shift_labels" not in batch:
             targets = torch.nn.functional.pad(targets, (0, 1), value=-100)[..., 1:]  # as the model's own loss does
         guard.batch(inputs, targets)
 
@@ -307,11 +306,7 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         guard = self._watching()
         if guard is None:
             return ""
-        where = unsound(guard.model, guard.optimizers)
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            flag = torch.tensor([float(bool(where))], device=self._of_trainer("accelerator").device)
-            torch.distributed.all_reduce(flag)
-            where = where or ("the state of another rank" if flag.item() else "")
+        where = agreed(unsound(guard.model, guard.optimizers), self._of_trainer("accelerator").device)
         if where and where != self._vetoed:
             logger.error("lossguard: no checkpoint is written at step %d: %s is not finite; those before it stay", guard.steps - 1, where)
             guard.note(f"no checkpoint: {where} is not finite")
