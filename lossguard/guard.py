@@ -35,6 +35,7 @@ from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
 from lossguard.skipping import Skipping
 from lossguard.telling import Teller
+from lossguard.trackers.feed import Feed
 from lossguard.watchdog import Watchdog
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
@@ -53,9 +54,10 @@ class Guard(Keeper, Teller):
     (holds ``lag + 2`` batches; 0.1 ms a step). exit_codes: diagnosis -> code of the process, where it differs from ``lossguard.exits``. scaler: the
     ``GradScaler``, so that gradient norms have their true scale. accumulate: micro-batches per update, where the guard
     is stepped for each. loss_family: such as ``"adversarial"`` where the loss's fall means nothing. lag: steps between
-    recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
-    plain loop, ``"explicit"`` for trainers that call ``after_backward`` themselves, once before each update. agree: whether
-    the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several.
+    recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. trackers: what gets scalars and
+    findings, see ``lossguard.trackers``. phases: ``"hooks"`` for a plain loop, ``"explicit"`` for trainers that call
+    ``after_backward`` themselves, once before each update. agree: whether the ranks of a ``torch.distributed`` job halt
+    together, at the same step, within two regular samples; None: where there are several.
     locate: ``lambda x, y: criterion(model(x), y)``, the loss of a batch as it was shown; a halt by a non-finite value then runs
     the step again and names the operation (holds a copy of the weights and ``lag + 2`` batches; see ``lossguard.culprit``).
     stall: whether a thread watches for ``stalled_training``, or the least number of seconds it waits; None: where ranks agree.
@@ -92,6 +94,7 @@ class Guard(Keeper, Teller):
         loss_family: str | None = None,
         lag: int | None = None,
         sinks: Sequence[Sink] = (),
+        trackers: Iterable[Any] = (),
         phases: str = "hooks",
         agree: bool | None = None,
         locate: Callable[[Any, Any], Any] | None = None,
@@ -108,7 +111,7 @@ class Guard(Keeper, Teller):
         self._policy = actions.Policy.of(halt)
         self.model, self.steps, self.closed = model, 0, False
         self._muted = check_names(mute, "mute")
-        self._scaler = scaler
+        self._scaler = scaler = arguments.a_scaler(scaler, optimizers)
         on_host = all(p.device.type == "cpu" for p in parameters)
         self._on_cuda = any(p.device.type == "cuda" for p in parameters)
         lag = (0 if on_host else LAG) if lag is None else arguments.at_least(0, lag, "lag")
@@ -126,7 +129,8 @@ class Guard(Keeper, Teller):
         self._handover = Handover(lag)
         self._intake = Intake(self._history, self._handover)
         self._pulses = Pulses(self._handover, min(self.every, 10))
-        self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), *sinks]
+        self._feed = Feed(trackers, self._faults)
+        self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), self._feed.finding, *sinks]
         self._batches, self._explicit = 0, phases == "explicit"
         self._schedule = Schedule(self.every, self.dense, accumulate=accumulate, may_skip=scaler is not None and not self._explicit)
         self._parts: dict[str, resume.Resumable] = {  # what a resumed run takes over
@@ -239,6 +243,7 @@ class Guard(Keeper, Teller):
             self._skipping.close()
             if self._record:
                 self._faults.watch(facts.finish, self, self._policy, self._record)
+            self._feed.close()
             watching.release(self.model, self)
 
     def __enter__(self) -> Guard:
@@ -253,6 +258,10 @@ class Guard(Keeper, Teller):
         """This iteration has no loss and counts as no step: forget what it recorded."""
         if not self.closed:
             self._open_step()
+
+    def watch_forward(self, on: bool) -> None:
+        """Whether forward passes count from here on in this step: of an update's several micro-batches one suffices."""
+        self._taps.watch_forward(on and self._recorder.on and not self.closed)
 
     def after_backward(self, *, unscaled: bool = False) -> None:
         """A backward pass ended; gradients are complete and unclipped. unscaled: they have their true scale already."""
@@ -358,6 +367,8 @@ class Guard(Keeper, Teller):
                 self._faults.watch(news.write, self._record, self._history)
             self._skipping.arrived(news.sample)
             heard += self._judge.observe(self._history, new_sample=news.sample is not None)
+            if news.sample is not None:
+                self._feed.arrived(self._history, self._judge.findings)
         if self._locator.locate([f for f in heard if self._policy.halts(f)], self._taps, self._faults.watch):
             self._open_step()
         heard = [self._locator.told(self._skipping.told(f)) for f in heard]

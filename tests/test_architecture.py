@@ -43,7 +43,7 @@ LAYERS = [
         "preflight/",
     ),
     ("culprit/", "locating.py"),
-    ("record.py", "facts.py", "explain.py"),
+    ("record.py", "facts.py", "explain.py", "scalars.py", "trackers/"),
     ("report/",),
     ("telling.py",),
     ("guard.py",),
@@ -108,15 +108,16 @@ ALLOWED = {
     "actions.py": {"numpy": False, "torch": False},
     "sinks.py": {"numpy": True, "torch": False},
     "record.py": {"numpy": True, "torch": False},
+    "scalars.py": {"numpy": True, "torch": False},
     "report/": {"numpy": True, "torch": False},
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_packages_of_others(name):
-    """Outside of integrations and the demo only torch and numpy are imported, and these only where they belong."""
+    """Outside of integrations, trackers and the demo only torch and numpy are imported, and these only where they belong."""
     foreign = {d.partition(".")[0] for d in imports(TREES[ROOT / name])} - set(sys.stdlib_module_names) - {"lossguard"}
-    if not name.startswith(("integrations/", "demo.py")):
+    if not name.startswith(("integrations/", "trackers/", "demo.py")):
         assert foreign <= {"numpy", "torch"}, foreign
     for prefix, rights in ALLOWED.items():
         if name.startswith(prefix):

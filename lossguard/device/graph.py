@@ -52,7 +52,7 @@ class GraphFacts:
     cancelled: set[int] = field(default_factory=set)  # ids of biases that only feed a batch-norm
     safe: bool = False  # the loss itself, or all of its terms, is a built-in loss that is finite for all finite outputs
     attentions: int = 0  # fused attentions
-    summed: bool = False  # a built-in loss adds its samples up
+    summed: bool = False  # a built-in loss adds its samples up, and nothing behind it divides the sum (by a count of tokens, say)
     masked: bool = False  # a softmax is given what a mask was written into
     opaque: set[str] = field(default_factory=set)  # regions that cannot be read, such as "compiled"
 
@@ -67,16 +67,17 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
             _read_head(root, producers, facts)
     facts.nonnegative = bool(roots) and len(roots) == len(losses) and all(_keeps_sign(root) for root in roots)
     facts.safe = safe(losses)
-    seen, queue = set(roots), deque(roots)
+    seen, queue, divided = set(roots), deque(roots), False
     while queue and len(seen) < MAX_NODES:
         node = queue.popleft()
         name = node.name()
+        divided = divided or name.startswith("DivBackward")
         for prefix, what in OPAQUE.items():
             if name.startswith(prefix):
                 facts.opaque.add(what)
         if facts.loss_family == "unknown" and name in FAMILIES:
             facts.loss_family = FAMILIES[name]
-            facts.summed = getattr(node, "_saved_reduction", None) == SUM
+            facts.summed = getattr(node, "_saved_reduction", None) == SUM and not divided
         facts.masked = facts.masked or (name == SOFTMAXES[1] and _is_masked(node))
         facts.attentions += name.startswith("ScaledDotProduct")
         if name in RELUS and node not in hooked:

@@ -194,9 +194,12 @@ def _remove(*handles: list[Any]) -> None:
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside a trainer's wrapper."""
+    """The torch optimizer inside a trainer's wrapper. Accelerate's wrapper is an optimizer by its class only: never
+    initialised as one, it has no hooks and its ``step`` calls the inner one's, so the inner one is meant."""
     for _ in range(4):
-        if isinstance(optimizer, Optimizer):
+        if isinstance(optimizer, Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer):
             return optimizer
         optimizer = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(optimizer, Optimizer):
+        return optimizer
     raise ValueError(f"expected a torch.optim.Optimizer, or a list of them, got {type(optimizer).__name__}")

@@ -6,8 +6,6 @@ the two and imports no other; ``import lossguard`` imports neither.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import sys
 import warnings
 from collections.abc import Mapping
@@ -19,10 +17,11 @@ from torch import Tensor
 
 from lossguard.batches import split
 from lossguard.device.taps import unwrap
-from lossguard.findings import Finding, Severity
+from lossguard.findings import Finding
 from lossguard.guard import Guard
+from lossguard.integrations import keywords as keywords_
 from lossguard.integrations.lightning_checkpoints import Vetoes
-from lossguard.integrations.scalars import layers, scalars
+from lossguard.scalars import chosen
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 OURS = ("model", "optimizers", "scaler", "phases")  # keywords of the guard that the Trainer answers
@@ -66,12 +65,7 @@ class LossGuardCallback(Callback):
 
     def __init__(self, *, name: str = "lossguard", log_layers: bool = False, monitor: str = "val_loss", **keywords: Any) -> None:
         super().__init__()
-        known = [k for k in inspect.signature(Guard).parameters if k not in OURS]
-        for keyword in keywords:
-            if keyword not in known:
-                near = difflib.get_close_matches(keyword, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(['name', 'log_layers', 'monitor', *known])}"
-                raise TypeError(f"unknown keyword {keyword!r}; {hint}")
+        keywords_.check(keywords, ("name", "log_layers", "monitor"), OURS)
         self.name, self.log_layers, self.monitor = name, log_layers, monitor
         self.guard: Guard | None = None
         self._keywords = keywords
@@ -231,9 +225,7 @@ class LossGuardCallback(Callback):
         if self._logged is not None and step - self._logged < trainer.log_every_n_steps:
             return
         self._logged = step
-        numbers = {**scalars(guard.history), "findings": float(sum(f.severity >= Severity.WARNING for f in guard.findings))}
-        if self.log_layers:
-            numbers.update(layers(guard.history))
+        numbers = chosen(guard.history, guard.findings, of_layers=self.log_layers)
         try:
             for logger in trainer.loggers:
                 logger.log_metrics({f"{self.name}/{k}": v for k, v in numbers.items()}, step=step)
