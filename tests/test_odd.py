@@ -677,14 +677,16 @@ def test_scripted_and_unusual_modules():
 
 
 def test_frozen_between_samples():
-    """A parameter that is frozen between two sampled steps never stops the loop, and the others are measured on."""
+    """Layers that are frozen and thawed between two sampled steps, as many as before, never stop the loop and are told apart."""
     torch.manual_seed(0)
-    model = mlp()
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[2].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with Guard(model, optimizer, dense=4, halt=None) as guard:
         for i in range(60):
             if i == 25:
                 model[0].requires_grad_(False)
+                model[2].requires_grad_(True)
             loss = model(rows()(i)).square().mean()
             optimizer.zero_grad()
             loss.backward()
