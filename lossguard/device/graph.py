@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_NODES = 50_000  # nodes walked at most, once: about 2 us each
 
@@ -54,6 +54,7 @@ class GraphFacts:
     attentions: int = 0  # fused attentions
     summed: bool = False  # a built-in loss adds its samples up
     masked: bool = False  # a softmax is given what a mask was written into
+    leaves: set[int] = field(default_factory=set)  # ids of the parameters that the loss depends on
     opaque: set[str] = field(default_factory=set)  # regions that cannot be read, such as "compiled"
 
 
@@ -79,6 +80,8 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
             facts.summed = getattr(node, "_saved_reduction", None) == SUM
         facts.masked = facts.masked or (name == SOFTMAXES[1] and _is_masked(node))
         facts.attentions += name.startswith("ScaledDotProduct")
+        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):
+            facts.leaves.add(id(leaf))
         if name in RELUS and node not in hooked:
             _read_relu(node, facts)
         if name in BATCH_NORMS:

@@ -10,6 +10,7 @@ import numpy as np
 from lossguard.advice import (
     converged,
     faster,
+    flourishing,
     informational,
     matrices,
     middle,
@@ -39,7 +40,8 @@ class UpdateRatioHigh:
     Do: learning rate divided by 10, and by 10 again until u is about 1e-3 (3e-5 to 1.4e-2 is healthy); warm-up over 100 steps or more;
     clip the gradient norm.
     False alarm: zero-born tensors are left out, tiny heads may grow, and so may the last matrix of a regression towards large targets.
-    Optimizers with updates of a fixed size (Muon) are judged by growth only.
+    Optimizers with updates of a fixed size (Muon) are judged by growth only. While the loss is below half of where it began and near
+    its best, large steps do no harm (layers before a batch-norm grow, Rprop strides): information.
     """
 
     diagnosis: ClassVar[str] = "update_ratio_high"
@@ -134,7 +136,8 @@ class UpdateRatioHigh:
 
     def _finding(self, history: History, step: int, worst: int, message: str, evidence: Evidence) -> Finding:
         causes, remedies = large_steps(history, str(evidence))
-        return Finding(self.diagnosis, Severity.WARNING, step, history.params[worst].name, message, (evidence,), causes, remedies)
+        severity = Severity.INFO if flourishing(history) else Severity.WARNING
+        return Finding(self.diagnosis, severity, step, history.params[worst].name, message, (evidence,), causes, remedies)
 
 
 @rule
