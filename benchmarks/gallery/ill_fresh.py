@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from gallery import data
 from gallery import models as nets
 from gallery.healthy_fresh import Lion, Mixer, Sparse, explained, houses
-from gallery.ill_tools import Recurrent, accuracy, digits, fit, held_loss, images, mlp, rows, shuffled, standardised
+from gallery.ill_tools import Recurrent, accuracy, digits, fit, held_loss, images, mlp, rows, shuffled
 from gallery.registry import Job, program
 
-FAST = {"update_ratio_high", "exploding_gradient", "diverging_loss", "loss_spike", "oscillating_loss", "nonfinite_loss", "nonfinite_gradient", "nonfinite_weight"}
+FAST = {
+    "update_ratio_high",
+    "exploding_gradient",
+    "diverging_loss",
+    "loss_spike",
+    "oscillating_loss",
+    "nonfinite_loss",
+    "nonfinite_gradient",
+    "nonfinite_weight",
+}
 RATE = ("learning rate too high", "exploding gradient")
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -42,7 +51,9 @@ def mixer_adamw_lr_100x(job: Job) -> float:
     return accuracy(model, d.held_x, d.held_y)
 
 
-@program(expect={*FAST, "dead_relu", "collapsed_activation"}, cause="a Lion at the rate of an SGD", causes=RATE, bar=0.9, families=("fresh", "lion"), repairable=True)
+@program(
+    expect={*FAST, "dead_relu", "collapsed_activation"}, cause="a Lion at the rate of an SGD", causes=RATE, bar=0.9, families=("fresh", "lion"), repairable=True
+)
 def digits_lion_lr_of_sgd(job: Job) -> float:
     d = digits()
     model = mlp((64, 96, 96, 10))
@@ -79,7 +90,7 @@ def houses_targets_in_dollars(job: Job) -> float:
 
 
 @program(
-    expect={"loss_plateau", "constant_loss", "collapsed_activation", "update_ratio_high", "vanishing_gradient"},
+    expect={"loss_plateau", "constant_loss", "collapsed_activation", "update_ratio_high", "vanishing_gradient", "dead_relu"},
     cause="triplets of the hardest negatives at a high rate: all embeddings fall on one point", bar=0.6, families=("fresh", "metric"),
     causes=("learning rate too high", "same output for every sample", "dead, saturated or constant weights", "dead units"),
 )  # fmt: skip
@@ -100,7 +111,8 @@ def digits_triplets_collapse(job: Job) -> float:
 
 
 @program(
-    expect={"nonfinite_loss", "nonfinite_gradient", "nonfinite_activation", "nonfinite_weight"}, cause="a focal loss with gamma 0.5: its slope is infinite where a probability reaches 1",
+    expect={"nonfinite_loss", "nonfinite_gradient", "nonfinite_activation", "nonfinite_weight"},
+    cause="a focal loss with gamma 0.5: its slope is infinite where a probability reaches 1",
     causes=("loss function",), bar=0.85, families=("fresh", "loss"), repairable=True,
 )  # fmt: skip
 def digits_focal_root_of_zero(job: Job) -> float:
@@ -181,7 +193,8 @@ def mixer_stem_under_no_grad(job: Job) -> float:
 
 @program(
     expect={"vanishing_gradient", "poor_initialization", "loss_plateau", "collapsed_activation"}, cause="24 tanh layers with weights of 0.02", bar=0.8,
-    causes=("weights too small", "saturating activations", "weights too small for this depth", "vanishing gradient"), families=("fresh", "depth"), repairable=True,
+    causes=("weights too small", "saturating activations", "weights too small for this depth", "vanishing gradient"),
+    families=("fresh", "depth"), repairable=True,
 )  # fmt: skip
 def digits_24_tanh_layers_small_weights(job: Job) -> float:
     d = digits()
@@ -233,7 +246,13 @@ def digits_numbers_through_a_sigmoid(job: Job) -> float:
         return explained(model(d.held_x), d.held_y.float())
 
 
-@program(expect={"overfitting"}, cause="a wide net on 60 houses", causes=("too few samples for the capacity", "labels learned by heart"), bar=-0.35, families=("fresh", "regression"))
+@program(
+    expect={"overfitting"},
+    cause="a wide net on 60 houses",
+    causes=("too few samples for the capacity", "labels learned by heart"),
+    bar=-0.35,
+    families=("fresh", "regression"),
+)
 def houses_60_rows(job: Job) -> float:
     d = houses()
     few = job.planted("samples", ill=60, healthy=len(d.y))
@@ -306,8 +325,10 @@ def houses_one_column_in_cents(job: Job) -> float:
 
 
 @program(
-    expect={*FAST, "saturated_softmax", "attention_logit_growth"}, cause="the rate of a transformer is raised 30 times at step 200 by a wrong milestone", bar=-2.9,
-    causes=("learning rate too high",), enters=200, fault=lambda job, score: bool(job.notes.get("fault")), families=("fresh", "transformer", "schedule"), repairable=True,
+    expect={*FAST, "saturated_softmax", "attention_logit_growth"},
+    cause="the rate of a transformer is raised 30 times at step 200 by a wrong milestone", bar=-2.9,
+    causes=("learning rate too high",), enters=200, fault=lambda job, score: bool(job.notes.get("fault")),
+    families=("fresh", "transformer", "schedule"), repairable=True,
 )  # fmt: skip
 def gpt_milestone_multiplies(job: Job) -> float:
     stream, size = data.text()

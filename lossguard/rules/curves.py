@@ -16,7 +16,7 @@ from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, numbe
 from lossguard.host.history import Array, History
 from lossguard.rules import levels
 from lossguard.rules.rule import rule
-from lossguard.rules.suspects import leap, overwritten, suspects, term
+from lossguard.rules.suspects import leap, overwritten, rise, suspects, term
 
 _NORMAL = 1.4826  # standard deviation over MAD of a normal distribution
 
@@ -174,7 +174,7 @@ class LossSpike:
             if new > self.jumped * old > 0:
                 grown = f"updates grew from {number(old)} to {number(new)} of the weights"
                 found.append((Cause("learning rate too high", 0.6, grown), [lr_remedy(history, 0.1)]))
-        others = [overwritten(history), term(history), leap(history, step)]
+        others = [overwritten(history), rise(history), term(history), leap(history, step)]
         found += [pair for pair in others if pair is not None]
         rms = history.last("input_rms")
         if rms.size:

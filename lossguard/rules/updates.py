@@ -138,7 +138,8 @@ class UpdateRatioHigh:
 
     def _finding(self, history: History, step: int, worst: int, message: str, evidence: Evidence) -> Finding:
         causes, remedies = large_steps(history, str(evidence))
-        severity = Severity.INFO if flourishing(history) else Severity.WARNING
+        harmless = flourishing(history) and reach(history, "update_ratio", 1)[1] <= self.drastic
+        severity = Severity.INFO if harmless else Severity.WARNING
         return Finding(self.diagnosis, severity, step, history.params[worst].name, message, (evidence,), causes, remedies)
 
 
