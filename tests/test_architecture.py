@@ -24,6 +24,7 @@ LAYERS = [
     ("host/",),
     ("rules/rule.py", "rules/judge.py"),
     ("advice.py",),
+    ("structure.py",),
     ("readings.py", "obstacles.py"),
     ("verdict.py",),
     ("rules/",),

@@ -202,7 +202,7 @@ ILL: dict[str, tuple[Edit, int, int, str, Severity]] = {
     "exploding_gradient": (both(times("grad_norm", ALL, 300.0, since=100), loss(lambda t, v: 2.3)), 100, 40, "", Severity.WARNING),
     "vanishing_gradient": (times("grad_norm", slice(0, 2), 1e-8), 0, 20, "layers.0.weight", Severity.WARNING),
     "missing_zero_grad": (fact("not_cleared", 1.0), 0, 3, "zero_grad", Severity.WARNING),
-    "clipping_dominates": (at("clip_coefficient", 0, 0.01), 0, 50, "clipping", Severity.WARNING),
+    "clipping_dominates": (both(at("clip_coefficient", 0, 0.01), fact("adam_eps", None)), 0, 50, "clipping", Severity.WARNING),
     "skipped_steps": (both(fact("scaler", 1.0), at("update_norm", ALL, 0.0)), 20, 10, "optimizer.step", Severity.WARNING),
     "update_ratio_high": (times("update_norm", ALL, 400.0), 0, 5, "", Severity.WARNING),
     "update_ratio_low": (times("update_norm", ALL, 1e-5), 0, 20, "", Severity.WARNING),

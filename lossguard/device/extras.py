@@ -40,6 +40,8 @@ class Extras:
         self._trained: Sequence[Trained] = ()
         self._frozen: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer -> tensors, copies
         self._born_seen = False
+        self._without: set[int] = set()  # modules in training mode that ran without gradients in this step
+        self._bootstraps = False  # one of them ran again, with gradients
         self._evaluated: set[bool] = set()  # the modes (training or not) in which modules ran without gradients since the last step
         self._outside: tuple[list[Tensor], list[Tensor]] = ([], [])  # in no optimizer; copies of the sample before
         self._void: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer that steps without any gradient -> tensors, copies
@@ -60,6 +62,8 @@ class Extras:
         self._void.clear()
         self._fed.clear()
         self._evaluated.clear()
+        self._without.clear()
+        self._bootstraps = False
 
     def module_called(self, site: int, name: str, kind: str, args: tuple[Any, ...], output: Tensor, row: Row) -> None:
         """A watched module's forward pass ended."""
@@ -69,6 +73,17 @@ class Extras:
     def ran_without_gradients(self, module: nn.Module) -> None:
         """A watched module was called under no_grad: an evaluation, or a part of a step."""
         self._evaluated.add(module.training)
+        if module.training:
+            self._without.add(id(module))
+
+    def ran_with_gradients(self, module: nn.Module) -> None:
+        """A watched module was called as part of the loss. If it ran without gradients before, in the same step, that may have made the targets."""
+        self._bootstraps = self._bootstraps or id(module) in self._without
+
+    @property
+    def may_bootstrap(self) -> bool:
+        """Whether some module ran without gradients in this step."""
+        return len(self._without) > 0
 
     @property
     def evaluated_in_training_mode(self) -> bool:
@@ -89,6 +104,8 @@ class Extras:
 
     def finish(self, facts: dict[str, Any], row_of: RowOf) -> None:
         """The step is over: have the parameters that no optimizer holds moved since the sample before?"""
+        if self._bootstraps:
+            facts["bootstraps"] = 1.0
         tensors, copies = self._outside
         if not tensors:
             return

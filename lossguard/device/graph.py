@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_NODES = 50_000  # nodes walked at most, once: about 2 us each
 
@@ -54,6 +54,8 @@ class GraphFacts:
     attentions: int = 0  # fused attentions
     summed: bool = False  # a built-in loss adds its samples up, and nothing behind it divides the sum (by a count of tokens, say)
     masked: bool = False  # a softmax is given what a mask was written into
+    linear_chain: tuple[str, str] = ("", "")  # two linear layers, by their modules, with nothing but a view between them
+    leaves: set[int] = field(default_factory=set)  # ids of the parameters that the loss depends on
     opaque: set[str] = field(default_factory=set)  # regions that cannot be read, such as "compiled"
 
 
@@ -80,6 +82,10 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
             facts.summed = getattr(node, "_saved_reduction", None) == SUM and not divided
         facts.masked = facts.masked or (name == SOFTMAXES[1] and _is_masked(node))
         facts.attentions += name.startswith("ScaledDotProduct")
+        if name in LINEAR and not facts.linear_chain[0]:
+            facts.linear_chain = _fed_by_linear(node, producers)
+        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):
+            facts.leaves.add(id(leaf))
         if name in RELUS and node not in hooked:
             _read_relu(node, facts)
         if name in BATCH_NORMS:
@@ -232,6 +238,20 @@ def _read_relu(node: Any, facts: GraphFacts) -> None:
             facts.relu_parameters.append(id(vectors[-1]))
             return
         feeder = feeder.next_functions[0][0]
+
+
+def _fed_by_linear(node: Any, producers: Mapping[Any, Any]) -> tuple[str, str]:
+    """The linear layer right before this one and this one, where both are modules' outputs; empty where something stands between."""
+    inner = 1 if node.name() == "AddmmBackward0" else 0
+    before = node.next_functions[inner][0] if len(node.next_functions) > inner else None
+    for _ in range(4):
+        if before is None or before.name() in LINEAR:
+            break
+        if not before.name().rstrip("0123456789").startswith(VIEWS[:7]) or not before.next_functions:
+            return "", ""
+        before = before.next_functions[0][0]
+    known = before in producers and node in producers and before is not None and before.name() == node.name()
+    return (str(producers[before]), str(producers[node])) if known else ("", "")
 
 
 def _read_norm(node: Any, facts: GraphFacts) -> None:

@@ -96,6 +96,8 @@ class Recorder:
         if not module.training or torch._C._current_graph_task_id() != -1:  # an activation checkpoint recomputes: counted already
             return
         site = self._ordinary.get(id(module)) if not self._dense and type(output) is Tensor else None
+        if self.extras.may_bootstrap and torch.is_grad_enabled():
+            self.extras.ran_with_gradients(module)
         if site is None or not self.forward.keep(site, output):
             self._record_module(module, *self.asked[id(module)], args, output)
 

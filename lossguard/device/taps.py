@@ -125,7 +125,7 @@ class Taps:
             if taps is not None:
                 taps._gradient_arrived()
 
-        self._grad_handles += [p.register_post_accumulate_grad_hook(arrived) for p in self._hooked]  # type: ignore[no-untyped-call]
+        self._grad_handles += [p.register_post_accumulate_grad_hook(arrived) for p in self._hooked if p.requires_grad]  # type: ignore[no-untyped-call]
 
     def _pre_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The update comes next; where the step is given a closure, which runs backward and clips, it comes when that returns."""

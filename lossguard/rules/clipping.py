@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import clip_remedy, informational, lr_remedy, middle, ranked, reach, stretch
+from lossguard.advice import clip_remedy, informational, lr_remedy, matrices, middle, ranked, reach, stretch, typically
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import History, Mask
 from lossguard.rules.numeric import lasting
@@ -66,7 +66,9 @@ class ClippingDominates:
     Why: a clip value far below the usual gradient norm; a learning rate that is too high and that clipping hides; a loss that is summed
     instead of averaged.
     Do: clip at the median gradient norm that the remedy names (or at its 90th percentile); learning rate divided by 10; average the loss.
-    False alarm: private training and some reinforcement recipes clip every step by design: mute it there.
+    False alarm: private training and some reinforcement recipes clip every step by design: mute it there. Optimizers that divide by
+    the size of gradients (Adam, RMSprop, Adagrad) undo the scale of a clip that always binds: information only, unless what is left
+    nears their epsilon.
     """
 
     diagnosis: ClassVar[str] = "clipping_dominates"
@@ -76,6 +78,7 @@ class ClippingDominates:
     excess: float = 2.0  # median G/c; detectors A
     strong: float = 10.0  # median G/c that is heard early; detectors A (there at a share of 0.5 over 200 steps)
     span: int = 200  # steps; detectors A
+    epsilons: float = 10.0  # what is left of the gradients over the optimizer's epsilon; detectors A (adam_epsilon_floor)
     early: int = 30  # steps for a strong excess; our own choice for short runs
     least: int = 15  # samples in either span; our own choice
     grace: int = 20  # steps of warm-up that do not count; detectors A, machinery 3
@@ -102,12 +105,21 @@ class ClippingDominates:
                 return self._finding(history, n, site, share, median, excess)
         return None
 
+    def _rescaled(self, history: History, n: int) -> bool:
+        """The optimizer divides gradients by their own size, and what clipping leaves of them is still far above its epsilon."""
+        epsilon, rms, kept = history.facts().get("adam_eps"), typically(history, "grad_rms", n), typically(history, "clip_coefficient", n)
+        able = matrices(history)[: rms.size]
+        if epsilon is None or not able.any() or not np.isfinite(kept).any():
+            return False
+        left = middle(rms[: able.size][able & np.isfinite(rms)]) * float(np.nanmin(kept))
+        return bool(left > self.epsilons * float(epsilon))
+
     def _finding(self, history: History, n: int, site: int, share: float, median: float, excess: float) -> Finding:
         causes, remedies = ranked([
             (Cause("clip value too low", 0.6, f"the median gradient norm is {number(median)} times the clip value"), [clip_remedy(history)]),
             (Cause("learning rate too high", 0.4, f"clipping divides it by {number(median)}"), [lr_remedy(history, 0.1)]),
         ])  # fmt: skip
-        severity = Severity.INFO if informational(history) else Severity.WARNING
+        severity = Severity.INFO if informational(history) or self._rescaled(history, n) else Severity.WARNING
         evidence = (Evidence("share of steps clipped", share, self.share), Evidence("median gradient norm over clip value", median, excess))
         message = f"{share:.0%} of the steps are clipped, by a median factor of {number(median)}"
         return Finding(self.diagnosis, severity, int(history.steps(n)[0]), f"gradient clipping of optimizer {site}", message, evidence, causes, remedies)
