@@ -28,12 +28,14 @@ from lossguard.host.history import History
 from lossguard.host.intake import Intake
 from lossguard.introduce import Introduction
 from lossguard.pulses import Pulses, check_loss, evaluation
+from lossguard.recovery import Ladder, Recovery
 from lossguard.rules import Rule
 from lossguard.rules.judge import Judge
 from lossguard.safekeeping import Keeper
 from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
 from lossguard.skipping import Skipping
+from lossguard.snapshot import State
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
@@ -53,6 +55,7 @@ class Guard(Keeper):
     recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
     plain loop, ``"explicit"`` for trainers that call ``after_backward`` themselves, once before each update. agree: whether
     the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several.
+    recover: what is tried before a halt, a ``lossguard.recovery.Ladder``; None for nothing.
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 
@@ -87,6 +90,7 @@ class Guard(Keeper):
         sinks: Sequence[Sink] = (),
         phases: str = "hooks",
         agree: bool | None = None,
+        recover: Ladder | None = None,
     ) -> None:
         model = arguments.a_model(model)
         parameters = list(model.parameters())
@@ -125,8 +129,12 @@ class Guard(Keeper):
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
         watching.take_over(model, self)
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
-        settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity)
+        settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity, getattr(recover, "settings", None))
         self._agreement = Agreement(settings) if agreement.wanted(agree) else None
+        state, known = State(model, self.optimizers, scaler), (self._history, self._judge, self._checkpoints)
+        calls = lambda: self._intake.drop(self._pulses), lambda: self._faults.watch(self.recovery.begin, self.steps), self.note
+        self.recovery = Recovery(recover, state, *known, *calls, every=every, lag=lag, agreement=self._agreement)
+        self._parts["recovery"] = self.recovery
         self._open_step()
 
     # ---- what a loop calls
@@ -160,6 +168,7 @@ class Guard(Keeper):
         verdict = self._agreement.round() if self._agreement is not None and self._schedule.regular(now) else None
         ending, self._overdue = self._overdue or ending or verdict, None
         self._end(ending)
+        self._faults.watch(self.recovery.look, self.steps, regular=self._schedule.regular(now), ill=self._fatal is not None)
 
     def batches(self, loader: Iterable[Any]) -> batches.Batches:
         """The loader's batches, each shown to the guard: ``for x, y in guard.batches(loader)``. Keeps ``len``."""
@@ -196,11 +205,6 @@ class Guard(Keeper):
         if ending is not None:
             self._overdue, self._quiet = ending, 0
 
-    def note(self, event: str) -> None:
-        """A line in the run's record, such as a signal; nothing without a record."""
-        if self._record:
-            self._faults.watch(self._record.event, self.steps, event)
-
     def close(self, *, patience: float | None = None) -> None:
         """Flush, then take every hook off. A finding that would halt is kept, not raised. Harmless when closed already."""
         if self.closed:
@@ -215,6 +219,7 @@ class Guard(Keeper):
                 self._agreement.leave(wait=patience is None and sys.exc_info()[0] is None)
             self._taps.close()
             self._skipping.close()
+            self.recovery.close()
             if self._record:
                 self._faults.watch(facts.finish, self, self._policy, self._record)
             watching.release(self.model, self)
@@ -257,7 +262,7 @@ class Guard(Keeper):
     @property
     def findings(self) -> list[Finding]:
         """The events so far, oldest first; one an episode, with counts and consequences."""
-        return [self._skipping.told(f) for f in self._judge.findings]
+        return [self._skipping.told(f) for f in (*self.recovery.past, *self._judge.findings)]
 
     @property
     def history(self) -> History:
@@ -281,7 +286,7 @@ class Guard(Keeper):
     @property
     def memory(self) -> int:
         """Bytes the guard holds now, on devices and on the host; bounded, and reached after the first full window."""
-        return self._recorder.nbytes + self._pulses.nbytes + self._handover.nbytes + self._history.nbytes + self._aftermath.nbytes
+        return sum(p.nbytes for p in (self._recorder, self._pulses, self._handover, self._history, self._aftermath, self.recovery))
 
     def __repr__(self) -> str:
         state, found = "closed" if self.closed else "watching", len(self._judge.findings)
@@ -374,9 +379,14 @@ class Guard(Keeper):
         return None
 
     def _end(self, ending: Finding | None) -> None:
-        """Raise ``TrainingHalted`` for a finding that ends the run."""
-        if ending is not None:
-            raise self._halt(ending)
+        """Raise ``TrainingHalted`` for a finding that ends the run and cannot be cured."""
+        if ending is None:
+            return
+        incurable = self.recovery.cure(ending, self.steps)
+        if incurable is not None:
+            raise self._halt(incurable)
+        self._schedule.alarm(self.steps)
+        self._fatal, self._quiet = None, 0
 
     def _halt(self, finding: Finding) -> actions.TrainingHalted:
         halt = actions.TrainingHalted(finding, codes=self._codes)

@@ -30,6 +30,7 @@ LAYERS = [
     ("exits.py", "place.py", "watching.py", "actions.py", "resume.py", "batches.py", "faults.py"),
     ("soundness.py", "safekeeping.py"),
     ("aftermath.py", "sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "skipping.py", "preflight/"),
+    ("snapshot.py", "recovery_rates.py", "recovery.py"),
     ("record.py", "facts.py", "explain.py"),
     ("report/",),
     ("guard.py",),
