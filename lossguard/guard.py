@@ -132,7 +132,7 @@ class Guard(Keeper):
         settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity, getattr(recover, "settings", None))
         self._agreement = Agreement(settings) if agreement.wanted(agree) else None
         state, known = State(model, self.optimizers, scaler), (self._history, self._judge, self._checkpoints)
-        calls = lambda: self._intake.drop(self._pulses), lambda: self._faults.watch(self.recovery.begin, self.steps), self.note
+        calls: Any = lambda: self._intake.drop(self._pulses), lambda: self._faults.watch(self.recovery.begin, self.steps), self.note
         self.recovery = Recovery(recover, state, *known, *calls, every=every, lag=lag, agreement=self._agreement)
         self._parts["recovery"] = self.recovery
         self._open_step()
@@ -168,7 +168,7 @@ class Guard(Keeper):
         verdict = self._agreement.round() if self._agreement is not None and self._schedule.regular(now) else None
         ending, self._overdue = self._overdue or ending or verdict, None
         self._end(ending)
-        self._faults.watch(self.recovery.look, self.steps, regular=self._schedule.regular(now), ill=self._fatal is not None)
+        self._faults.watch(self.recovery.look, self.steps, regular=self._schedule.regular(now))
 
     def batches(self, loader: Iterable[Any]) -> batches.Batches:
         """The loader's batches, each shown to the guard: ``for x, y in guard.batches(loader)``. Keeps ``len``."""

@@ -163,18 +163,17 @@ class Recovery:
         if self._new is not None:
             self._good, self._new = [self._new], None  # what a run begins with is what it was given
 
-    def look(self, step: int, *, regular: bool, ill: bool) -> None:
-        """So many steps are done. regular: a step at which all ranks sample. ill: a halt is on its way."""
+    def look(self, step: int, *, regular: bool) -> None:
+        """So many steps are done. regular: a step at which all ranks sample. By steps alone, so that all ranks hold the same."""
         if self.ladder is None or self._taken is None:
             return
-        if self._new is not None and step >= self._new.step + self._settle and not ill:
+        if self._new is not None and step >= self._new.step + self._settle:
             new, self._new = self._new, None
             if self._finite(step):
                 self._good.append(new)
-                self._spare = self._good.pop(0) if len(self._good) > self.ladder.keep else None
             else:
                 self._spare = new
-        if self._new is None and regular and step - self._taken >= self.ladder.every and not ill:
+        if self._new is None and regular and step - self._taken >= self.ladder.every:
             self._take(step)
 
     @property
@@ -187,6 +186,8 @@ class Recovery:
         self._taken = step
         if self.ladder.place is None:
             return
+        if len(self._good) > self.ladder.keep:
+            self._spare = self._good.pop(0)  # not before its memory is needed: another rank may have no newer one
         own = resume.states({"history": self.history}) if self.history.step >= 0 else {}
         self._new = Snapshot.take(step, self.state, own, place=self.ladder.place, random=self.ladder.random, reuse=self._spare)
         self._spare = None
