@@ -64,11 +64,11 @@ def data(step, rank, world):
 def numbers(guard):
     """Signal -> site name -> newest number."""
     history, found = guard.history, {}
-    for signal in SIGNALS:
-        values = history.last(signal, 1)
-        names = [u.name for u in history.units] if signal == "dead_fraction" else [p.name.removeprefix("module.") for p in history.params]
+    for name in SIGNALS:
+        values = history.last(name, 1)
+        names = [u.name for u in history.units] if name == "dead_fraction" else [p.name.removeprefix("module.") for p in history.params]
         row = values[0].tolist() if values.size else []
-        found[signal] = {n: v for n, v in zip(names, row, strict=False) if not math.isnan(v)}
+        found[name] = {n: v for n, v in zip(names, row, strict=False) if not math.isnan(v)}
     return found
 
 
@@ -100,12 +100,12 @@ def compare(mine, alone):
     worst = 0.0
     assert mine.keys() == alone.keys(), (sorted(mine), sorted(alone))
     for step, signals in alone.items():
-        for signal, sites in signals.items():
-            assert mine[step][signal].keys() == sites.keys(), (step, signal, sorted(mine[step][signal]), sorted(sites))
+        for name, sites in signals.items():
+            assert mine[step][name].keys() == sites.keys(), (step, name, sorted(mine[step][name]), sorted(sites))
             for site, value in sites.items():
-                off = abs(mine[step][signal][site] - value) / max(abs(value), 1e-6)
+                off = abs(mine[step][name][site] - value) / max(abs(value), 1e-6)
                 if off > 1e-4 and "DEBUG" in os.environ:
-                    print(step, signal, site, mine[step][signal][site], value, file=sys.stderr)
+                    print(step, name, site, mine[step][name][site], value, file=sys.stderr)
                 worst = max(worst, off)
     return worst
 
