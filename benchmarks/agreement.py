@@ -67,7 +67,8 @@ def train(seed: int, rank: int, world: int) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     ended: dict[str, Any] = {**told, "step": None, "diagnosis": None, "where": None, "end": None}
     guard = Guard(model, optimizer, every=told["every"], dense=told["dense"], mute=("rank_outlier",))
-    steps = STEPS + 20 + 3 * rank if kind == "join" else STEPS
+    # weights are compared every tenth round of votes, and the halt takes three rounds more
+    steps = STEPS + {"join": 20 + 3 * rank, "weight": 14 * told["every"]}.get(kind, 0)
     began = time.perf_counter()
     try:
         with guard, Join([wrapped]) if kind == "join" else contextlib.nullcontext():
