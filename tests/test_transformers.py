@@ -241,7 +241,7 @@ def dropped(model):
 
 def shifted():
     """Labels that belong to the next sample: nothing can be learned from them."""
-    rows, labels = vectors(), torch.randint(3, (256,), generator=torch.Generator().manual_seed(1))
+    rows, labels = vectors(4096), torch.randint(3, (4096,), generator=torch.Generator().manual_seed(1))
     return [{**row, "labels": y} for row, y in zip(rows, labels, strict=True)]
 
 
@@ -252,7 +252,7 @@ ILL = {
     "gradients cut off": (lambda: dropped(gpt2()), counting, {"max_steps": 80}, {"unchanged_weights"}),
     "optimizer of a part": (gpt2, counting, {"part": "transformer.h.0."}, {"unchanged_weights"}),
     "learning rate far too low": (gpt2, counting, {"learning_rate": 1e-9, "max_steps": 200}, {"update_ratio_low"}),
-    "labels of other samples": (Plain, shifted, {"learning_rate": 1e-2, "max_steps": 600}, {"loss_plateau"}),
+    "labels of other samples": (Plain, shifted, {"learning_rate": 1e-3, "max_steps": 512, "lr_scheduler_type": "constant"}, {"loss_plateau"}),
 }
 
 
