@@ -1,8 +1,8 @@
 """scikit-learn digits in a loop with Accelerate: two micro-batches an update, clipping, bf16, a CSV file of scalars. ``--ill``: a NaN in the data.
 
-    pip install lossguard accelerate scikit-learn
-    python examples/accelerate_loop.py
-    python examples/accelerate_loop.py --ill
+pip install lossguard accelerate scikit-learn
+python examples/accelerate_loop.py
+python examples/accelerate_loop.py --ill
 """
 
 import sys

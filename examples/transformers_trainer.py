@@ -1,8 +1,8 @@
 """A small GPT-2 with Hugging Face's Trainer, guarded by one line. ``--ill``: a learning rate far too high. Nothing is downloaded.
 
-    pip install lossguard[transformers]
-    python examples/transformers_trainer.py
-    python examples/transformers_trainer.py --ill
+pip install lossguard[transformers]
+python examples/transformers_trainer.py
+python examples/transformers_trainer.py --ill
 """
 
 import sys
