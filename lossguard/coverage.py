@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from lossguard.device import signals
+from lossguard.device.compiled import SWITCH
 from lossguard.device.recorder import Recorder
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
@@ -50,7 +51,10 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
     quiet = sorted(name for name, _ in recorder.modules.values() if name not in recorder.fired)
     if quiet:
         shown = ", ".join(quiet[:5]) + (f" and {len(quiet) - 5} more" if len(quiet) > 5 else "")
-        unseen["activations"] = f"no forward pass in training mode was seen of {shown}: compiled, frozen, unused, or called past its __call__"
+        why = "compiled before the guard was made (make it before the first call, or call torch._dynamo.reset()), frozen, unused, or called past its __call__"
+        if SWITCH.forbidden:
+            why = "compiled code, into which the guard puts nothing while torch._dynamo.config.error_on_recompile is set, because it needs a second variant"
+        unseen["activations"] = f"no forward pass in training mode was seen of {shown}: {why}"
     if not backward_seen and "grad_norm" not in observed:
         unseen["gradients"] = "no backward pass was seen to end between two guard steps"
     elif "update_norm" not in observed:

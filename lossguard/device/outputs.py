@@ -5,7 +5,7 @@ Python objects and tensors flow in, views flow out; nothing is computed and noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -43,6 +43,17 @@ def watched(model: nn.Module) -> dict[int, tuple[str, str]]:
             kind = type(module).__name__.removeprefix("Parametrized") if parametrized else type(module).__name__
             chosen[id(module)] = (name or kind, kind)
     return chosen
+
+
+def addresses(model: nn.Module, modules: Mapping[int, tuple[str, str]]) -> dict[int, list[str]]:
+    """Where the first parameter of each of these modules lies in memory -> the modules that hold it."""
+    found: dict[int, list[str]] = {}
+    for module in model.modules():
+        known = modules.get(id(module))
+        first = next((p for p in module._parameters.values() if p is not None), None)
+        if known is not None and first is not None and not nn.parameter.is_lazy(first):
+            found.setdefault(first.data_ptr(), []).append(known[0])
+    return found
 
 
 def first_tensor(value: Any, depth: int = 0) -> Tensor | None:

@@ -6,7 +6,7 @@ The recorder owns banks (parameters), the forward collector and the rows; who ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.device import graph, roles, signals
-from lossguard.device.bank import Bank, version
+from lossguard.device.bank import Bank
+from lossguard.device.clearing import Clearing
 from lossguard.device.extras import Extras
-from lossguard.device.forward import Forward, Site
+from lossguard.device.forward import SMALL, Forward, Site
 from lossguard.device.functional import GradientRows
 from lossguard.device.logits import logits_numbers
-from lossguard.device.outputs import first_tensor, float_tensors, watched
+from lossguard.device.outputs import addresses, first_tensor, float_tensors, watched
 from lossguard.device.tape import Layout, Row
 
 MAX_HEADS = 16  # explicit softmax modules watched besides the one at the loss
@@ -58,10 +59,11 @@ class Recorder:
         self._kept_before: set[int] = set()  # banks whose weights before the update are kept in this step
         self._updated: set[int] = set()  # optimizers that stepped in this step
         self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
-        self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient since the last update
-        self._added: dict[int, bool] = {}  # probe -> whether all that arrived since then was added to what was left of it
+        self._clearing = Clearing()
         self._carried: dict[str, Any] = {}  # what a step that is not sampled tells of itself: facts of the next sample
         self._functional = GradientRows()
+        self._inside: list[tuple[str, tuple[int, ...]]] = []  # module calls in compiled code, in the first recorded step only, and their shapes
+        self._anchors: Mapping[int, Sequence[str]] = {}
         self.extras = Extras(model, optimizers)
 
     # ---- phases
@@ -75,6 +77,8 @@ class Recorder:
             self.facts, self._carried = self._carried, {}
         self.targets = None
         self._head_seen, self._first_module = False, True
+        self._anchors = {}
+        self._inside.clear()
         for held in (self._producers, self._missing, self._kept_before, self._updated):
             held.clear()
         self.forward.begin()
@@ -92,6 +96,20 @@ class Recorder:
         if site is None or not self.forward.keep(site, output):
             self._record_module(module, *self.asked[id(module)], args, output)
 
+    def called_inside(self, name: str, kind: str, given: tuple[Tensor, ...], output: Tensor, graded: bool) -> None:
+        """The forward pass of a module ended inside compiled code, whose memory is the compiler's: small outputs are copied."""
+        if not self.on or not output.is_floating_point():
+            return
+        if not graded:
+            self.extras.ran_without_gradients(self.model)
+        self._record_module(self.model, name, kind, given, output.clone() if output.numel() <= SMALL else output)
+
+    def anchors(self) -> Mapping[int, Sequence[str]]:
+        """Address of each watched module's first parameter -> the modules that hold it; looked up once a step."""
+        if not self._anchors:
+            self._anchors = addresses(self.model, self.modules)
+        return self._anchors
+
     def criterion_called(self, args: tuple[Any, ...]) -> None:
         """A ``nn.CrossEntropyLoss`` was called: its logits, and its targets."""
         if torch.is_grad_enabled() and len(args) == 2 and isinstance(args[0], Tensor) and torch._C._current_graph_task_id() == -1:
@@ -102,8 +120,8 @@ class Recorder:
         """All gradients of a backward pass are there, unclipped. Later passes before an update overwrite earlier ones."""
         if not self.banks:
             self.build()
-        if self._versions:
-            self._look_at_clearing()
+        if self._clearing.expected:
+            self._clearing.look(self.banks)
         if not self.on:
             return
         with torch.no_grad():
@@ -117,7 +135,7 @@ class Recorder:
 
     def before_update(self, index: int) -> None:
         """Optimizer ``index`` is about to step: see what clipping did since the backward pass."""
-        if self._versions:
+        if self._clearing.expected:
             self._tell_of_clearing(index)
         if not self.on:
             return
@@ -137,9 +155,7 @@ class Recorder:
         """Optimizer ``index`` stepped. From a sampled step's on it shows whether gradients are cleared."""
         if not self.on:
             return
-        for bank in self.banks:
-            if bank.optimizer == index:
-                self._versions.update({s: v for s, p in bank.probes if (v := version(p)) is not None})
+        self._clearing.remember(self.banks, index)
         with torch.no_grad():
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
@@ -224,7 +240,7 @@ class Recorder:
     @property
     def expects_clearing(self) -> bool:
         """Whether the next backward pass shows if gradients were cleared."""
-        return bool(self._versions)
+        return self._clearing.expected
 
     @property
     def outdated(self) -> bool:
@@ -269,6 +285,8 @@ class Recorder:
         self.extras.module_called(site.index, site.name, kind, args, tensor, self.row(tensor.device))
         if self.graph is None and tensor.grad_fn is not None:
             self._producers[tensor.grad_fn] = site.name
+        elif self.graph is None and module is self.model:
+            self._inside.append((site.name, tuple(tensor.shape)))
         elif self.graph is not None and self.graph.head == site.name and not self._criterion_seen:
             self._logits(tensor, self.graph.head_dim if tensor.dim() > 1 else 0, self.targets)
         elif self.graph is not None and not first and kind not in SOFTMAXES and site.name == name and not self.extras.wants(site.index, tensor):
@@ -305,32 +323,16 @@ class Recorder:
 
     def _read_graph(self, losses: Sequence[Tensor]) -> None:
         relus = {s.name for s in self.forward.sites if s.kind in signals.RELU_KINDS}
-        self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus})
+        self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus}, self._inside)
+        if any(name in relus for name, _ in self._inside):
+            self.graph.relu_parameters.clear()  # the graph does not tell its ReLUs from those that were seen inside compiled code
         self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
 
-    def _look_at_clearing(self) -> None:
-        """Memory and version counter of a gradient show whether a backward pass added to what the last update left there.
-
-        Every pass until the next update is looked at: what a pass for another purpose left (a generator's, an attack's) may
-        be cleared before the own one.
-        """
-        for site, p in (probe for bank in self.banks for probe in bank.probes):
-            before, now = self._versions.get(site), version(p)
-            if before is None or now is None or now == before:
-                continue
-            added = now == (before[0], before[1] + 1)
-            self._added[site] = added and self._added.get(site, True)
-            self._versions[site] = now if added else before
-
     def _tell_of_clearing(self, index: int) -> None:
-        """Optimizer ``index`` is about to step: how many of its gradients were added to and never cleared."""
-        sites = [site for bank in self.banks if bank.optimizer == index for site, _ in bank.probes]
-        added = [self._added.pop(site) for site in sites if site in self._added]
-        for site in sites:
-            self._versions.pop(site, None)
-        if added:
+        share = self._clearing.told(self.banks, index)
+        if share is not None:
             facts = self.facts if self.on else self._carried
-            facts["not_cleared"] = max(sum(added) / len(added), facts.get("not_cleared", 0.0))
+            facts["not_cleared"] = max(share, facts.get("not_cleared", 0.0))
 
     def _read_rates(self) -> None:
         """Learning rates: host numbers become facts, device numbers go through the tape."""
