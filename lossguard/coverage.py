@@ -51,9 +51,7 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
     quiet = sorted(name for name, _ in recorder.modules.values() if name not in recorder.fired)
     if quiet:
         shown = ", ".join(quiet[:5]) + (f" and {len(quiet) - 5} more" if len(quiet) > 5 else "")
-        why = "compiled before the guard was made (make it before the first call, or call torch._dynamo.reset()), frozen, unused, or called past its __call__"
-        if SWITCH.forbidden:
-            why = "compiled code, into which the guard puts nothing while torch._dynamo.config.error_on_recompile is set, because it needs a second variant"
+        why = _why_quiet(recorder)
         unseen["activations"] = f"no forward pass in training mode was seen of {shown}: {why}"
     if not backward_seen and "grad_norm" not in observed:
         unseen["gradients"] = "no backward pass was seen to end between two guard steps"
@@ -67,3 +65,11 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
     if "logit_peak" not in observed:
         unseen["softmax logits"] = "no softmax was found at the loss; pass them with guard.step(loss, logits=...) if there is one"
     return unseen
+
+
+def _why_quiet(recorder: Recorder) -> str:
+    if SWITCH.forbidden:
+        return "they are compiled, and torch._dynamo.config.error_on_recompile forbids the second variant that compiled=True needs"
+    if SWITCH.traced and not recorder.looks_inside:
+        return "they are compiled; Guard(compiled=True), made before their first call, looks inside"
+    return "compiled before the guard was made (make it before the first call, or call torch._dynamo.reset()), frozen, unused, or called past its __call__"

@@ -51,7 +51,8 @@ class Guard:
     is stepped for each. loss_family: such as ``"adversarial"`` where the loss's fall means nothing. lag: steps between
     recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
     plain loop, ``"explicit"`` for trainers that call ``after_backward`` themselves, once before each update. agree: whether
-    the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several.
+    the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several. compiled: look into what ``torch.compile`` makes,
+    at the price of a second compilation and of other rounding in sampled steps where the compiler fuses.
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 
@@ -86,6 +87,7 @@ class Guard:
         sinks: Sequence[Sink] = (),
         phases: str = "hooks",
         agree: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         model = arguments.a_model(model)
         parameters = list(model.parameters())
@@ -122,7 +124,7 @@ class Guard:
         self._overdue: actions.TrainingHalted | None = None
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
         watching.take_over(model, self)
-        self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
+        self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks", compiled=compiled)
         settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity)
         self._agreement = Agreement(settings) if agreement.wanted(agree) else None
         self._open_step()

@@ -1,9 +1,10 @@
 """Module calls inside compiled code: what ``torch.compile`` traces of the forward hook, and what that brings. Never reads a value.
 
-While Dynamo traces a module, :func:`traced` puts one opaque operation behind its output, in the variant of the code that
-sampled steps run; the variant of plain steps holds nothing of it. Two variants are compiled, once each, however often
-sampling changes. The operation runs Python and hands the output to the listener that watches the module. Blocks of one
-shape share compiled code: which of them runs is told by the memory of a parameter that goes along.
+Only for guards that ask for it: while Dynamo traces a module, :func:`traced` puts one opaque operation behind its output,
+in the variant of the code that sampled steps run; the variant of plain steps holds nothing of it. Two variants are compiled,
+once each, however often sampling changes. A compiler that fuses may round otherwise in the sampled variant: hence the asking.
+The operation runs Python and hands the output to the listener that watches the module. Blocks of one shape share compiled
+code: which of them runs is told by the memory of a parameter that goes along.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Listener(Protocol):
 
     @property
     def known(self) -> Mapping[int, tuple[str, str]]:
-        """id of a watched module -> (name, class name)."""
+        """id of a module watched inside compiled code -> (name, class name); empty where nothing is to be put there."""
 
     @property
     def anchors(self) -> Mapping[int, Sequence[str]]:
@@ -131,13 +132,14 @@ def _look(context: Any) -> None:
         translator = context._ComptimeContext__tx
         module = context.get_local("module")._ComptimeVar__variable.value
         SWITCH.traced = True
-        SWITCH.forbidden = bool(getattr(torch._dynamo.config, "error_on_recompile", False))
-        if SWITCH.forbidden or not _allowed(translator):
+        asked = [known for listener in _all() if (known := listener.known)]
+        SWITCH.forbidden = bool(asked) and bool(getattr(torch._dynamo.config, "error_on_recompile", False))
+        if SWITCH.forbidden or not asked or not _allowed(translator):
             return
         if type(module) is nn.CrossEntropyLoss:
             _found[0] = CRITERION
             return
-        known = next((k[id(module)] for listener in _all() if id(module) in (k := listener.known)), None)
+        known = next((modules[id(module)] for modules in asked if id(module) in modules), None)
         if known is not None and len(_calls) < MOST:
             _found[0] = len(_calls)
             _calls.append(_Call(*_place(translator.output), *known))
@@ -179,14 +181,15 @@ def _ran(output: Tensor, given: list[Tensor], anchor: Tensor | None, token: Tens
         return
     if number == CRITERION:
         for listener in _all():
-            listener.criterion(output, given[0])
+            if listener.known:
+                listener.criterion(output, given[0])
         return
     call = _calls[number]
-    if call.place == 0 or anchor is not None:
-        region = _region[0] = _region[0] if call.place else _Region()
+    if call.place == 0:
+        _region[0] = _Region()
     region = _region[0]
-    address = -1 if anchor is None else anchor.data_ptr()
     if anchor is not None:
+        address = anchor.data_ptr()
         found = next(((listener, names) for listener in _all() if (names := listener.anchors.get(address))), None)
         if found is None:
             region.listener = None  # a parameter that is gathered or cast for this call: nobody knows whose it is

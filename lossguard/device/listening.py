@@ -22,12 +22,14 @@ WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 _attached: set[int] = set()
 _listeners: dict[int, weakref.ref[Any]] = {}
-_handle: list[Any] = []
+_key: list[int] = []  # under which the hook is known to torch, the same for good: compiled code is specialised on it
 
 
 def attach(listener: Any) -> int:
     """A guard begins; its key. ``listener.forward_ended(module, args, output)`` is called while it listens."""
     key = id(listener)
+    if not _attached:
+        SWITCH.traced = SWITCH.forbidden = False
     _attached.add(key)
     compiled.join(key, weakref.ref(listener))
     return key
@@ -37,8 +39,6 @@ def detach(key: int) -> None:
     """A guard ended."""
     _attached.discard(key)
     compiled.leave(key)
-    if not _attached:
-        SWITCH.traced = SWITCH.forbidden = False
     _set(key, None, keep=False)
 
 
@@ -54,11 +54,15 @@ def _set(key: int, listener: weakref.ref[Any] | None, *, keep: bool) -> None:
         _listeners.pop(key, None)
     SWITCH.on = bool(_listeners)
     wanted = SWITCH.on or (bool(_attached) and (SWITCH.traced or keep))
-    if wanted and not _handle:
+    hooks = torch.nn.modules.module._global_forward_hooks
+    if not wanted:
+        hooks.pop(_key[0] if _key else -1, None)
+    elif not _key:
         _expect_compiled_modules()
-        _handle.append(register_module_forward_hook(_forward_ended))
-    elif not wanted and _handle:
-        _handle.pop().remove()
+        _key.append(register_module_forward_hook(_forward_ended).id)
+    elif _key[0] not in hooks:
+        _expect_compiled_modules()
+        hooks[_key[0]] = _forward_ended
 
 
 def _forward_ended(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

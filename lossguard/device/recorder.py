@@ -62,6 +62,7 @@ class Recorder:
         self._clearing = Clearing()
         self._carried: dict[str, Any] = {}  # what a step that is not sampled tells of itself: facts of the next sample
         self._functional = GradientRows()
+        self.looks_inside = False  # whether compiled code is looked into
         self._inside: list[tuple[str, tuple[int, ...]]] = []  # module calls in compiled code, in the first recorded step only, and their shapes
         self._anchors: Mapping[int, Sequence[str]] = {}
         self.extras = Extras(model, optimizers)

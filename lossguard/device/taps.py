@@ -25,12 +25,12 @@ WITNESSES = 3  # parameters of an optimizer whose gradient hook tells that a bac
 class Taps:
     """Hooks that call a recorder. after_backward: called when a backward pass has ended and somebody listens.
 
-    listening: whether this step's backward pass and updates matter, as on sampled steps; otherwise no gradient has a hook.
+    compiled: whether compiled code is looked into. listening: whether this step's backward pass and updates matter, as on sampled steps; otherwise no gradient has a hook.
     watch: calls its argument and swallows what that raises, so that a hook's own fault never reaches the loop.
     """
 
     def __init__(
-        self, recorder: Recorder, after_backward: Callable[[], None], after_update: Callable[[int], None], watch: Callable[..., Any], *, backward: bool
+        self, recorder: Recorder, after_backward: Callable[[], None], after_update: Callable[[int], None], watch: Callable[..., Any], *, backward: bool, compiled: bool = False
     ) -> None:
         self.listening = False
         self.backward_seen = False
@@ -43,7 +43,7 @@ class Taps:
         self._arrived: dict[int, int] = {}  # backward pass of this step -> gradients that arrived in it
         self._witnesses: list[Tensor] = []
         self._reached = 0  # parameters with a gradient when the last backward pass ended
-        self._watch_backward = backward
+        self._watch_backward, recorder.looks_inside = backward, compiled
         mine = weakref.ref(self)
         for i, optimizer in enumerate(recorder.optimizers):
             self._handles.append(optimizer.register_step_pre_hook(partial(_before_step, mine, i)))
@@ -68,8 +68,8 @@ class Taps:
 
     @property
     def known(self) -> Mapping[int, tuple[str, str]]:
-        """The watched modules, for compiled code."""
-        return self._recorder.modules
+        """The modules that are watched inside compiled code too."""
+        return self._recorder.modules if self._recorder.looks_inside else {}
 
     @property
     def anchors(self) -> Mapping[int, Sequence[str]]:
