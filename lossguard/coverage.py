@@ -69,7 +69,7 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
 
 def _why_quiet(recorder: Recorder) -> str:
     if SWITCH.forbidden:
-        return "they are compiled, and torch._dynamo.config.error_on_recompile forbids the second variant that compiled=True needs"
+        return "compiled, and torch._dynamo.config.error_on_recompile forbids the second variant that compiled=True needs"
     if SWITCH.traced and not recorder.looks_inside:
-        return "they are compiled; Guard(compiled=True), made before their first call, looks inside"
+        return "compiled (Guard(compiled=True), made before the first call, looks inside), frozen, unused, or called past its __call__"
     return "compiled before the guard was made (make it before the first call, or call torch._dynamo.reset()), frozen, unused, or called past its __call__"

@@ -42,9 +42,9 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, saves, blocks):
+    def __init__(self, saves, blocks, dropout):
         super().__init__()
-        self.stem, self.drop = nn.Linear(4, 6), nn.Dropout(0.1)
+        self.stem, self.drop = nn.Linear(4, 6), nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.head = nn.Linear(6, CLASSES)
         self.saves = saves
@@ -56,9 +56,9 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def net(saves="", blocks=2):
+def net(saves="", blocks=2, backend="eager"):
     torch.manual_seed(0)
-    return Net(saves, blocks)
+    return Net(saves, blocks, 0.1 if backend != "inductor" else 0.0)  # inductor draws its own numbers
 
 
 def batch(i):
@@ -136,11 +136,11 @@ def same(a, b):
 def test_statistics_are_those_of_eager(way, backend):
     """Every statistic of every module call equals that of eager training; at most one more variant of each graph is compiled, and none breaks."""
     blocks = 10 if "blocks" in way and backend == "eager" else 2  # more than the variants that torch compiles of one function
-    bare = train(net(blocks=blocks), way=way, backend=backend, guarded=False)
+    bare = train(net(blocks=blocks, backend=backend), way=way, backend=backend, guarded=False)
     torch._dynamo.reset()
     counters.clear()
-    expected, _, _ = train(net(blocks=blocks))
-    guard, losses, graphs = train(net(blocks=blocks), way=way, backend=backend, compiled=True)
+    expected, _, _ = train(net(blocks=blocks, backend=backend))
+    guard, losses, graphs = train(net(blocks=blocks, backend=backend), way=way, backend=backend, compiled=True)
     assert torch.allclose(losses, bare[1], rtol=1e-5) if backend == "inductor" else torch.equal(losses, bare[1])
     assert graphs == 2 * bare[2]
     assert not counters["graph_break"]
@@ -160,10 +160,10 @@ def test_statistics_are_those_of_eager(way, backend):
 @pytest.mark.parametrize(("way", "backend"), [("wrapper", "aot_eager"), ("blocks in place", "eager"), ("step function", "eager"), *INDUCTOR])
 def test_unasked_the_guard_puts_nothing_inside(way, backend):
     """Without compiled=True not a bit of the run changes and nothing is compiled again; gradients, updates and logits are measured, the rest is listed with its remedy."""
-    _, losses, bare = train(net(), way=way, backend=backend, guarded=False)
+    _, losses, bare = train(net(backend=backend), way=way, backend=backend, guarded=False)
     torch._dynamo.reset()
-    expected, _, _ = train(net())
-    guard, guarded, graphs = train(net(), way=way, backend=backend)
+    expected, _, _ = train(net(backend=backend))
+    guard, guarded, graphs = train(net(backend=backend), way=way, backend=backend)
     assert torch.equal(losses, guarded)
     assert graphs == bare
     assert not counters["graph_break"]
@@ -218,10 +218,9 @@ def test_one_guard_after_the_other():
     """Models of one class, guarded one after the other, are each seen under their own names, and share compiled code."""
     backend = Counted("eager")
     train(net(), way="in place", backend=backend, compiled=True)
-    train(net(), way="in place", backend=backend, compiled=True)
     compiled = backend.graphs
     guard, _, graphs = train(net(), way="in place", backend=backend, compiled=True)
-    assert graphs == compiled <= 3
+    assert graphs == compiled == 2
     expected, _, _ = train(net())
     a, b = by_name(expected, "activation_rms"), by_name(guard, "activation_rms")
     assert a.keys() == b.keys()

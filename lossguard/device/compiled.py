@@ -43,7 +43,7 @@ class Listener(Protocol):
 
 class Switch:
     """``on``: some guard samples the current step; compiled code is specialised on it. ``traced``: code was compiled
-    while a guard watched. ``forbidden``: the user forbade a second compilation, so nothing was put inside."""
+    in this process while a guard watched. ``forbidden``: the user forbade a second compilation, so nothing was put inside."""
 
     def __init__(self) -> None:
         self.on = self.traced = self.forbidden = False
@@ -133,7 +133,7 @@ def _look(context: Any) -> None:
         module = context.get_local("module")._ComptimeVar__variable.value
         SWITCH.traced = True
         asked = [known for listener in _all() if (known := listener.known)]
-        SWITCH.forbidden = bool(asked) and bool(getattr(torch._dynamo.config, "error_on_recompile", False))
+        SWITCH.forbidden = asked != [] and getattr(torch._dynamo.config, "error_on_recompile", False) is True
         if SWITCH.forbidden or not asked or not _allowed(translator):
             return
         if type(module) is nn.CrossEntropyLoss:
@@ -149,7 +149,7 @@ def _look(context: Any) -> None:
 
 def _allowed(translator: Any) -> bool:
     """Not in an exported program, under vmap or grad, nor in a branch or loop that may have no effects."""
-    exporting = bool(getattr(translator, "export", False)) or bool(getattr(torch.compiler, "is_exporting", bool)())
+    exporting = getattr(translator, "export", False) is True or (hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting())
     nested = getattr(translator.output.current_tracer, "parent", None) is not None
     return not exporting and not nested and torch._C._functorch.peek_interpreter_stack() is None
 

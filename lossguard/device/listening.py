@@ -28,8 +28,6 @@ _key: list[int] = []  # under which the hook is known to torch, the same for goo
 def attach(listener: Any) -> int:
     """A guard begins; its key. ``listener.forward_ended(module, args, output)`` is called while it listens."""
     key = id(listener)
-    if not _attached:
-        SWITCH.traced = SWITCH.forbidden = False
     _attached.add(key)
     compiled.join(key, weakref.ref(listener))
     return key
@@ -52,8 +50,8 @@ def _set(key: int, listener: weakref.ref[Any] | None, *, keep: bool) -> None:
         _listeners[key] = listener
     else:
         _listeners.pop(key, None)
-    SWITCH.on = bool(_listeners)
-    wanted = SWITCH.on or (bool(_attached) and (SWITCH.traced or keep))
+    SWITCH.on = len(_listeners) > 0
+    wanted = SWITCH.on or (len(_attached) > 0 and (SWITCH.traced or keep))
     hooks = torch.nn.modules.module._global_forward_hooks
     if not wanted:
         hooks.pop(_key[0] if _key else -1, None)
