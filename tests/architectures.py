@@ -215,6 +215,23 @@ def segmentation_channels_last() -> Job:
 
 
 @job
+def both_memory_orders() -> Job:
+    """Outputs of one shape, channels first, one of them transposed in memory."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line, self.norm, self.act, self.head = nn.Conv1d(6, 6, 3, padding=1), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.act(self.line(x))
+            b = self.act(self.norm(a.transpose(1, 2)).transpose(1, 2))
+            return self.head((a + b).mean(2))
+
+    return classify(Net(), 6, 7)
+
+
+@job
 def volumes_and_lines() -> Job:
     class Both(nn.Module):
         def __init__(self) -> None:

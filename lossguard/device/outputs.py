@@ -77,13 +77,18 @@ def float_tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
             yield from float_tensors(getattr(value, part.name, None), depth + 1)
 
 
+def in_rows(x: Tensor) -> bool:
+    """Whether an output with its channels in dimension 1 lies in memory sample by sample, rather than channels last."""
+    return x.is_contiguous()
+
+
 def matrix(x: Tensor, channels_first: bool) -> Tensor:
     """Samples by features, a view wherever the memory allows: (N, C, H, W) -> (N, C*H*W); (B, T, F) -> (B*T, F); (N,) -> (N, 1).
 
     Channels-last memory reads as (N*H*W, C), its order in memory.
     """
     if channels_first and x.dim() > 2:
-        return x.flatten(1) if x.is_contiguous() else x.movedim(1, -1).flatten(0, -2)
+        return x.flatten(1) if in_rows(x) else x.movedim(1, -1).flatten(0, -2)
     if x.dim() >= 3:
         return x.flatten(0, -2)
     return x if x.dim() == 2 else x.reshape(-1, 1)
