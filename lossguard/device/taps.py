@@ -30,7 +30,14 @@ class Taps:
     """
 
     def __init__(
-        self, recorder: Recorder, after_backward: Callable[[], None], after_update: Callable[[int], None], watch: Callable[..., Any], *, backward: bool, compiled: bool = False
+        self,
+        recorder: Recorder,
+        after_backward: Callable[[], None],
+        after_update: Callable[[int], None],
+        watch: Callable[..., Any],
+        *,
+        backward: bool,
+        compiled: bool = False,
     ) -> None:
         self.listening = False
         self.backward_seen = False
