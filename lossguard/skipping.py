@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lossguard import actions, rehearsal
 from lossguard.device import gate
+from lossguard.device.buffers import Buffers
 from lossguard.device.spikes import Limit
 from lossguard.device.tape import Row
 from lossguard.findings import Finding, check_names
@@ -41,12 +42,15 @@ class Skipping:
         self.names = check_names(skip, "skip", gate.SKIPPABLE) if skip else frozenset()
         limit = _limit(skip) if "exploding_gradient" in self.names else None
         self.gates: list[gate.Gate] = []
+        self._buffers: Buffers | None = None
         self._skipped: deque[int] = deque(maxlen=REMEMBERED)
         self._counts: dict[str, float] = {}
         self._failed, self._scaled = "", False
         if self.names:
             _check_engine(model)
-            self.gates = gate.armed(optimizers, limit, put_back=_chosen(optimizers, by), on_fault=self._fault)
+            put_back = _chosen(optimizers, by)
+            self._buffers = None if model is None else Buffers(model)
+            self.gates = gate.armed(optimizers, limit, put_back=put_back, buffers=self._buffers, on_fault=self._fault)
 
     def __bool__(self) -> bool:
         return bool(self.gates)
@@ -60,6 +64,8 @@ class Skipping:
         """A new step of the run starts."""
         for one in self.gates:
             one.begin()
+        if self._buffers is not None and not self._failed:
+            self._buffers.begin()
 
     def lay(self, row_of: Callable[[torch.device], Row]) -> None:
         """The counters, into the sampled step's row."""
@@ -98,12 +104,14 @@ class Skipping:
         if steps and "exploding_gradient" in self.names and any(one.late for one in self.gates):
             why = "some updates were judged at the update, after clipping, since no backward pass was seen to end"
             found["exploding gradients before clipping"] = why
+        if self._buffers is not None:
+            found.update(dict.fromkeys(self._buffers.large, "a buffer too large to be kept: what a bad batch writes to it stays"))
         return found
 
     @property
     def nbytes(self) -> int:
         """Device bytes held, the copies of ``skip_by="restore"`` included."""
-        return sum(one.nbytes for one in self.gates)
+        return sum(one.nbytes for one in self.gates) + (0 if self._buffers is None else self._buffers.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and statistics of each gate; a host read, at a checkpoint."""

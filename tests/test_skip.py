@@ -663,3 +663,95 @@ def test_state_that_was_loaded_is_guarded_too():
         optimizer.step()
         assert bits(model[0].weight) == before
         assert all(float(s["momentum_buffer"].abs().sum()) == 0.0 for s in optimizer.state.values())
+
+
+# ---- what the forward pass writes
+
+
+class Averaged(nn.Module):
+    """Batch-norm, a queue written by the forward pass, an average of weights kept as a buffer, and a layer without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.unused = nn.Linear(2, 2)
+        self.register_buffer("queue", torch.zeros(6, 8))
+        self.register_buffer("at", torch.zeros((), dtype=torch.long))
+        self.register_buffer("average", torch.zeros(3, 8))
+        self.register_buffer("mask", torch.ones(1, 1).expand(5, 5))
+
+    def forward(self, x):
+        h = torch.relu(self.norm(self.first(x)))
+        if self.training:
+            self.queue.copy_(torch.cat([h.detach().mean(0, keepdim=True), self.queue[:-1]]))
+            self.at += 1
+        return self.last(h)
+
+
+@pytest.mark.parametrize(("by", "name"), [("found_inf", "adamw"), ("found_inf", "momentum"), ("restore", "nadam")])
+def test_buffers_that_the_forward_pass_writes_are_as_if_never_written(by, name):
+    """Running statistics, queues and counters of a bad batch are put back with its update; an average of weights loses nothing."""
+
+    def train(batches, bad, guarded):
+        model = Averaged()
+        optimizer = make(by, name)(list(model.parameters()))
+        guard = Guard(model, optimizer, skip={"nonfinite_gradient"}, skip_by=by, halt=None) if guarded else None
+        for i in batches:
+            generator = torch.Generator().manual_seed(i)
+            x, y = torch.randn(16, 4, generator=generator), torch.randint(3, (16,), generator=generator)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x * (math.nan if i in bad else 1.0)), y).backward()
+            optimizer.step()
+            if i not in bad:
+                model.average.lerp_(model.last.weight.detach(), 0.1)
+            if guard:
+                guard.step(1.0)
+        if guard:
+            assert guard.memory > guard._skipping.nbytes > model.queue.numel() * 4
+            guard.close()
+        return everything(model, optimizer)
+
+    bad = (0, 5, 6)
+    assert train(range(12), bad, True) == train([i for i in range(12) if i not in bad], (), False)
+    assert train(range(6), (), True) == train(range(6), (), False)
+
+
+def test_buffers_of_a_graph_that_waits_are_not_called_changed():
+    """A backward pass through an evaluated batch-norm works after an update between, as it does without the guard."""
+    model = Averaged()
+    optimizer = FUSED["adamw"](model.first.parameters())
+    with Guard(model, optimizer, skip={"nonfinite_gradient"}, agree=False):
+        model.norm.eval()
+        x = torch.randn(4, 8, requires_grad=True)
+        waiting = model.norm(x).sum()
+        model.first(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        waiting.backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_a_large_buffer_is_listed():
+    """A buffer too large to be kept is named in the coverage."""
+    model = network()
+    model.register_buffer("table", torch.zeros(2**20 + 1))
+    optimizer = FUSED["sgd"](model.parameters())
+    with Guard(model, optimizer, skip={"nonfinite_gradient"}) as guard:
+        loss_of(model, 0).backward()
+        optimizer.step()
+        guard.step(1.0)
+        assert "too large to be kept" in guard.coverage.not_observed["table"]
+
+
+def test_sparse_gradients_are_left_out_when_put_back():
+    """An embedding with sparse gradients is put back exactly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 4, sparse=True), nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.0)
+    with Guard(model, optimizer, skip={"nonfinite_gradient"}, skip_by="restore", halt=None):
+        for i in range(4):
+            optimizer.zero_grad()
+            before = everything(model)
+            (model(torch.tensor([i, 3, 3])).square().sum() * (math.nan if i == 2 else 1.0)).backward()
+            optimizer.step()
+            assert (everything(model) == before) == (i == 2)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lossguard.device import signals
+from lossguard.device.buffers import Buffers
 from lossguard.device.means import FoundInf, Means, PutBack
 from lossguard.device.spikes import Limit, Spikes
 from lossguard.device.tape import Row
@@ -45,8 +46,8 @@ class Gate:
     on_fault: called with an error of the gate's own, which takes it off, for it must not end the run.
     """
 
-    def __init__(self, optimizer: Optimizer, means: Means, limit: Limit | None, on_fault: Callable[[Exception], None]) -> None:
-        self.optimizer, self.means = optimizer, means
+    def __init__(self, optimizer: Optimizer, means: Means, limit: Limit | None, on_fault: Callable[[Exception], None], buffers: Buffers | None = None) -> None:
+        self.optimizer, self.means, self.buffers = optimizer, means, buffers
         self.late = 0  # updates that were judged at the update itself, since no backward pass was seen to end
         self.broken = False  # a fault of our own: the gate stands open
         self.scaled = False  # whether somebody else's flag, such as a loss scaler's, was ever there
@@ -124,6 +125,8 @@ class Gate:
         self.totals.add_(verdict)
         if self.spikes is not None:
             self.spikes.learn(self.norm, verdict[1], skipped)
+        if self.buffers is not None:
+            self.buffers.after(verdict[0])
 
     @property
     def nbytes(self) -> int:
@@ -201,11 +204,16 @@ def _versions(gradients: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 
 def armed(
-    optimizers: Sequence[Optimizer], limit: Limit | None = None, *, put_back: Sequence[Optimizer] = (), on_fault: Callable[[Exception], None]
+    optimizers: Sequence[Optimizer],
+    limit: Limit | None = None,
+    *,
+    put_back: Sequence[Optimizer] = (),
+    buffers: Buffers | None = None,
+    on_fault: Callable[[Exception], None],
 ) -> list[Gate]:
-    """A gate for each optimizer. put_back: those that do not honour ``found_inf``."""
+    """A gate for each optimizer. put_back: those that do not honour ``found_inf``. buffers: of the model, put back as well."""
     ways: list[Means] = [PutBack(o) if any(o is other for other in put_back) else FoundInf(o) for o in optimizers]
-    return [Gate(o, way, limit, on_fault) for o, way in zip(optimizers, ways, strict=True)]
+    return [Gate(o, way, limit, on_fault, buffers) for o, way in zip(optimizers, ways, strict=True)]
 
 
 def _eager(hook: Callable[..., None]) -> Any:

@@ -59,7 +59,7 @@ class FoundInf:
 
     def before(self, *, closure: bool) -> Tensor | None:
         """A GradScaler puts its own flag in place just before the step: either flag skips. It counts devices, so any number but 0 is a yes."""
-        self._fill_momentum()
+        self._fill_momentum(closure)
         theirs = self._theirs = getattr(self.optimizer, "found_inf", None)
         if theirs is None or theirs is self._flag:
             self.optimizer.found_inf, self._theirs = self._flag, None
@@ -78,18 +78,17 @@ class FoundInf:
         if getattr(self.optimizer, "found_inf", None) is self._flag:
             del self.optimizer.found_inf
 
-    def _fill_momentum(self) -> None:
+    def _fill_momentum(self, closure: bool) -> None:
         """SGD whose first step is skipped would keep uninitialised momentum: zeros first (with dampening 0 the result is the same)."""
         if not isinstance(self.optimizer, torch.optim.SGD):
             return
-        groups, state = self.optimizer.param_groups, self.optimizer.state
-        held = sum(len(group["params"]) for group in groups if group["momentum"])
-        if held == self._filled == len(state):
+        groups, state = [group for group in self.optimizer.param_groups if group["momentum"]], self.optimizer.state
+        if sum(len(group["params"]) for group in groups) == self._filled == len(state):
             return
-        self._filled = held
-        for p in (p for group in groups if group["momentum"] for p in group["params"]):
+        for p in (p for group in groups for p in group["params"] if closure or p.grad is not None):
             if state[p].get("momentum_buffer") is None:
                 state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self._filled = len(state)
 
 
 class CannotPutBack(RuntimeError):
