@@ -28,7 +28,7 @@ from lossguard.host.history import History
 from lossguard.host.intake import Intake
 from lossguard.introduce import Introduction
 from lossguard.pulses import Pulses, check_loss, evaluation
-from lossguard.recovery import Ladder, Recovery
+from lossguard.recovery import Calls, Ladder, Recovery
 from lossguard.rules import Rule
 from lossguard.rules.judge import Judge
 from lossguard.safekeeping import Keeper
@@ -131,9 +131,9 @@ class Guard(Keeper):
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
         settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity, getattr(recover, "settings", None))
         self._agreement = Agreement(settings) if agreement.wanted(agree) else None
+        calls = Calls(lambda: self._intake.drop(self._pulses), lambda: self._faults.watch(self.recovery.begin, self.steps), self.note)
         state, known = State(model, self.optimizers, scaler), (self._history, self._judge, self._checkpoints)
-        calls: Any = lambda: self._intake.drop(self._pulses), lambda: self._faults.watch(self.recovery.begin, self.steps), self.note
-        self.recovery = Recovery(recover, state, *known, *calls, every=every, lag=lag, agreement=self._agreement)
+        self.recovery: Recovery = Recovery(recover, state, *known, calls, every=every, lag=lag, agreement=self._agreement)
         self._parts["recovery"] = self.recovery
         self._open_step()
 

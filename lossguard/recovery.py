@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,6 +109,14 @@ class Cure:
     factor: float
 
 
+class Calls(NamedTuple):
+    """What a recovery asks of its guard."""
+
+    drop: Callable[[], None]  # forget what is under way from the device
+    begin: Callable[[], None]  # call :meth:`Recovery.begin`
+    note: Callable[[str], None]  # a line in the record
+
+
 @dataclass
 class Recovery:
     """The ladder of one guard; without a ladder it does nothing. cures: what was done, oldest first."""
@@ -118,9 +126,7 @@ class Recovery:
     history: History
     judge: Judge
     checkpoints: Checkpoints
-    drop: Callable[[], None]  # forgets what is under way from the device
-    begins: Callable[[], None]  # calls :meth:`begin`
-    note: Callable[[str], None]  # a line in the record
+    guard: Calls
     every: int = 10  # steps between samples
     lag: int = 0
     agreement: agreement.Agreement | None = None
@@ -152,7 +158,7 @@ class Recovery:
 
     def _before_step(self) -> None:
         if self._taken is None:
-            self.begins()
+            self.guard.begin()
 
     def begin(self, step: int) -> None:
         """The first update is about to come: this state is the first to go back to."""
@@ -249,7 +255,7 @@ class Recovery:
         self._absorb(finding, note, cure.step)
         words = f"{finding.diagnosis} at step {finding.step} {note}"
         logger.warning("lossguard: %s", words)
-        self.note(words)
+        self.guard.note(words)
 
     def _absorb(self, finding: Finding, note: str, step: int) -> None:
         """What was found so far is past; the rules look at what comes as if nothing had been found."""
@@ -273,7 +279,7 @@ class Recovery:
         return mine[max(common)] if common else None
 
     def _back_to(self, target: Snapshot) -> None:
-        self.drop()
+        self.guard.drop()
         target.put_back(self.state)
         self._good = [s for s in self._good if s.step <= target.step]
         if target.own:
@@ -300,7 +306,7 @@ class Recovery:
         if self.agreement is not None:
             why = next((words for words in self.agreement.share(why) if words), "")
         if not why:
-            self.drop()
+            self.guard.drop()
             self._begin_anew()
             self._good = []
         return why

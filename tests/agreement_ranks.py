@@ -110,7 +110,7 @@ def one_ill_save(rank, world):
 
 
 def lonely_save(rank, world):
-    model, guard = _guarded()
+    _, guard = _guarded()
     if rank:
         return ["did not ask"]
     guard._unison._patience = timedelta(seconds=1)

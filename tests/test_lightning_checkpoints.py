@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_lightning import L, PL, LossGuardCallback, classifier, loader, manual, trainer
+from test_lightning import PL, L, LossGuardCallback, classifier, loader, manual, trainer
 
 from lossguard import TrainingHalted
 

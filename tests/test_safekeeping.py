@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import criterion, make_batch, mlp
 from test_agreement import ranks
 from torch import nn
@@ -202,7 +201,7 @@ def test_the_good_file_survives_an_ill_state(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     """An exception in the block leaves the old file, no half-written one, and the exception."""
-    model, optimizer, guard = fixture()
+    _, _, guard = fixture()
     with guard:
         for text in ("old", "new"):
             try:
@@ -218,7 +217,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 def test_a_folder_is_replaced_whole(tmp_path):
     """A checkpoint that is a folder takes the place of the old folder, and nothing of the old one stays in it."""
-    model, optimizer, guard = fixture()
+    _, _, guard = fixture()
     with guard:
         for names in (["a", "b"], ["c"]):
             with guard.saving(tmp_path / "checkpoint-1") as target:
@@ -263,7 +262,7 @@ def test_the_good_file_survives_a_kill_and_a_full_disk(tmp_path, how):
         assert done.stdout == "failed\n"
         assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     else:  # what the killed process left is cleared by the next save
-        model, optimizer, guard = fixture()
+        _, _, guard = fixture()
         with guard, guard.saving(tmp_path / "last.pt") as target:
             torch.save({"step": 9}, target)
         assert torch.load(tmp_path / "last.pt")["step"] == 9
@@ -341,6 +340,6 @@ def test_a_rank_that_does_not_ask_is_named(tmp_path):
 
 def test_together_needs_ranks():
     """together=True without a process group is refused."""
-    model, optimizer, guard = fixture()
+    _, _, guard = fixture()
     with guard, pytest.raises(ValueError, match=r"together=True needs an initialised torch\.distributed process group.*before Guard"):
         guard.safe_to_save(together=True)
