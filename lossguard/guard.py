@@ -28,6 +28,7 @@ from lossguard.host.intake import Intake
 from lossguard.introduce import Introduction
 from lossguard.locating import Locator
 from lossguard.pulses import Pulses, check_loss, evaluation
+from lossguard.recovery import Calls, Ladder, Recovery
 from lossguard.rules import Rule
 from lossguard.rules.judge import Judge
 from lossguard.safekeeping import Keeper
@@ -37,6 +38,7 @@ from lossguard.skipping import Skipping
 from lossguard.telling import Teller
 from lossguard.trackers.feed import Feed
 from lossguard.watchdog import Watchdog
+from lossguard.snapshot import State
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
@@ -61,6 +63,7 @@ class Guard(Keeper, Teller):
     locate: ``lambda x, y: criterion(model(x), y)``, the loss of a batch as it was shown; a halt by a non-finite value then runs
     the step again and names the operation (holds a copy of the weights and ``lag + 2`` batches; see ``lossguard.culprit``).
     stall: whether a thread watches for ``stalled_training``, or the least number of seconds it waits; None: where ranks agree.
+    recover: what is tried before a halt, a ``lossguard.recovery.Ladder``; None for nothing.
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 
@@ -99,6 +102,7 @@ class Guard(Keeper, Teller):
         agree: bool | None = None,
         locate: Callable[[Any, Any], Any] | None = None,
         stall: bool | float | None = None,
+        recover: Ladder | None = None,
     ) -> None:
         model = arguments.a_model(model)
         parameters = list(model.parameters())
@@ -141,10 +145,15 @@ class Guard(Keeper, Teller):
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
         watching.take_over(model, self)
         self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
-        settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity)
+        settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity, getattr(recover, "settings", None))
         self._agreement = cluster.agreement(settings, model, self._history) if agreement.wanted(agree) else None
         stall = False if "stalled_training" in self._muted else stall
         self._watchdog = Watchdog(self._history, chosen, self._record and self._record.folder, stall, ranks=self._agreement is not None)
+        calls = Calls(lambda: self._intake.drop(self._pulses), lambda: self._faults.watch(self.recovery.begin, self.steps), self.note)
+        state, known = State(model, self.optimizers, scaler), (self._history, self._judge, self._checkpoints)
+        self.recovery: Recovery = Recovery(recover, state, *known, calls, every=every, lag=lag, agreement=self._agreement)
+        self._parts["recovery"] = self.recovery
+        self._holders = (*self._holders, self.recovery)
         self._open_step()
 
     # ---- what a loop calls
@@ -181,6 +190,7 @@ class Guard(Keeper, Teller):
         verdict = self._agreement.round() if self._agreement is not None and self._schedule.regular(now) else None
         ending, self._overdue = self._overdue or ending or verdict, None
         self._end(ending)
+        self._faults.watch(self.recovery.look, self.steps, regular=self._schedule.regular(now))
 
     def batches(self, loader: Iterable[Any]) -> batches.Batches:
         """The loader's batches, each shown to the guard: ``for x, y in guard.batches(loader)``. Keeps ``len``."""
@@ -241,6 +251,7 @@ class Guard(Keeper, Teller):
                 self._agreement.leave(wait=patience is None and sys.exc_info()[0] is None)
             self._taps.close()
             self._skipping.close()
+            self.recovery.close()
             if self._record:
                 self._faults.watch(facts.finish, self, self._policy, self._record)
             self._feed.close()
@@ -385,9 +396,14 @@ class Guard(Keeper, Teller):
         return None
 
     def _end(self, ending: Finding | None) -> None:
-        """Raise ``TrainingHalted`` for a finding that ends the run."""
-        if ending is not None:
-            raise self._halt(ending)
+        """Raise ``TrainingHalted`` for a finding that ends the run and cannot be cured."""
+        if ending is None:
+            return
+        incurable = self.recovery.cure(ending, self.steps)
+        if incurable is not None:
+            raise self._halt(incurable)
+        self._schedule.alarm(self.steps)
+        self._fatal, self._quiet = None, 0
 
     def _halt(self, finding: Finding) -> actions.TrainingHalted:
         halt = actions.TrainingHalted(finding, codes=self._codes)

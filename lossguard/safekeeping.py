@@ -103,6 +103,8 @@ class Keeper:
     closed: bool
     _fatal: Finding | None  # what ends the run, from when it is known until the run is cured or continued elsewhere
     _agreement: Any
+    _record: Any
+    _faults: Any
 
     def _keep(self) -> None:
         """Get ready, on all ranks alike."""
@@ -116,8 +118,9 @@ class Keeper:
         raise NotImplementedError
 
     def note(self, event: str) -> None:
-        """A line in the record."""
-        raise NotImplementedError
+        """A line in the run's record, such as a signal; nothing without a record."""
+        if self._record:
+            self._faults.watch(self._record.event, self.steps, event)
 
     @property
     def last_good(self) -> Checkpoint | None:

@@ -51,6 +51,15 @@ def born_finite(model: nn.Module) -> dict[str, Tensor]:
         return {name: flags[i] for keys, flags in _flags(buffers) for i, (_, name) in enumerate(keys)}
 
 
+def finite_flags(model: nn.Module, optimizers: Iterable[Optimizer], born: Mapping[str, Tensor]) -> list[Tensor]:
+    """Flags, 0-d and on their devices, that are all True where :func:`nonfinite` is empty. Reads nothing."""
+    weights = {("weight", name): t for name, t in _weights(model)} | {("held", name): t for name, t in _held(model, optimizers)}
+    buffers = {("", name): t for name, t in _buffers(model)}
+    with torch.no_grad():
+        single = [flags[i] | ~born[name] if name in born else flags[i] for keys, flags in _flags(buffers) for i, (_, name) in enumerate(keys)]
+        return [flags.all() for _, flags in _flags(weights)] + single
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, in its own memory; any other as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -18,6 +18,7 @@ from lossguard.findings import Finding
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
 from lossguard.locating import Locator
+from lossguard.recovery import Recovery
 from lossguard.rules.judge import Judge
 from lossguard.skipping import Skipping
 
@@ -37,11 +38,12 @@ class Teller:
     _recorder: Recorder
     _skipping: Skipping
     _taps: Taps
+    recovery: Recovery
 
     @property
     def findings(self) -> list[Finding]:
         """The events so far, oldest first; one an episode, with counts and consequences."""
-        return [self._locator.told(self._skipping.told(f)) for f in self._judge.findings]
+        return [self._locator.told(self._skipping.told(f)) for f in (*self.recovery.past, *self._judge.findings)]
 
     @property
     def skipped(self) -> dict[str, int]:

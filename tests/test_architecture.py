@@ -44,6 +44,7 @@ LAYERS = [
         "preflight/",
     ),
     ("culprit/", "locating.py"),
+    ("snapshot.py", "recovery_rates.py", "recovery.py"),
     ("record.py", "facts.py", "explain.py", "scalars.py", "trackers/"),
     ("report/",),
     ("telling.py",),

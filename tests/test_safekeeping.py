@@ -201,7 +201,7 @@ def test_the_good_file_survives_an_ill_state(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     """An exception in the block leaves the old file, no half-written one, and the exception."""
-    _model, _optimizer, guard = fixture()
+    _, _, guard = fixture()
     with guard:
         for text in ("old", "new"):
             try:
@@ -217,7 +217,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 def test_a_folder_is_replaced_whole(tmp_path):
     """A checkpoint that is a folder takes the place of the old folder, and nothing of the old one stays in it."""
-    _model, _optimizer, guard = fixture()
+    _, _, guard = fixture()
     with guard:
         for names in (["a", "b"], ["c"]):
             with guard.saving(tmp_path / "checkpoint-1") as target:
@@ -262,7 +262,7 @@ def test_the_good_file_survives_a_kill_and_a_full_disk(tmp_path, how):
         assert done.stdout == "failed\n"
         assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     else:  # what the killed process left is cleared by the next save
-        _model, _optimizer, guard = fixture()
+        _, _, guard = fixture()
         with guard, guard.saving(tmp_path / "last.pt") as target:
             torch.save({"step": 9}, target)
         assert torch.load(tmp_path / "last.pt")["step"] == 9
@@ -340,6 +340,6 @@ def test_a_rank_that_does_not_ask_is_named(tmp_path):
 
 def test_together_needs_ranks():
     """together=True without a process group is refused."""
-    _model, _optimizer, guard = fixture()
+    _, _, guard = fixture()
     with guard, pytest.raises(ValueError, match=r"together=True needs an initialised torch\.distributed process group.*before Guard"):
         guard.safe_to_save(together=True)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from lossguard.findings import DIAGNOSES, Finding
 
 OF_ALL = ("replica_divergence", "rank_outlier")  # found by all ranks alike: whose vote counts says nothing
+VERDICT = "all ranks halt"
 LEAVING = 1 << 62  # above every verdict: a rank that votes no more
 PATIENCE = timedelta(minutes=30)  # that a vote may wait for the slowest rank: as long as torch's own collectives of gloo do
 GATHER = timedelta(minutes=5)  # that the first rank waits for guards on the others
@@ -96,7 +97,7 @@ class Agreement:
         if self.over is None:
             verdict = self._count()
             if LEAVING > verdict > 0:
-                self.over = "all ranks halt"
+                self.over = VERDICT
                 return self._share(verdict)
             if verdict >= LEAVING:
                 self.over = "a rank has ended its run"
@@ -105,6 +106,17 @@ class Agreement:
                 self._cast(0 if self._voted is None else self._encode(self._voted))
         accused, self._accused = (self._accused, None) if self.over is not None else (None, self._accused)
         return accused
+
+    def share(self, mine: Any) -> list[Any]:
+        """What each rank says, behind a verdict, when all ranks are at the same place."""
+        told: list[Any] = [None] * self.world
+        dist.all_gather_object(told, mine, group=self._group)
+        return told
+
+    def go_on(self) -> None:
+        """The verdict was acted on without a halt, on all ranks: vote again."""
+        self.over, self._accused, self._voted, self._work = None, None, None, None
+        self._vote = torch.zeros(1, dtype=torch.int64)
 
     def leave(self, *, wait: bool) -> None:
         """Vote no more. wait: give the others a while to hear of it; not where this rank ends by an error."""

@@ -22,6 +22,10 @@ class _Writer(Protocol):
     def validation(self, step: int, value: float, accuracy: float, train_accuracy: float) -> None: ...
 
 
+class _Sender(Protocol):
+    def send(self) -> None: ...
+
+
 @dataclass
 class News:
     """What became known at once: losses of consecutive steps, and perhaps a sample at their end."""
@@ -82,6 +86,13 @@ class Intake:
                 news = News()
         if news.totals:
             yield news
+
+    def drop(self, pulses: _Sender) -> None:
+        """Forget what is under way. Waits for it."""
+        pulses.send()
+        self._parts = []
+        for _ in self._handover.receive(0, everything=True):
+            pass
 
     def _take_losses(self, numbers: Numbers, meaning: Any, news: News) -> None:
         _, news.first, looked, names, printed = meaning
