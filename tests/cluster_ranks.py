@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
+import time
 import warnings
 from datetime import timedelta
 
@@ -62,11 +64,11 @@ def data(step, rank, world):
 def numbers(guard):
     """Signal -> site name -> newest number."""
     history, found = guard.history, {}
-    for signal in SIGNALS:
-        values = history.last(signal, 1)
-        names = [u.name for u in history.units] if signal == "dead_fraction" else [p.name.removeprefix("module.") for p in history.params]
+    for name in SIGNALS:
+        values = history.last(name, 1)
+        names = [u.name for u in history.units] if name == "dead_fraction" else [p.name.removeprefix("module.") for p in history.params]
         row = values[0].tolist() if values.size else []
-        found[signal] = {n: v for n, v in zip(names, row, strict=False) if not math.isnan(v)}
+        found[name] = {n: v for n, v in zip(names, row, strict=False) if not math.isnan(v)}
     return found
 
 
@@ -98,12 +100,12 @@ def compare(mine, alone):
     worst = 0.0
     assert mine.keys() == alone.keys(), (sorted(mine), sorted(alone))
     for step, signals in alone.items():
-        for signal, sites in signals.items():
-            assert mine[step][signal].keys() == sites.keys(), (step, signal, sorted(mine[step][signal]), sorted(sites))
+        for name, sites in signals.items():
+            assert mine[step][name].keys() == sites.keys(), (step, name, sorted(mine[step][name]), sorted(sites))
             for site, value in sites.items():
-                off = abs(mine[step][signal][site] - value) / max(abs(value), 1e-6)
+                off = abs(mine[step][name][site] - value) / max(abs(value), 1e-6)
                 if off > 1e-4 and "DEBUG" in os.environ:
-                    print(step, signal, site, mine[step][signal][site], value, file=sys.stderr)
+                    print(step, name, site, mine[step][name][site], value, file=sys.stderr)
                 worst = max(worst, off)
     return worst
 
@@ -279,6 +281,27 @@ def fault_on_one(rank, world):
     return [len(told), {step: len(signals["grad_norm"]) for step, signals in told.items()}, sorted(coverage)]
 
 
+def fsdp1(rank, world):
+    """What FSDP1 keeps in flat shards is named, and not measured wrong."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    told = []
+    for original in (False, True):
+        model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"), use_orig_params=original)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Guard(model, optimizer, every=1, agree=False) as guard:
+            for step in range(2):
+                x, y = data(step, rank, world)
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                guard.step(loss)
+            unread = [why for why in guard.coverage.not_observed.values() if "FSDP1" in why]
+            told.append([len(unread), guard.history.last("grad_norm").size, [f.diagnosis for f in guard.findings]])
+    return told
+
+
 def nan_shard(rank, world):
     """A NaN in the part of one rank is in the norm that all ranks see."""
     model = fsdp(net())
@@ -413,6 +436,40 @@ def replicas_apart(rank, world):
     return guarded(rank, world, wrap=False, seed=rank)
 
 
+def alone_for_a_while(rank, world, wrap, steps=40):
+    """A run in which the last rank is killed at step 12."""
+    model = net()
+    wrapped = DistributedDataParallel(model) if wrap else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    guard, began, ended = Guard(model, optimizer, every=2, dense=0), time.monotonic(), "end"
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            with guard:
+                for step in range(steps):
+                    if rank == world - 1 and step == 12:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    x, y = data(step, rank, world)
+                    loss = F.cross_entropy(wrapped(x), y)
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    guard.step(loss)
+        except RuntimeError as error:
+            ended = type(error).__name__
+    return [ended, guard.steps, time.monotonic() - began < 30, sum("no longer agree" in str(w.message) for w in heard)]
+
+
+def killed(rank, world):
+    """Ranks that train by themselves go on when one is killed."""
+    return alone_for_a_while(rank, world, wrap=False)
+
+
+def killed_ddp(rank, world):
+    """Under DDP the training's own collective fails, and the guard holds nobody up."""
+    return alone_for_a_while(rank, world, wrap=True)
+
+
 def rank_with_other_data(rank, world):
     """One rank's labels are noise, those of the others can be learned."""
     return guarded(rank, world, odd=1, steps=260, every=4)
@@ -424,5 +481,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=40))
     for name in names:
         print(json.dumps([name, globals()[name](rank, world)]), flush=True)
-        dist.barrier()
+        if name != names[-1]:
+            dist.barrier()
     os._exit(0)

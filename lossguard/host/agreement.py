@@ -28,6 +28,7 @@ LEAVING = 1 << 62  # above every verdict: a rank that votes no more
 PATIENCE = timedelta(minutes=30)  # that a vote may wait for the slowest rank: as long as torch's own collectives of gloo do
 GATHER = timedelta(minutes=5)  # that the first rank waits for guards on the others
 FAREWELL = timedelta(seconds=20)  # that a rank which ends well waits for the others to hear that it leaves
+HASTE = timedelta(seconds=2)  # that one which ends by an error waits for the round that is under way: its message shall come soon
 
 
 def wanted(agree: bool | None) -> bool:
@@ -119,14 +120,14 @@ class Agreement:
         self._vote = torch.zeros(1, dtype=torch.int64)
 
     def leave(self, *, wait: bool) -> None:
-        """Vote no more. wait: give the others a while to hear of it; not where this rank ends by an error."""
+        """Vote no more. wait: give the others a while to hear of it; not where this rank ends by an error, which then tells them
+        if they come to the round that is under way, else they hear of it when its process ends."""
         if self.over is None:
             try:
-                if wait or self._work is None or self._work.is_completed():
-                    self._wait(FAREWELL)
-                    self._cast(LEAVING)
-                    self._wait(FAREWELL) if wait else None
-                    self._telling.wait(FAREWELL) if wait and self._telling is not None else None
+                self._wait(FAREWELL if wait else HASTE)
+                self._cast(LEAVING)
+                self._wait(FAREWELL) if wait else None
+                self._telling.wait(FAREWELL) if wait and self._telling is not None else None
             except RuntimeError:
                 pass  # the others are gone, or busy: they will find the connection closed
             self.over = "this rank has ended its run"

@@ -111,8 +111,8 @@ class RankOutlier:
     """rank_outlier: one rank's loss or gradient norm lies far from those of all others, again and again (detectors A.3; asks).
 
     Every tenth round of votes each rank tells the median of its losses, and of its total gradient norms, since the exchange before. Law:
-    over the newest 4 exchanges of at least 3 ranks, a rank's deviation from the median of the ranks has one sign and always
-    exceeds 8 times the spread (1.4826 times the median deviation of the other ranks over these exchanges, at least 2 % of the median).
+    over the newest 4 exchanges of at least 3 ranks, a rank's deviation from the median of the others has one sign and always
+    exceeds 8 times the spread (from the median difference between other ranks in these exchanges; at least 2 % of the median).
     Numbers that are not finite have diagnoses of their own and are left out. Rank, host and device are named.
 
     Why: that rank reads other data (a broken shard, a wrong sampler, labels of another version), or a file system gives it
@@ -146,21 +146,19 @@ class RankOutlier:
         return None
 
     def _odd(self, table: Array) -> tuple[int, float] | None:
-        """The rank that deviates most, and by how many spreads at least; table: (exchanges, ranks)."""
+        """The rank that deviates most, and by how many spreads at least. table: (exchanges, ranks)."""
         if not np.isfinite(table).all():
             return None
-        middle = np.median(table, axis=1, keepdims=True)
-        off = table - middle
-        best: tuple[int, float] | None = None
-        for rank in range(table.shape[1]):
-            others = np.delete(off, rank, axis=1)
-            spread = np.maximum(1.4826 * np.median(np.abs(others)), self.floor * np.abs(middle[:, 0]))
-            times = off[:, rank] / np.maximum(spread, 1e-30)
-            least = float(np.abs(times).min())
-            one_sided = (times > 0).all() or (times < 0).all()
-            if one_sided and least > self.sigmas and (best is None or least > best[1]):
-                best = rank, least
-        return best
+        apart = np.abs(table - np.median(table, axis=1, keepdims=True)).min(axis=0)  # (ranks,): by how much at least
+        rank = int(np.argmax(apart))
+        others = np.delete(table, rank, axis=1)
+        middle = np.median(others, axis=1)
+        # differences of neighbours, since of few ranks one is its own median; sqrt(2) wider than a deviation
+        spread = 1.4826 * np.median(np.abs(np.diff(others, axis=1))) / 2**0.5
+        times = (table[:, rank] - middle) / np.maximum(np.maximum(spread, self.floor * np.abs(middle)), 1e-30)
+        least = float(np.abs(times).min())
+        one_sided = (times > 0).all() or (times < 0).all()
+        return (rank, least) if one_sided and least > self.sigmas else None
 
     def _finding(self, peers: Peers, step: int, what: str, table: Array, rank: int, times: float) -> Finding:
         theirs, middle = float(np.median(table[:, rank])), float(np.median(table))
