@@ -15,7 +15,7 @@ from torch import nn
 
 from lossguard import Finding, Guard, TrainingHalted
 from lossguard.cli import main
-from lossguard.culprit import find
+from lossguard.culprit import find, states
 from lossguard.culprit.find import of_call
 from lossguard.device.keepsake import Keepsake
 from lossguard.findings import CHANGES
@@ -411,6 +411,29 @@ def test_the_replay_draws_what_the_run_drew():
     zeros = int((model[1](model[0](x)) == 0).sum())
     assert found[0] == found[1]
     assert f"and {zeros} infinite" in found[0]
+
+
+def test_what_cannot_be_read_is_said(monkeypatch):
+    """An operation whose result cannot be read is named in one warning, and the search goes on with the others."""
+    from lossguard.culprit import trace
+
+    def state_of(tensor):
+        if tensor.shape == (8, 5):
+            raise NotImplementedError("no such kernel")
+        return states.state_of(tensor)
+
+    monkeypatch.setattr(trace, "state_of", state_of)
+    model, x = net(Op(lambda x: x.relu().log() + x[:, :5].relu().sum())), inputs()
+    with pytest.warns(RuntimeWarning, match=r"the results of \d+ kinds of operations could not be read \(.*relu.*\)"):
+        assert find(model, lambda: mean(model, x)).op == "aten.log"
+
+
+def test_several_ranks_are_left_alone(tmp_path, monkeypatch):
+    """Where several processes train together the step is not run again, because it would wait for the others; the finding says so."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    halt, _ = run(tmp_path, Op(BAD["forward"]))
+    assert halt.culprit is None
+    assert "not sought where several ranks train together" in halt.finding.message
 
 
 def test_wrong_use():

@@ -116,13 +116,17 @@ def find(model: nn.Module, step: Callable[[], Any], *, batch: Any = None, keep: 
             for parameter in module.parameters():
                 parameter.grad = None
         with Trace({id(m): n for n, m in model.named_modules()}, _leaves(modules, given)) as trace, _eager(), torch.enable_grad():
-            return _run(model, modules, step, trace)
+            found = _run(modules, step, trace)
+        if trace.blind:
+            names = ", ".join(sorted(trace.blind)[:3])
+            warnings.warn(f"lossguard: the results of {len(trace.blind)} kinds of operations could not be read ({names})", RuntimeWarning, stacklevel=2)
+        return found
     finally:
         keeper.restore()
         inputs.restore()
 
 
-def _run(model: nn.Module, modules: list[nn.Module], step: Callable[[], Any], trace: Trace) -> Culprit | None:
+def _run(modules: list[nn.Module], step: Callable[[], Any], trace: Trace) -> Culprit | None:
     """One step under the trace, from the loss back to what made it sick."""
     result = step()
     losses = [t for _, t in tensors_in(_of_output(result), "loss") if readable(t)]

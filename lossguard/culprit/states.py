@@ -60,6 +60,7 @@ def readable(tensor: Any) -> bool:
         and tensor.device.type != "meta"
         and tensor.layout == torch.strided
         and tensor.numel() > 0
+        and torch._C._has_storage(tensor)
     )
 
 

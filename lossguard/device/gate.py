@@ -32,6 +32,8 @@ def why_not(optimizer: Optimizer) -> str | None:
     """The reason why an optimizer cannot skip by ``found_inf``, or None if it can."""
     name = type(optimizer).__name__
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if all(group.get("fused") for group in optimizer.param_groups):  # Adagrad does not in torch 2.11, and does in 2.13
+            return f"{name} of torch {torch.__version__} does not honour found_inf although it is fused; use another of {FUSED}, or a newer torch"
         return f"{name} does not honour found_inf; build it with fused=True ({FUSED})"
     if not all(group.get("fused") for group in optimizer.param_groups):
         return f"{name} has a parameter group without fused=True; give fused=True to the optimizer itself"
