@@ -46,7 +46,7 @@ def _dropout(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
     if not p > STRONG:
         return None
     because = f"a dropout of {number(p)} passes {1 - p:.0%} of a layer's units on"
-    return Cause("dropout too strong", 0.85, because), [Remedy(f"dropout {number(p)} -> {USUAL}", {"dropout": USUAL})]
+    return Cause("dropout too high", 0.85, because), [Remedy(f"dropout {number(p)} -> {USUAL}", {"dropout": USUAL})]
 
 
 def _linear(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
@@ -54,7 +54,7 @@ def _linear(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
     if not first:
         return None
     because = f"{first} and {second} are linear with nothing between them: together they are one linear layer"
-    return Cause("no activation between layers", 0.75, because), [
+    return Cause("no nonlinearity", 0.75, because), [
         Remedy(f"put a ReLU between {first} and {second}", {"activation": "relu", "parameter": first})
     ]
 
@@ -67,4 +67,4 @@ def _narrow(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
     if not thin:
         return None
     because = f"{thin[0]} has a single unit, and {classes(history)} classes must pass through it"
-    return Cause("a layer too narrow", 0.75, because), [Remedy(f"widen {thin[0]} to 16 units or more", {"parameter": thin[0]})]
+    return Cause("too little capacity", 0.75, because), [Remedy(f"widen {thin[0]} to 16 units or more", {"parameter": thin[0]})]

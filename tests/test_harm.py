@@ -74,7 +74,10 @@ def test_gradients_that_grow_without_harm_are_information() -> None:
     assert Severity.WARNING in heard("exploding_gradient", both(grown, loss(lambda t, v: 2.3)))
 
 
-@pytest.mark.parametrize(("notes", "cause"), [({"largest_dropout": 0.95}, "dropout too strong"), ({"linear_chain": ("0", "2")}, "no activation between layers")])
+MAKES: list[tuple[dict[str, Any], str]] = [({"largest_dropout": 0.95}, "dropout too high"), ({"linear_chain": ("0", "2")}, "no nonlinearity")]
+
+
+@pytest.mark.parametrize(("notes", "cause"), MAKES)
 def test_what_a_network_is_made_of_speaks_where_the_loss_stands(notes: dict[str, Any], cause: str) -> None:
     """A plateau warns with the network's make as its cause; the same make is silent while the loss falls, and a plateau alone informs."""
     stands = loss(lambda t, v: 2.3 + 0.01 * math.sin(t))
@@ -121,7 +124,7 @@ def train(model: nn.Module, criterion: Any, steps: int = 12, act: bool = False) 
 
 
 def test_moving_targets_and_the_losses_of_others_are_known() -> None:
-    """A network that runs without gradients before its loss has moving targets, unless it classifies; a loss through another trainable network is no order."""
+    """A network that runs without gradients before its loss has moving targets, unless it classifies; so has a loss through another trainable network."""
     from lossguard.advice import informational
 
     torch.manual_seed(0)

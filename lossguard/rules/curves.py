@@ -78,6 +78,9 @@ class LossSpike:
 
     def _stood(self, history: History, losses: Array, fresh: int) -> Finding | None:
         """A loss that leapt to a new level as long ago as the run took to learn at first, judged by whether it was learned anew."""
+        held = losses[-(levels.WAIT[1] + fresh + self.settle) :]
+        if held.min() > 0 and not held.max() > (1 + self.rise) * held.min():
+            return None  # nothing has leapt for as long as is waited
         wait = levels.patience(history, losses)
         end = len(losses) - wait
         if end <= self.least:
@@ -159,7 +162,8 @@ class LossSpike:
         """What else changed at this step: the learning rate, the size of updates, the scale of the input."""
         steps = history.steps()
         before, since = steps < step, steps >= step
-        found: list[tuple[Cause, list[Remedy]]] = []
+        raised = rise(history)
+        found: list[tuple[Cause, list[Remedy]]] = [] if raised is None else [raised]
         if before.sum() < self.settle or not since.any():
             return found
         lr = history.fact("lr")
@@ -174,7 +178,7 @@ class LossSpike:
             if new > self.jumped * old > 0:
                 grown = f"updates grew from {number(old)} to {number(new)} of the weights"
                 found.append((Cause("learning rate too high", 0.6, grown), [lr_remedy(history, 0.1)]))
-        others = [overwritten(history), rise(history), term(history), leap(history, step)]
+        others = [overwritten(history), term(history), leap(history, step)]
         found += [pair for pair in others if pair is not None]
         rms = history.last("input_rms")
         if rms.size:
