@@ -120,7 +120,7 @@ def test_csv_is_continued_and_other_files_are_not_touched(tmp_path):
     train(CSV(path), steps=5)
     assert [int(r["step"]) for r in csv.DictReader(path.open())] == [*range(5), *range(5)]
     other.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="is no CSV file of this version .*'a,b'.*give another path"):
+    with pytest.raises(ValueError, match=r"is no CSV file of this version .*'a,b'.*give another path"):
         CSV(other)
     assert other.read_text() == "a,b\n1,2\n"
 
