@@ -51,8 +51,8 @@ class Guard:
     is stepped for each. loss_family: such as ``"adversarial"`` where the loss's fall means nothing. lag: steps between
     recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
     plain loop, ``"explicit"`` for trainers that call ``after_backward`` themselves, once before each update. agree: whether
-    the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several. compiled: look into what ``torch.compile`` makes,
-    at the price of a second compilation and of other rounding in sampled steps where the compiler fuses.
+    the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several.
+    compiled: look into what ``torch.compile`` makes, at the price of a second compilation and of other rounding in sampled steps where the compiler fuses.
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class Lambda(nn.Module):
 
 def mlp(*widths: int, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), act()]
     return nn.Sequential(*layers[:-1])
 
@@ -332,7 +333,7 @@ def multihead_attention_with_weights() -> Job:
             self.head = nn.Linear(16, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            out, weights = self.attend(self.query.expand(len(x), -1, -1), x, x, key_padding_mask=torch.zeros(x.shape[:2], dtype=torch.bool))
+            out, _ = self.attend(self.query.expand(len(x), -1, -1), x, x, key_padding_mask=torch.zeros(x.shape[:2], dtype=torch.bool))
             return self.head(out[:, 0])
 
     return classify(Pool(), 5, 6)

@@ -159,7 +159,7 @@ def test_statistics_are_those_of_eager(way, backend):
 
 @pytest.mark.parametrize(("way", "backend"), [("wrapper", "aot_eager"), ("blocks in place", "eager"), ("step function", "eager"), *INDUCTOR])
 def test_unasked_the_guard_puts_nothing_inside(way, backend):
-    """Without compiled=True not a bit of the run changes and nothing is compiled again; gradients, updates and logits are measured, the rest is listed with its remedy."""
+    """Without compiled=True no bit changes and nothing is compiled again; gradients and updates are measured, the rest is listed with its remedy."""
     _, losses, bare = train(net(backend=backend), way=way, backend=backend, guarded=False)
     torch._dynamo.reset()
     expected, _, _ = train(net(backend=backend))

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lossguard.device.graph import VIEWS
-from lossguard.device.tape import Row, Scale as Scales, Sites
+from lossguard.device.tape import Row, Sites
+from lossguard.device.tape import Scale as Scales
 
 ROWS = 64  # queries, and keys, of one sequence that are looked at
 LOOKS = 2  # sampled steps without an attention after which none is looked for
@@ -110,7 +111,7 @@ def _attention(node: Any) -> tuple[Tensor, Tensor, Scale] | None:
             return (node._saved_query, node._saved_key, factor) if not hooked() else (_NOTHING, _NOTHING, None)
         if name.startswith(SOFTMAXES):
             softmax = True
-            shape = node._input_metadata[0].shape if hasattr(node, "_input_metadata") else ()
+            shape = tuple(node._input_metadata[0].shape) if hasattr(node, "_input_metadata") else ()
             heads = shape[-3] if len(shape) > 3 else 0  # (sequences, heads, queries, keys); else sequences and heads in one
         elif softmax and name.startswith(SCALINGS):
             one = _factor(node, name)

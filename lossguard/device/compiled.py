@@ -139,10 +139,10 @@ def _look(context: Any) -> None:
         if type(module) is nn.CrossEntropyLoss:
             _found[0] = CRITERION
             return
-        known = next((modules[id(module)] for modules in asked if id(module) in modules), None)
-        if known is not None and len(_calls) < MOST:
+        names = next((modules[id(module)] for modules in asked if id(module) in modules), None)
+        if names is not None and len(_calls) < MOST:
             _found[0] = len(_calls)
-            _calls.append(_Call(*_place(translator.output), *known))
+            _calls.append(_Call(*_place(translator.output), *names))
     except Exception:  # another version of Dynamo: nothing is put inside, and the coverage says that nothing was seen
         return
 
@@ -217,7 +217,7 @@ def _shared(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(reversed(first), reversed(second), strict=False)) if x != y), min(len(first), len(second)))
 
 
-_library: list[torch.library.Library] = []
+_library: list[Any] = []
 
 
 def _define() -> None:
@@ -225,7 +225,7 @@ def _define() -> None:
     if _library:
         return
     tags = [getattr(torch.Tag, name) for name in ("flexible_layout", "cudagraph_unsafe") if hasattr(torch.Tag, name)]
-    library = torch.library.Library("lossguard", "FRAGMENT")
+    library: Any = torch.library.Library("lossguard", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define("tap(Tensor output, Tensor[] given, Tensor? anchor, Tensor(a!) token, int number, bool graded) -> ()", tags=tags)
     library.impl("tap", _ran, "CompositeExplicitAutograd")
     torch.library.register_fake("lossguard::tap", lambda output, given, anchor, token, number, graded: None, lib=library)

@@ -25,8 +25,8 @@ WITNESSES = 3  # parameters of an optimizer whose gradient hook tells that a bac
 class Taps:
     """Hooks that call a recorder. after_backward: called when a backward pass has ended and somebody listens.
 
-    compiled: whether compiled code is looked into. listening: whether this step's backward pass and updates matter, as on sampled steps; otherwise no gradient has a hook.
-    watch: calls its argument and swallows what that raises, so that a hook's own fault never reaches the loop.
+    compiled: whether compiled code is looked into. listening: whether this step's backward pass and updates matter, as on
+    sampled steps; otherwise no gradient has a hook. watch: calls its argument and swallows what that raises, so that a hook's own fault never reaches the loop.
     """
 
     def __init__(

@@ -22,8 +22,8 @@ def derive(values: Mapping[str, tuple[Sites, npt.NDArray[Any]]], roots: Array) -
     """The values that are kept, and those that follow. roots: square roots of the parameters' elements.
 
     update_ratio: |dw| / |w|; grad_rms: |g| / sqrt(n); grad_total: the norm over all parameters; sample_variance: variance
-    over the samples of a batch over the mean square; label_nll, confident_wrong: over the rows whose label is a class; attention_logit, attention_head: the largest
-    number of an attention's heads, and which head has it (the first that is not a number, where there is one).
+    over the samples of a batch over the mean square; label_nll, confident_wrong: over the rows whose label is a class;
+    attention_logit, attention_head: the largest number of an attention's heads, and whose it is (NaN counts as the largest).
     """
     found: Values = {name: numbers for name, numbers in values.items() if name not in PARTS}
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
