@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lossguard.device import signals
 from lossguard.device.bank import NORMS
+from lossguard.device.compiled import SWITCH
 from lossguard.device.recorder import Recorder
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
@@ -55,7 +56,8 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
     quiet = sorted(name for name, _ in recorder.modules.values() if name not in recorder.fired)
     if quiet:
         shown = ", ".join(quiet[:5]) + (f" and {len(quiet) - 5} more" if len(quiet) > 5 else "")
-        unseen["activations"] = f"no forward pass in training mode was seen of {shown}: compiled, frozen, unused, or called past its __call__"
+        why = _why_quiet(recorder)
+        unseen["activations"] = f"no forward pass in training mode was seen of {shown}: {why}"
     if not backward_seen and "grad_norm" not in observed:
         unseen["gradients"] = "no backward pass was seen to end between two guard steps"
     elif "update_norm" not in observed:
@@ -85,3 +87,11 @@ def _of_all_ranks(recorder: Recorder, history: History) -> dict[str, str]:
         custom = [s.name for tap in ("gradient", "weight", "update") for s in signals.of(tap) if s.name not in NORMS]
         unseen.update({f"signal {name}": "a signal of your own cannot be joined over the ranks that hold a parameter's parts" for name in custom})
     return unseen
+
+
+def _why_quiet(recorder: Recorder) -> str:
+    if SWITCH.forbidden:
+        return "compiled, and torch._dynamo.config.error_on_recompile forbids the second variant that compiled=True needs"
+    if SWITCH.traced and not recorder.looks_inside:
+        return "compiled (Guard(compiled=True), made before the first call, looks inside), frozen, unused, or called past its __call__"
+    return "compiled before the guard was made (make it before the first call, or call torch._dynamo.reset()), frozen, unused, or called past its __call__"

@@ -33,6 +33,7 @@ DERIVED = {
     "frozen_update": "largest change of a sample of parameters that do not require a gradient", "weight_range": "largest less smallest weight of a tensor",
     "attention_logit": "largest logit of sampled queries and keys of an attention",
     "weight_print": "projection of a weight tensor on fixed random signs, compared over ranks",
+    "attention_head": "which head of an attention has the largest logit",
     "net_update": "L2 norm of the weights at the iteration's end less those before the update", "void_update": "change of weights by a step without gradients",
     "outside_update": "change of parameters that no optimizer holds",
     "label_nll": "mean negative log-likelihood of the labels", "update_ratio": "update norm over weight norm",

@@ -64,6 +64,8 @@ class Guard(Keeper, Teller):
     the step again and names the operation (holds a copy of the weights and ``lag + 2`` batches; see ``lossguard.culprit``).
     stall: whether a thread watches for ``stalled_training``, or the least number of seconds it waits; None: where ranks agree.
     recover: what is tried before a halt, a ``lossguard.recovery.Ladder``; None for nothing.
+    compiled: look into what ``torch.compile`` makes, at the price of a second compilation and of other rounding in sampled
+    steps where the compiler fuses.
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 
@@ -103,6 +105,7 @@ class Guard(Keeper, Teller):
         locate: Callable[[Any, Any], Any] | None = None,
         stall: bool | float | None = None,
         recover: Ladder | None = None,
+        compiled: bool = False,
     ) -> None:
         model = arguments.a_model(model)
         parameters = list(model.parameters())
@@ -144,7 +147,7 @@ class Guard(Keeper, Teller):
         self._overdue: Finding | None = None  # what the coming step halts for
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
         watching.take_over(model, self)
-        self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
+        self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks", compiled=compiled)
         settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity, getattr(recover, "settings", None))
         self._agreement = cluster.agreement(settings, model, self._history) if agreement.wanted(agree) else None
         stall = False if "stalled_training" in self._muted else stall

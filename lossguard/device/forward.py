@@ -128,7 +128,7 @@ class Forward:
             if output._version != version:
                 self._at_once.add(site.index)  # overwritten in place: too late for this step
                 continue
-            key = (output.shape, site.channels_first, output.dtype, output.device)
+            key = (output.shape, site.channels_first and outputs.in_rows(output), site.channels_first, output.dtype, output.device)
             if key in groups:
                 groups[key].append((site, output))
             else:

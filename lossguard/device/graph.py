@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+Shape = tuple[int, ...]
 MAX_NODES = 50_000  # nodes walked at most, once: about 2 us each
 
 FAMILIES = {
@@ -59,14 +60,15 @@ class GraphFacts:
     opaque: set[str] = field(default_factory=set)  # regions that cannot be read, such as "compiled"
 
 
-def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collection[Any] = ()) -> GraphFacts:
+def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collection[Any] = (), inside: Sequence[tuple[Any, Shape]] = ()) -> GraphFacts:
     """Walk the graph behind the loss, or behind its terms. producers: graph node of a module's output -> that module's
-    key. hooked: the nodes among them that a ReLU module made."""
+    key. hooked: the nodes among them that a ReLU module made. inside: keys and output shapes of module calls in compiled
+    code, in order, which have no node of their own."""
     facts = GraphFacts()
     roots = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     for root in roots:
         if facts.head is None:
-            _read_head(root, producers, facts)
+            _read_head(root, producers, facts, inside)
     facts.nonnegative = bool(roots) and len(roots) == len(losses) and all(_keeps_sign(root) for root in roots)
     facts.safe = safe(losses)
     seen, queue, divided = set(roots), deque(roots), False
@@ -149,13 +151,13 @@ def _unscaled(node: Any) -> Any:
     return node
 
 
-def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts) -> None:
+def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts, inside: Sequence[tuple[Any, Shape]]) -> None:
     """The softmax nearest to the loss that no parameter stands before, and the module output that feeds it."""
     seen, queue = {root}, deque([root])
     while queue and len(seen) < 256:  # the loss's own nodes are few
         node = queue.popleft()
         if node.name() in SOFTMAXES and node.next_functions:
-            found = _through_views(node, producers)
+            found = _through_views(node, producers, inside)
             if found is not None:
                 facts.head, facts.head_dim = found
                 return
@@ -167,21 +169,22 @@ def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts) -> No
                 queue.append(child)
 
 
-def _through_views(softmax: Any, producers: Mapping[Any, Any]) -> tuple[Any, int] | None:
+def _through_views(softmax: Any, producers: Mapping[Any, Any], inside: Sequence[tuple[Any, Shape]]) -> tuple[Any, int] | None:
     """The producer of a softmax's logits, and which dimension of its output the softmax runs over."""
     dim, node = _saved(softmax, "_saved_dim"), softmax
     for _ in range(32):
-        below = node.next_functions[0][0] if node.next_functions else None
+        below, output = node.next_functions[0] if node.next_functions else (None, 0)
         if below is None or not (node is softmax or hasattr(node, "_input_metadata")):
             return None  # nothing behind it, or a torch that does not tell the shapes of views
-        moved = dim if node is softmax else _before(node, dim, _shape(node), _shape(below))
+        shape = tuple(below._input_metadata[output].shape)
+        moved = dim if node is softmax else _before(node, dim, _shape(node), shape)
         if moved is None:
             return None
         node, dim = below, moved
         if node in producers:
             return producers[node], dim
         if not node.name().rstrip("0123456789").startswith(VIEWS):
-            return None
+            return next(((key, dim) for key, given in reversed(inside) if given == shape), None)  # what compiled code gave
     return None
 
 

@@ -6,7 +6,7 @@ The recorder owns banks (parameters), the forward collector and the rows; who ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +19,12 @@ from lossguard.device import graph, roles, shards, signals
 from lossguard.device.bank import Bank
 from lossguard.device.clearing import Clearing
 from lossguard.device.extras import Extras
-from lossguard.device.forward import Forward, Site
+from lossguard.device.forward import SMALL, Forward, Site
 from lossguard.device.functional import GradientRows
 from lossguard.device.grouping import banks_of
 from lossguard.device.joint import Joint
 from lossguard.device.logits import logits_numbers
-from lossguard.device.outputs import first_tensor, float_tensors, watched
+from lossguard.device.outputs import addresses, first_tensor, float_tensors, watched
 from lossguard.device.tape import Layout, Row
 
 MAX_HEADS = 16  # explicit softmax modules watched besides the one at the loss
@@ -68,6 +68,9 @@ class Recorder:
         self._functional = GradientRows()
         self.joint = Joint(self.forward.units)
         self.forward.joint = self.joint
+        self.looks_inside = False  # whether compiled code is looked into
+        self._inside: list[tuple[str, tuple[int, ...]]] = []  # module calls in compiled code, in the first recorded step only, and their shapes
+        self._anchors: Mapping[int, Sequence[str]] = {}
         self.extras = Extras(model, optimizers)
 
     # ---- phases
@@ -81,6 +84,8 @@ class Recorder:
             self.facts, self._carried = self._carried, {}
         self.targets = None
         self._head_seen, self._first_module = False, True
+        self._anchors = {}
+        self._inside.clear()
         for held in (self._producers, self._missing, self._kept_before, self._updated):
             held.clear()
         self.forward.begin()
@@ -100,6 +105,20 @@ class Recorder:
             self.extras.ran_with_gradients(module)
         if site is None or not self.forward.keep(site, output):
             self._record_module(module, *self.asked[id(module)], args, output)
+
+    def called_inside(self, name: str, kind: str, given: tuple[Tensor, ...], output: Tensor, graded: bool) -> None:
+        """The forward pass of a module ended inside compiled code, whose memory is the compiler's: small outputs are copied."""
+        if not self.on or not output.is_floating_point():
+            return
+        if not graded:
+            self.extras.ran_without_gradients(self.model)
+        self._record_module(self.model, name, kind, given, output.clone() if output.numel() <= SMALL else output)
+
+    def anchors(self) -> Mapping[int, Sequence[str]]:
+        """Address of each watched module's first parameter -> the modules that hold it; looked up once a step."""
+        if not self._anchors:
+            self._anchors = addresses(self.model, self.modules)
+        return self._anchors
 
     def criterion_called(self, args: tuple[Any, ...]) -> None:
         """A ``nn.CrossEntropyLoss`` was called: its logits, and its targets."""
@@ -296,6 +315,8 @@ class Recorder:
         self.extras.module_called(site.index, site.name, kind, args, tensor, self.row(tensor.device))
         if self.graph is None and tensor.grad_fn is not None:
             self._producers[tensor.grad_fn] = site.name
+        elif self.graph is None and module is self.model:
+            self._inside.append((site.name, tuple(tensor.shape)))
         elif self.graph is not None and self.graph.head == site.name and not self._criterion_seen:
             self._logits(tensor, self.graph.head_dim if tensor.dim() > 1 else 0, self.targets)
         elif self.graph is not None and not first and kind not in SOFTMAXES and site.name == name and not self.extras.wants(site.index, tensor):
@@ -332,7 +353,9 @@ class Recorder:
 
     def _read_graph(self, losses: Sequence[Tensor]) -> None:
         relus = {s.name for s in self.forward.sites if s.kind in signals.RELU_KINDS}
-        self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus})
+        self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus}, self._inside)
+        if any(name in relus for name, _ in self._inside):
+            self.graph.relu_parameters.clear()  # the graph does not tell its ReLUs from those that were seen inside compiled code
         self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
 
     def _tell_of_clearing(self, index: int) -> None:

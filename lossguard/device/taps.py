@@ -1,44 +1,48 @@
 """Where the recorder's phases are called from in a plain loop: hooks on modules, gradients and optimizers.
 
-Nothing is measured here and nothing is attached to the model's modules: forward passes are seen through one global hook
-that exists during sampled steps only, so copies and pickles of the model carry nothing of the guard.
+Nothing is measured here and nothing is attached to the model's modules: forward passes are seen through the process's one
+global hook (``listening``), so copies and pickles of the model carry nothing of the guard.
 """
 
 from __future__ import annotations
 
-import sys
-import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 
+from lossguard.device import listening
 from lossguard.device.recorder import Recorder
 
-COMPILED = r"Using `torch\.compile\(module\)` when there are global hooks"
+FIRST = 2  # steps for which the forward hook stays, sampled or not: what is compiled in them is compiled under it
 WITNESSES = 3  # parameters of an optimizer whose gradient hook tells that a backward pass is under way
 
 
 class Taps:
     """Hooks that call a recorder. after_backward: called when a backward pass has ended and somebody listens.
 
-    listening: whether this step's backward pass and updates matter, as on sampled steps; otherwise no gradient has a hook.
-    watch: calls its argument and swallows what that raises, so that a hook's own fault never reaches the loop.
+    compiled: whether compiled code is looked into. listening: whether this step's backward pass and updates matter, as on
+    sampled steps; otherwise no gradient has a hook. watch: calls its argument and swallows what that raises, so that a hook's own fault never reaches the loop.
     """
 
     def __init__(
-        self, recorder: Recorder, after_backward: Callable[[], None], after_update: Callable[[int], None], watch: Callable[..., Any], *, backward: bool
+        self,
+        recorder: Recorder,
+        after_backward: Callable[[], None],
+        after_update: Callable[[int], None],
+        watch: Callable[..., Any],
+        *,
+        backward: bool,
+        compiled: bool = False,
     ) -> None:
         self.listening = False
         self.backward_seen = False
         self._recorder = recorder
         self._after_backward, self._after_update, self._watch = after_backward, after_update, watch
-        self._forward: list[Any] = []
         self._handles: list[Any] = []
         self._grad_handles: list[Any] = []
         self._hooked: list[Tensor] = []
@@ -46,37 +50,48 @@ class Taps:
         self._arrived: dict[int, int] = {}  # backward pass of this step -> gradients that arrived in it
         self._witnesses: list[Tensor] = []
         self._reached = 0  # parameters with a gradient when the last backward pass ended
-        self._watch_backward = backward
+        self._watch_backward, recorder.looks_inside = backward, compiled
         mine = weakref.ref(self)
         for i, optimizer in enumerate(recorder.optimizers):
             self._handles.append(optimizer.register_step_pre_hook(partial(_before_step, mine, i)))
             self._handles.append(optimizer.register_step_post_hook(partial(_after_step, mine, i)))
-        weakref.finalize(self, _remove, self._handles, self._grad_handles, self._forward).atexit = False
+        self._steps = 0
+        self._key = listening.attach(self)
+        weakref.finalize(self, _let_go, self._key, self._handles, self._grad_handles).atexit = False
         self.rehook()
 
     def watch_forward(self, on: bool) -> None:
-        """Attach or remove the one global forward hook."""
-        if on and not self._forward:
-            mine = weakref.ref(self)
+        """Whether the coming step's forward passes are recorded."""
+        self._steps += 1
+        listening.listen(self._key, self, on, keep=self._steps <= FIRST)
 
-            def forward_ended(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if torch.compiler.is_compiling():  # a constant while compiling: the compiled code keeps no trace of the hook
-                    return
-                taps = mine()
-                if taps is None:
-                    return
-                known = taps._recorder.asked.get(id(module))
-                if known is not None:
-                    taps._watch(taps._recorder.module_called, module, args, output, part=known[0])
-                elif type(module) is nn.CrossEntropyLoss:
-                    taps._watch(taps._recorder.criterion_called, args, part="CrossEntropyLoss")
-                elif isinstance(module, nn.parallel.DistributedDataParallel):
-                    taps._watch(taps._recorder.wrapper_called, module)
+    def forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A module was called, outside of compiled code."""
+        known = self._recorder.asked.get(id(module))
+        if known is not None:
+            self._watch(self._recorder.module_called, module, args, output, part=known[0])
+        elif type(module) is nn.CrossEntropyLoss:
+            self._watch(self._recorder.criterion_called, args, part="CrossEntropyLoss")
+        elif isinstance(module, nn.parallel.DistributedDataParallel):
+            self._watch(self._recorder.wrapper_called, module)
 
-            _expect_compiled_modules()
-            self._forward.append(register_module_forward_hook(forward_ended))
-        elif not on:
-            _remove(self._forward)
+    @property
+    def known(self) -> Mapping[int, tuple[str, str]]:
+        """The modules that are watched inside compiled code too."""
+        return self._recorder.modules if self._recorder.looks_inside else {}
+
+    @property
+    def anchors(self) -> Mapping[int, Sequence[str]]:
+        """Which watched module is where, by the memory of its first parameter; as of this step."""
+        return self._recorder.anchors()
+
+    def inside(self, name: str, kind: str, given: tuple[Tensor, ...], output: Tensor, graded: bool) -> None:
+        """A module was called inside compiled code."""
+        self._watch(self._recorder.called_inside, name, kind, given, output, graded, part=name)
+
+    def criterion(self, logits: Tensor, targets: Tensor) -> None:
+        """A ``nn.CrossEntropyLoss`` was called inside compiled code."""
+        self._watch(self._recorder.criterion_called, (logits, targets), part="CrossEntropyLoss")
 
     def listen(self, on: bool) -> None:
         """Whether the coming step's backward pass and updates matter."""
@@ -106,7 +121,7 @@ class Taps:
 
     def close(self) -> None:
         """Take everything off."""
-        _remove(self._handles, self._grad_handles, self._forward)
+        _let_go(self._key, self._handles, self._grad_handles)
 
     # ---- inside
 
@@ -180,11 +195,9 @@ def _after_step(mine: weakref.ref[Taps], index: int, optimizer: Optimizer, args:
         taps._after_update(index)
 
 
-def _expect_compiled_modules() -> None:
-    """torch warns at calls of a compiled module while a global hook exists. Ours ignores compiled modules, so that its
-    user has nothing to heed. Added once: a change of the filters makes Python show every old warning again."""
-    if "torch._dynamo" in sys.modules and not any(f[0] == "ignore" and f[1] is not None and f[1].pattern == COMPILED for f in warnings.filters):
-        warnings.filterwarnings("ignore", message=COMPILED, category=UserWarning)
+def _let_go(key: int, *handles: list[Any]) -> None:
+    listening.detach(key)
+    _remove(*handles)
 
 
 def _remove(*handles: list[Any]) -> None:
