@@ -35,10 +35,10 @@ from lossguard.safekeeping import Keeper
 from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
 from lossguard.skipping import Skipping
+from lossguard.snapshot import State
 from lossguard.telling import Teller
 from lossguard.trackers.feed import Feed
 from lossguard.watchdog import Watchdog
-from lossguard.snapshot import State
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 

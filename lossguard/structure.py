@@ -54,9 +54,7 @@ def _linear(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
     if not first:
         return None
     because = f"{first} and {second} are linear with nothing between them: together they are one linear layer"
-    return Cause("no nonlinearity", 0.75, because), [
-        Remedy(f"put a ReLU between {first} and {second}", {"activation": "relu", "parameter": first})
-    ]
+    return Cause("no nonlinearity", 0.75, because), [Remedy(f"put a ReLU between {first} and {second}", {"activation": "relu", "parameter": first})]
 
 
 def _narrow(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
