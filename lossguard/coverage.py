@@ -40,7 +40,7 @@ def survey(
     observed.update(history.observed())
     unseen = recorder.unread()
     unseen.update({f"signal {name}": f"failed and reads NaN ({why})" for name, why in signals.BROKEN.items()})
-    unseen.update({entry.partition(": ")[0]: entry.partition(": ")[2] for entry in recorder.forward.unwatched})
+    unseen.update({entry.partition(": ")[0]: entry.partition(": ")[2] for entry in recorder.passes.forward.unwatched})
     if steps:
         unseen.update(_after_steps(recorder, observed, backward_seen))
         unseen.update(_of_all_ranks(recorder, history))
@@ -53,7 +53,7 @@ def survey(
 
 def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: bool) -> dict[str, str]:
     unseen: dict[str, str] = {}
-    quiet = sorted(name for name, _ in recorder.modules.values() if name not in recorder.fired)
+    quiet = sorted(name for name, _ in recorder.passes.modules.values() if name not in recorder.passes.fired)
     if quiet:
         shown = ", ".join(quiet[:5]) + (f" and {len(quiet) - 5} more" if len(quiet) > 5 else "")
         why = _why_quiet(recorder)
@@ -63,10 +63,11 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
     elif "update_norm" not in observed:
         unseen["updates"] = "no step of an optimizer was seen since the guard was attached"
     unseen.update({name: why for name, _, why in (entry.partition(": ") for entry in recorder.extras.attention.hidden)})
-    if recorder.graph is not None and recorder.graph.attentions and not recorder.extras.attention.sites:
-        unseen["attention logits"] = f"{recorder.graph.attentions} fused attentions whose output no watched Linear takes: their logits stay inside the kernel"
-    if recorder.graph is not None:
-        unseen.update({f"graph region ({what})": "its inside cannot be read for roles and functional ReLUs" for what in sorted(recorder.graph.opaque)})
+    graph = recorder.passes.graph
+    if graph is not None and graph.attentions and not recorder.extras.attention.sites:
+        unseen["attention logits"] = f"{graph.attentions} fused attentions whose output no watched Linear takes: their logits stay inside the kernel"
+    if graph is not None:
+        unseen.update({f"graph region ({what})": "its inside cannot be read for roles and functional ReLUs" for what in sorted(graph.opaque)})
     if "logit_peak" not in observed:
         unseen["softmax logits"] = "no softmax was found at the loss; pass them with guard.step(loss, logits=...) if there is one"
     return unseen
@@ -79,7 +80,7 @@ def _of_all_ranks(recorder: Recorder, history: History) -> dict[str, str]:
     if joint.over is not None or void:
         own = f": {joint.faults[0]}" if joint.faults else ""
         unseen["numbers of all ranks"] = joint.over or f"a rank could not measure its part in {void} samples, which were dropped on all{own}"
-    apart = joint.apart([s.index for s in recorder.forward.sites if s.kind in signals.RELU_KINDS])
+    apart = joint.apart([s.index for s in recorder.passes.forward.sites if s.kind in signals.RELU_KINDS])
     if apart is not None:
         unseen["dead units of all ranks"] = f"dead_fraction is of this rank's batches alone: {apart}"
     if any(bank.sharded for bank in recorder.banks):
@@ -92,6 +93,6 @@ def _of_all_ranks(recorder: Recorder, history: History) -> dict[str, str]:
 def _why_quiet(recorder: Recorder) -> str:
     if SWITCH.forbidden:
         return "compiled, and torch._dynamo.config.error_on_recompile forbids the second variant that compiled=True needs"
-    if SWITCH.traced and not recorder.looks_inside:
+    if SWITCH.traced and not recorder.passes.looks_inside:
         return "compiled (Guard(compiled=True), made before the first call, looks inside), frozen, unused, or called past its __call__"
     return "compiled before the guard was made (make it before the first call, or call torch._dynamo.reset()), frozen, unused, or called past its __call__"

@@ -27,6 +27,7 @@ from lossguard.host.history import History
 from lossguard.host.intake import Intake
 from lossguard.introduce import Introduction
 from lossguard.locating import Locator
+from lossguard.phases import Phased
 from lossguard.pulses import Pulses, check_loss, evaluation
 from lossguard.recovery import Calls, Ladder, Recovery
 from lossguard.rules import Rule
@@ -43,7 +44,7 @@ from lossguard.watchdog import Watchdog
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
 
-class Guard(Keeper, Teller):
+class Guard(Keeper, Teller, Phased):
     """Watches one training run.
 
     model: any ``nn.Module``. optimizers: one ``torch.optim.Optimizer`` or a list. every: interval, in steps, of the
@@ -266,37 +267,6 @@ class Guard(Keeper, Teller):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    # ---- phases, for trainers that know better than hooks
-
-    def abandon(self) -> None:
-        """This iteration has no loss and counts as no step: forget what it recorded."""
-        if not self.closed:
-            self._open_step()
-
-    def watch_forward(self, on: bool) -> None:
-        """Whether forward passes count from here on in this step: of an update's several micro-batches one suffices."""
-        self._taps.watch_forward(on and self._recorder.on and not self.closed)
-
-    def after_backward(self, *, unscaled: bool = False) -> None:
-        """A backward pass ended; gradients are complete and unclipped. unscaled: they have their true scale already."""
-        if self.closed or self._quiet:
-            return
-        self._schedule.update_tried = self._explicit
-        self._faults.watch(self._recorder.backward_done, unscaled=unscaled)
-        self._skipping.judge(None if unscaled else getattr(self._scaler, "_scale", None))
-
-    def before_update(self, index: int = 0) -> None:
-        """Optimizer ``index`` is about to step on gradients as they are now, clipped or not. Its own hook says so too."""
-        if not self.closed and not self._quiet:
-            self._faults.watch(self._recorder.before_update, index)
-
-    def after_update(self, index: int = 0) -> None:
-        """Optimizer ``index`` stepped. Its own hook says so too."""
-        if self.closed or self._quiet:
-            return
-        self._schedule.update_seen = True
-        self._faults.watch(self._recorder.after_update, index)
-
     # ---- what is left of it
 
     def report(self, path: str | Path) -> Path:
@@ -323,7 +293,7 @@ class Guard(Keeper, Teller):
 
     def _show(self, inputs: Any, targets: Any, *, handed: bool) -> None:
         self._batches += 1
-        self._recorder.targets = targets if isinstance(targets, Tensor) else None
+        self._recorder.passes.targets = targets if isinstance(targets, Tensor) else None
         self._pulses.show((inputs, targets), handed=handed)
         if self._record:
             self._faults.watch(self._aftermath.show, self.steps, self._batches - 1, (inputs, targets))
@@ -337,7 +307,7 @@ class Guard(Keeper, Teller):
         self._skipping.begin()
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
             self._taps.listen(bool(self._skipping) or self._recorder.expects_clearing)
-            self._recorder.targets = None
+            self._recorder.passes.targets = None
             if not self._taps.listening and not self._locator:
                 self._quiet = self._schedule.next_due(self.steps) - self.steps - 1
             return

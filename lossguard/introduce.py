@@ -20,11 +20,11 @@ class Introduction:
     def update(self) -> None:
         """Pass on what is known by now."""
         history, recorder = self._history, self._recorder
-        if recorder.roster is not self._named[0] or recorder.graph is not self._named[1]:
-            self._named = recorder.roster, recorder.graph
+        if recorder.roster is not self._named[0] or recorder.passes.graph is not self._named[1]:
+            self._named = recorder.roster, recorder.passes.graph
             self._name_parameters()
-        history.name_units([(s.name, s.kind, s.width) for s in recorder.forward.sites])
-        history.heads = list(recorder.heads)
+        history.name_units([(s.name, s.kind, s.width) for s in recorder.passes.forward.sites])
+        history.heads = list(recorder.passes.heads)
         history.notes["replicated"] = recorder.replicated
 
     def ensure(self) -> None:
@@ -34,7 +34,7 @@ class Introduction:
             self.update()
 
     def _name_parameters(self) -> None:
-        history, roster, graph = self._history, self._recorder.roster, self._recorder.graph
+        history, roster, graph = self._history, self._recorder.roster, self._recorder.passes.graph
         cancelled = graph.cancelled if graph else set()
         history.params = [
             Param(t.name, _numel(t.tensor), t.kind, t.optimizer, str(t.tensor.dtype).removeprefix("torch."), id(t.tensor) in cancelled, t.module)

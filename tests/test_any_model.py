@@ -58,9 +58,9 @@ def check(guard, model, unseen=()):
             assert there or p.name in listed or "no_gradient" in history.facts(), (signal, p.name)
     fired = {u.name.partition("[")[0] for u in history.units}
     if "activations" not in listed:
-        silent = {name for name, _ in guard._recorder.modules.values()} - guard._recorder.fired
+        silent = {name for name, _ in guard._recorder.passes.modules.values()} - guard._recorder.passes.fired
         assert not silent, silent
-    assert fired or "activations" in listed or not guard._recorder.modules
+    assert fired or "activations" in listed or not guard._recorder.passes.modules
 
 
 @pytest.mark.parametrize("name", JOBS)

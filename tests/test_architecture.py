@@ -47,7 +47,7 @@ LAYERS = [
     ("snapshot.py", "recovery_rates.py", "recovery.py"),
     ("record.py", "facts.py", "explain.py", "scalars.py", "trackers/"),
     ("report/",),
-    ("telling.py",),
+    ("telling.py", "phases.py"),
     ("guard.py",),
     ("integrations/", "demo.py", "replay.py", "launch/"),
     ("__init__.py", "__main__.py", "cli.py"),

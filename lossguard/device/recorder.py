@@ -6,7 +6,7 @@ The recorder owns banks (parameters), the forward collector and the rows; who ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,21 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.device import graph, roles, shards, signals
+from lossguard.device import graph, roles
 from lossguard.device.bank import Bank
 from lossguard.device.clearing import Clearing
 from lossguard.device.extras import Extras
-from lossguard.device.forward import SMALL, Forward, Site
 from lossguard.device.functional import GradientRows
 from lossguard.device.grouping import banks_of
 from lossguard.device.joint import Joint
-from lossguard.device.logits import logits_numbers
-from lossguard.device.outputs import addresses, first_tensor, float_tensors, watched
+from lossguard.device.passes import Passes
 from lossguard.device.tape import Layout, Row
-
-MAX_HEADS = 16  # explicit softmax modules watched besides the one at the loss
-SOFTMAXES = ("Softmax", "LogSoftmax")
-MAX_INPUTS = 4  # float inputs of the first module watched
 
 
 class Recorder:
@@ -39,92 +33,39 @@ class Recorder:
         self.model, self.optimizers, self.scaler = model, optimizers, scaler
         self.roster = roles.Roster()
         self.banks: list[Bank] = []
-        self.forward = Forward()
-        self.heads: list[str] = ["loss"]
+        self.extras = Extras(model, optimizers)
+        self.passes = Passes(model, self.extras, self.row)
         self.facts: dict[str, Any] = {}
-        self.graph: graph.GraphFacts | None = None
-        self.targets: Tensor | None = None
         self.on = False
         self.replicated = False  # a wrapper keeps the weights of all ranks equal
         self.printing = False  # whether this step's weights are to be compared over ranks
-        self.modules = watched(model)
-        self.asked = self.modules
         self._dense = True
-        self._few: tuple[int, dict[int, tuple[str, str]]] = (-1, {})  # how many modules were covered, and those that are not
-        self._ordinary: dict[int, Site] = {}  # modules of whose outputs nothing but the common signals is taken
-        self.fired: set[str] = set()  # modules whose hook ever fired
         self._rows: dict[torch.device, Row] = {}
         self._signature: tuple[int, ...] = ()
-        self._producers: dict[Any, str] = {}  # graph node -> module call, in the first recorded step only
-        self._head_seen = False
-        self._criterion_seen = False  # an nn.CrossEntropyLoss shows logits and targets by itself
-        self._first_module = True
-        self._batch_rows: int | None = None
         self._kept_before: set[int] = set()  # banks whose weights before the update are kept in this step
         self._updated: set[int] = set()  # optimizers that stepped in this step
         self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
         self._clearing = Clearing()
         self._carried: dict[str, Any] = {}  # what a step that is not sampled tells of itself: facts of the next sample
         self._functional = GradientRows()
-        self.joint = Joint(self.forward.units)
-        self.forward.joint = self.joint
-        self.looks_inside = False  # whether compiled code is looked into
-        self._inside: list[tuple[str, tuple[int, ...]]] = []  # module calls in compiled code, in the first recorded step only, and their shapes
-        self._anchors: Mapping[int, Sequence[str]] = {}
-        self.extras = Extras(model, optimizers)
+        self.joint = Joint(self.passes.forward.units)
+        self.passes.forward.joint = self.joint
 
     # ---- phases
 
     def begin(self, sampled: bool, *, every_module: bool = True) -> None:
         """A new step starts. every_module: look at modules too whose output shows in the activation that follows."""
         self.on, self._dense = sampled, every_module
-        self.asked = self.modules if every_module else self._needed()
         self.facts = {}
         if sampled:
             self.facts, self._carried = self._carried, {}
-        self.targets = None
-        self._head_seen, self._first_module = False, True
-        self._anchors = {}
-        self._inside.clear()
-        for held in (self._producers, self._missing, self._kept_before, self._updated):
+        for held in (self._missing, self._kept_before, self._updated):
             held.clear()
-        self.forward.begin()
+        self.passes.begin(every_module=every_module)
         self.extras.begin()
         self.joint.begin()
         for row in self._rows.values():
             row.discard()
-
-    def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The forward pass of a module that is ``asked`` ended. Recomputations and evaluation are passed over."""
-        if not torch.is_grad_enabled():
-            self.extras.ran_without_gradients(module)
-        if not module.training or torch._C._current_graph_task_id() != -1:  # an activation checkpoint recomputes: counted already
-            return
-        site = self._ordinary.get(id(module)) if not self._dense and type(output) is Tensor else None
-        if self.extras.may_bootstrap and torch.is_grad_enabled():
-            self.extras.ran_with_gradients(module)
-        if site is None or not self.forward.keep(site, output):
-            self._record_module(module, *self.asked[id(module)], args, output)
-
-    def called_inside(self, name: str, kind: str, given: tuple[Tensor, ...], output: Tensor, graded: bool) -> None:
-        """The forward pass of a module ended inside compiled code, whose memory is the compiler's: small outputs are copied."""
-        if not self.on or not output.is_floating_point():
-            return
-        if not graded:
-            self.extras.ran_without_gradients(self.model)
-        self._record_module(self.model, name, kind, given, output.clone() if output.numel() <= SMALL else output)
-
-    def anchors(self) -> Mapping[int, Sequence[str]]:
-        """Address of each watched module's first parameter -> the modules that hold it; looked up once a step."""
-        if not self._anchors:
-            self._anchors = addresses(self.model, self.modules)
-        return self._anchors
-
-    def criterion_called(self, args: tuple[Any, ...]) -> None:
-        """A ``nn.CrossEntropyLoss`` was called: its logits, and its targets."""
-        if torch.is_grad_enabled() and len(args) == 2 and isinstance(args[0], Tensor) and torch._C._current_graph_task_id() == -1:
-            self._criterion_seen = True
-            self._logits(args[0], 1 if args[0].dim() > 1 else 0, args[1])
 
     def backward_done(self, *, unscaled: bool = False) -> None:
         """All gradients of a backward pass are there, unclipped. Later passes before an update overwrite earlier ones."""
@@ -183,19 +124,16 @@ class Recorder:
             self.build()
         with torch.no_grad():
             if logits is not None:
-                self._head_seen = False
-                self._logits(logits, -1, self.targets)
+                self.passes.handed(logits)
             self.row(self._default_device())
             for k in sorted(self._kept_before):
                 self.banks[k].lay(self._row_of(self.banks[k]), closely=self._dense)
                 if self.printing and not self.banks[k].sharded:
                     self.banks[k].lay_prints(self.row(self.banks[k].device))
             self.extras.finish(self.facts, self.row)
-            self.forward.finish(self.row)
+            if self.passes.finish(losses):
+                self._plan()
             self.facts.update({"loss_is_safe": graph.safe(losses)} if "forced" in self.facts else {})
-            if self.graph is None and any(loss.grad_fn is not None for loss in losses):
-                self._read_graph(losses)
-        self._producers.clear()
         self.facts.setdefault("stepped", 0.0)
         return [row.lay_down() for row in self._rows.values()]
 
@@ -237,17 +175,14 @@ class Recorder:
         # a parameter keeps its index for good: one that was frozen meanwhile stays in the list, held by no optimizer
         kept = [now.pop(t.name, replace(t, optimizer=-1)) for t in old]
         self.roster.trained = [*kept, *now.values()]
-        self.modules = watched(self.model)
-        self._few = (-1, {})
-        self._ordinary.clear()
+        self.passes.rebuild()
         self.banks, elements = banks_of(self.roster, self.joint)
-        self.forward.fit(elements)
+        self.passes.forward.fit(elements)
         self._signature = roles.signature(self.optimizers)
         self._kept_before.clear()
         self._functional.forget()
         self.extras.plan(self.roster.trained)
-        if self.graph is not None:
-            self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
+        self._plan()
 
     def unread(self) -> dict[str, str]:
         """What of the model as it is now is not measured, and why."""
@@ -257,7 +192,7 @@ class Recorder:
         if self.banks:
             known = {id(t.tensor) for t in self.roster.trained}
             found.update({n: "new since parameters were last listed" for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known})
-        found.update({name: "new since modules were last listed" for i, (name, _) in watched(self.model).items() if i not in self.modules})
+        found.update(self.passes.new_modules())
         return found
 
     @property
@@ -273,72 +208,13 @@ class Recorder:
     @property
     def nbytes(self) -> int:
         """Device bytes held."""
-        return sum(b.nbytes for b in self.banks) + sum(r.nbytes for r in self._rows.values()) + self.forward.nbytes + self._functional.nbytes
+        return sum(b.nbytes for b in self.banks) + sum(r.nbytes for r in self._rows.values()) + self.passes.forward.nbytes + self._functional.nbytes
 
     # ---- inside
 
     def _row_of(self, bank: Bank) -> Any:
         """Where a bank's numbers go: into the row, or to the other ranks first."""
         return self.joint if bank.sharded else self.row(bank.device)
-
-    def _needed(self) -> dict[int, tuple[str, str]]:
-        """The modules whose outputs no activation behind them shows."""
-        covered = self.forward.covered
-        if self._few[0] != len(covered):
-            first = self.forward.sites[0].name if self.forward.sites else ""  # what it is given is the input
-            always = {name.partition("[")[0] for name in (first, (self.graph.head if self.graph else None) or "")}
-            needed = {i: known for i, known in self.modules.items() if known[0] not in covered or known[0] in always}
-            self._few = (len(covered), needed)
-        return self._few[1]
-
-    def _record_module(self, module: nn.Module, name: str, kind: str, args: tuple[Any, ...], output: Any) -> None:
-        self.fired.add(name)
-        tensor = output if isinstance(output, Tensor) and output.is_floating_point() else first_tensor(output)
-        if tensor is None or tensor.layout != torch.strided or not tensor.numel():
-            return
-        if shards.is_sharded(tensor):
-            self.forward.unwatched.add(f"{name}: its output is sharded across ranks")
-            return
-        first, self._first_module = self._first_module, False
-        if first:
-            leaves = [x for _, x in zip(range(MAX_INPUTS), float_tensors(args), strict=False)]
-            if leaves:
-                self._batch_rows = leaves[0].shape[0] if leaves[0].dim() > 1 else None
-                with torch.no_grad():
-                    norms = [signals.l2(x) for x in leaves]
-                self.row(leaves[0].device).add_scalars("input_rms", np.arange(len(leaves)), norms, np.array([x.numel() ** -0.5 for x in leaves]))
-        if self._dense:
-            self.forward.follow(name, kind, args[0] if args else None, tensor)
-        site = self.forward.add(name, kind, tensor)
-        if site is None:
-            return
-        self.extras.module_called(site.index, site.name, kind, args, tensor, self.row(tensor.device))
-        if self.graph is None and tensor.grad_fn is not None:
-            self._producers[tensor.grad_fn] = site.name
-        elif self.graph is None and module is self.model:
-            self._inside.append((site.name, tuple(tensor.shape)))
-        elif self.graph is not None and self.graph.head == site.name and not self._criterion_seen:
-            self._logits(tensor, self.graph.head_dim if tensor.dim() > 1 else 0, self.targets)
-        elif self.graph is not None and not first and kind not in SOFTMAXES and site.name == name and not self.extras.wants(site.index, tensor):
-            self._ordinary[id(module)] = site
-        if kind in SOFTMAXES and args and isinstance(args[0], Tensor) and args[0].dim():
-            self._softmax_module(site.name, args[0], getattr(module, "dim", -1))
-
-    def _softmax_module(self, name: str, logits: Tensor, dim: int | None) -> None:
-        if name not in self.heads:
-            if len(self.heads) > MAX_HEADS:
-                return
-            self.heads.append(name)
-        with torch.no_grad():
-            logits_numbers(self.heads.index(name), logits, -1 if dim is None else dim, None, self.row(logits.device))
-
-    def _logits(self, logits: Any, dim: int, targets: Any) -> None:
-        """The softmax at the loss, once a step."""
-        if self._head_seen or not isinstance(logits, Tensor) or not logits.is_floating_point() or not logits.dim() or not logits.numel():
-            return
-        self._head_seen = True
-        with torch.no_grad():
-            logits_numbers(0, logits, dim, targets if isinstance(targets, Tensor) else None, self.row(logits.device))
 
     def _record_bank(self, k: int, bank: Bank) -> None:
         row = self.row(bank.device)
@@ -349,14 +225,11 @@ class Recorder:
         missing = sorted(s for sites in self._missing.values() for s in sites)
         self.facts.pop("no_gradient", None)
         self.facts.update({"no_gradient": tuple(missing)} if missing else {})
-        self._functional.record(k, bank, self._batch_rows, row)
+        self._functional.record(k, bank, self.passes.batch_rows, row)
 
-    def _read_graph(self, losses: Sequence[Tensor]) -> None:
-        relus = {s.name for s in self.forward.sites if s.kind in signals.RELU_KINDS}
-        self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus}, self._inside)
-        if any(name in relus for name, _ in self._inside):
-            self.graph.relu_parameters.clear()  # the graph does not tell its ReLUs from those that were seen inside compiled code
-        self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
+    def _plan(self) -> None:
+        if self.passes.graph is not None:
+            self._functional.plan(self.passes.graph.relu_parameters, self.roster.trained, self.banks, self.passes.forward)
 
     def _tell_of_clearing(self, index: int) -> None:
         share = self._clearing.before_update(self.banks, index)

@@ -50,7 +50,7 @@ class Taps:
         self._arrived: dict[int, int] = {}  # backward pass of this step -> gradients that arrived in it
         self._witnesses: list[Tensor] = []
         self._reached = 0  # parameters with a gradient when the last backward pass ended
-        self._watch_backward, recorder.looks_inside = backward, compiled
+        self._watch_backward, recorder.passes.looks_inside = backward, compiled
         mine = weakref.ref(self)
         for i, optimizer in enumerate(recorder.optimizers):
             self._handles.append(optimizer.register_step_pre_hook(partial(_before_step, mine, i)))
@@ -67,31 +67,33 @@ class Taps:
 
     def forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A module was called, outside of compiled code."""
-        known = self._recorder.asked.get(id(module))
+        known = self._recorder.passes.asked.get(id(module))
         if known is not None:
-            self._watch(self._recorder.module_called, module, args, output, part=known[0])
+            self._watch(self._recorder.passes.module_called, module, args, output, part=known[0])
         elif type(module) is nn.CrossEntropyLoss:
-            self._watch(self._recorder.criterion_called, args, part="CrossEntropyLoss")
+            self._watch(self._recorder.passes.criterion_called, args, part="CrossEntropyLoss")
         elif isinstance(module, nn.parallel.DistributedDataParallel):
             self._watch(self._recorder.wrapper_called, module)
 
     @property
     def known(self) -> Mapping[int, tuple[str, str]]:
         """The modules that are watched inside compiled code too."""
-        return self._recorder.modules if self._recorder.looks_inside else {}
+        return self._recorder.passes.modules if self._recorder.passes.looks_inside else {}
 
     @property
     def anchors(self) -> Mapping[int, Sequence[str]]:
         """Which watched module is where, by the memory of its first parameter; as of this step."""
-        return self._recorder.anchors()
+        return self._recorder.passes.anchors()
 
     def inside(self, name: str, kind: str, given: tuple[Tensor, ...], output: Tensor, graded: bool) -> None:
         """A module was called inside compiled code."""
-        self._watch(self._recorder.called_inside, name, kind, given, output, graded, part=name)
+        if self._recorder.on:
+            self._watch(self._recorder.passes.called_inside, name, kind, given, output, graded, part=name)
 
     def criterion(self, logits: Tensor, targets: Tensor) -> None:
         """A ``nn.CrossEntropyLoss`` was called inside compiled code."""
-        self._watch(self._recorder.criterion_called, (logits, targets), part="CrossEntropyLoss")
+        if self._recorder.on:
+            self._watch(self._recorder.passes.criterion_called, (logits, targets), part="CrossEntropyLoss")
 
     def listen(self, on: bool) -> None:
         """Whether the coming step's backward pass and updates matter."""
