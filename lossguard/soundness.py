@@ -20,8 +20,8 @@ _norms: Any = torch._foreach_norm
 def nonfinite(model: nn.Module, optimizers: Iterable[Optimizer], born: Mapping[str, Tensor] | None = None) -> list[str]:
     """What of a state is not finite, in words; empty if all is. Waits for the device.
 
-    Of tensors that are sharded, this rank's shards. born: flags by :func:`born_finite`; a buffer that was not finite then
-    (a mask, an observer's range) may stay so.
+    Of tensors that are sharded, this rank's shards. born: flags by :func:`born_finite`; a buffer or a frozen weight
+    that was not finite then (a mask, an observer's range) may stay so.
 
     >>> model = nn.Linear(2, 2); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> nonfinite(model, [optimizer])
@@ -34,7 +34,7 @@ def nonfinite(model: nn.Module, optimizers: Iterable[Optimizer], born: Mapping[s
     kinds = {"weights": dict(_weights(model)), "buffers": dict(_buffers(model)), "optimizer tensors": dict(_held(model, optimizers))}
     with torch.no_grad():
         finite = _finite({(kind, name): t for kind, some in kinds.items() for name, t in some.items()})
-    ill = [key for key, well in finite.items() if not well and not (born and key[1] in born and key[0] == "buffers" and not bool(born[key[1]]))]
+    ill = [key for key, well in finite.items() if not well and not (born and key[1] in born and not bool(born[key[1]]))]
     reasons = []
     for kind, some in kinds.items():
         names = [name for k, name in ill if k == kind]
@@ -45,19 +45,20 @@ def nonfinite(model: nn.Module, optimizers: Iterable[Optimizer], born: Mapping[s
 
 
 def born_finite(model: nn.Module) -> dict[str, Tensor]:
-    """For each buffer whether it is finite now: a flag that stays on its device. Reads nothing."""
-    buffers = {("", name): t for name, t in _buffers(model)}
+    """For each buffer and frozen weight whether it is finite now: a flag that stays on its device. Reads nothing."""
+    still = {("", name): t for name, t in (*_buffers(model), *_weights(model)) if not t.requires_grad}
     with torch.no_grad():
-        return {name: flags[i] for keys, flags in _flags(buffers) for i, (_, name) in enumerate(keys)}
+        return {name: flags[i] for keys, flags in _flags(still) for i, (_, name) in enumerate(keys)}
 
 
 def finite_flags(model: nn.Module, optimizers: Iterable[Optimizer], born: Mapping[str, Tensor]) -> list[Tensor]:
     """Flags, 0-d and on their devices, that are all True where :func:`nonfinite` is empty. Reads nothing."""
-    weights = {("weight", name): t for name, t in _weights(model)} | {("held", name): t for name, t in _held(model, optimizers)}
-    buffers = {("", name): t for name, t in _buffers(model)}
+    state = {("", name): t for name, t in (*_weights(model), *_buffers(model))} | {("held", name): t for name, t in _held(model, optimizers)}
+    moving = {key: t for key, t in state.items() if key[0] or key[1] not in born}
+    still = {key: t for key, t in state.items() if key not in moving}
     with torch.no_grad():
-        single = [flags[i] | ~born[name] if name in born else flags[i] for keys, flags in _flags(buffers) for i, (_, name) in enumerate(keys)]
-        return [flags.all() for _, flags in _flags(weights)] + single
+        single = [flags[i] | ~born[name] for keys, flags in _flags(still) for i, (_, name) in enumerate(keys)]
+        return [flags.all() for _, flags in _flags(moving)] + single
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def test_no_read_while_snapshots_are_taken():
             loss.backward()
             optimizer.step()
             guard.step(loss)
-        assert [s.step for s in guard.recovery._good] == [11]
+        assert [s.step for s in guard.recovery._good] == [21]  # that of 31 is not judged yet
         assert all(t.device.type == "cpu" for t in guard.recovery._good[0]._copies())
     guard.close()
 

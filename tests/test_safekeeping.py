@@ -95,9 +95,10 @@ def test_odd_tensors_are_passed_over():
 
 
 def test_a_buffer_that_was_born_infinite_may_stay_so():
-    """A mask of -inf or the first range of an observer is no illness; a statistic that turns infinite is one."""
+    """A mask of -inf, frozen weight or buffer, and an observer's first range are no illness; a statistic that turns infinite is one."""
     model = nn.BatchNorm1d(3)
     model.register_buffer("mask", torch.full((2, 2), -math.inf))
+    model.frozen_mask = nn.Parameter(torch.full((2, 2), -math.inf), requires_grad=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Guard(model, optimizer) as guard:
         assert guard.safe_to_save()

@@ -37,8 +37,8 @@ from transformers import (  # noqa: E402
 
 from lossguard import Severity, TrainingHalted  # noqa: E402
 from lossguard.integrations.hftrainer import Detour, as_text, from_text  # noqa: E402
-from lossguard.integrations.soundness import unsound  # noqa: E402
 from lossguard.integrations.transformers import LossGuardCallback  # noqa: E402
+from lossguard.soundness import nonfinite  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -528,11 +528,12 @@ def test_no_unsound_state_is_saved_over_good_ones(tmp_path, strategy, caplog):
     calls = iter(range(100))
     metric = {"compute_metrics": lambda p: {"steps": float(next(calls))}, "eval_dataset": vectors(16)}  # every evaluation seems better
     model, callback = Plain(), LossGuardCallback(halt=None)
-    with caplog.at_level(logging.ERROR, "lossguard"):
+    with caplog.at_level(logging.WARNING, "lossguard"):
         train(model, vectors(poison=8 * 7 + 1), callback, logging_nan_inf_filter=True, **options, **metric)
     assert checkpoints(tmp_path) == [5]
-    assert "no checkpoint is written at step 9" in caplog.text and "net.0.weight is not finite" in caplog.text
-    assert unsound(model, []) == ""
+    assert "no checkpoint is written: not fit to be saved after 10 steps" in caplog.text and "weights are not finite (net.0.weight" in caplog.text
+    assert "the last good one is" in caplog.text
+    assert nonfinite(model, []) == []
 
 
 def test_saves_are_left_alone_on_request(tmp_path):
@@ -548,20 +549,6 @@ def test_saves_are_left_alone_on_request(tmp_path):
         max_steps=20,
     )
     assert checkpoints(tmp_path) == [10, 20]
-
-
-def test_moments_count_as_state():
-    """A moment of the optimizer that is infinite makes a state unsound as a weight does; what is frozen and masked does not."""
-    model = Plain()
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(2, 8), torch.tensor([0, 1]))["loss"].backward()
-    optimizer.step()
-    assert unsound(model, [optimizer]) == ""
-    optimizer.state[model.net[2].bias]["exp_avg_sq"][1] = math.inf
-    assert unsound(model, [optimizer]) == "exp_avg_sq of net.2.bias"
-    frozen = Plain()
-    frozen.net[0].weight.requires_grad_(False).fill_(-math.inf)
-    assert unsound(frozen, []) == ""
 
 
 # ---- scalars

@@ -35,7 +35,7 @@ def engine(parameter: Tensor) -> str | None:
     """The engine that hides a parameter's true values or gradient from ``.grad``, and what to do; None where there is none."""
     if hasattr(parameter, "_fsdp_flattened") or type(parameter).__name__ == "FlatParameter":
         return "FSDP1 keeps it in a flat shard: use torch.distributed.fsdp.fully_shard, whose parameters are measured"
-    if hasattr(parameter, "_hp_mapping") or any(name.startswith("ds_") for name in vars(parameter)):
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
         return "DeepSpeed ZeRO keeps its gradient in partitions of its own: only deepspeed.utils.safe_get_full_grad sees it"
     return None
 

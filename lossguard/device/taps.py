@@ -6,6 +6,7 @@ global hook (``listening``), so copies and pickles of the model carry nothing of
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -168,13 +169,8 @@ class Taps:
         self._arrived[backward] = before + 1
         if not before:
             engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: engine.queue_callback(self._backward_ended))
-
-    def _backward_ended(self) -> None:
-        self.backward_seen = True
-        self._after_backward()
-        if not self._settled:
-            self._choose_witnesses()
+            ended = partial(_untraced(_backward_ended), self)
+            engine.queue_callback(lambda: engine.queue_callback(ended))
 
     def _choose_witnesses(self) -> None:
         """A few parameters of each optimizer; none while an optimizer has no gradient at all."""
@@ -184,6 +180,25 @@ class Taps:
 
 
 # Hooks hold the taps weakly, so that a forgotten guard is collected and its hooks do nothing.
+
+
+def _backward_ended(taps: Taps) -> None:
+    taps.backward_seen = True
+    taps._after_backward()
+    if not taps._settled:
+        taps._choose_witnesses()
+
+
+def _untraced(function: Callable[[Taps], None]) -> Callable[[Taps], None]:
+    """The function as Dynamo leaves it alone: where a whole step is compiled, it would trace what the engine calls, too."""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    if function not in _left_alone:
+        _left_alone[function] = torch._dynamo.disable(function)  # type: ignore[no-untyped-call]
+    return _left_alone[function]
+
+
+_left_alone: dict[Callable[[Taps], None], Callable[[Taps], None]] = {}
 
 
 def _before_step(mine: weakref.ref[Taps], index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

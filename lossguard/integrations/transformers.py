@@ -1,9 +1,9 @@
-"""The Hugging Face Trainer's events flow in, phases of the guard flow out. Holds no rule, reads no tensor but before a save.
+"""The Hugging Face Trainer's events flow in, phases of the guard flow out. Holds no rule, reads no tensor.
 
 ``Trainer(..., callbacks=[LossGuardCallback()])``. The Trainer's log is filtered (a NaN loss is replaced by the running
 mean) and its events see no loss, no batch, and gradients after clipping only. So, while training, three methods of this one
 Trainer are led through here: ``accelerator.backward`` (the loss itself, and gradients before clipping), ``training_step``
-(the batch) and ``_save_checkpoint`` (no unsound state over good ones). No class is changed, and all comes off at the end.
+(the batch) and ``_save_checkpoint`` (no ill state over good ones). No class is changed, and all comes off at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lossguard.findings import Finding
 from lossguard.guard import Guard
 from lossguard.integrations import keywords as keywords_
 from lossguard.integrations.hftrainer import HIDING, Detour, as_text, caller, engine, from_text, shifts_labels
-from lossguard.integrations.soundness import agreed, unsound
+from lossguard.safekeeping import Soundness
 from lossguard.scalars import chosen
 
 OURS = ("model", "optimizers", "scaler", "phases", "accumulate")  # keywords of the guard that the Trainer answers
@@ -49,8 +49,8 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     they were scaled, which is what the Trainer logs. name: the prefix of its scalars in whatever the Trainer reports to; they come at
     the Trainer's own logging steps, at most 20. log_layers: every parameter's and module's series too. monitor: the metric that is
     the validation loss. on_halt: ``"raise"``, so that ``TrainingHalted`` comes out of ``trainer.train``, or ``"stop"``, so that it
-    returns early, with the best model loaded if that was asked for. veto_saves: no checkpoint is written while a weight or an
-    optimizer's moment is not finite, so that ``save_total_limit`` and ``load_best_model_at_end`` keep the good ones.
+    returns early, with the best model loaded if that was asked for. veto_saves: no checkpoint is written where
+    ``guard.safe_to_save()`` says no, so that ``save_total_limit`` and ``load_best_model_at_end`` keep the good ones.
 
     guard: the ``Guard`` of the newest training, None before the first. halted: the ``TrainingHalted`` that stopped it, if any.
     Its state is part of the Trainer's checkpoints; a resumed run goes on with the same history and findings.
@@ -84,7 +84,8 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._loss: Tensor | None = None  # of the micro-batches since the last update; only the last one's graph is held
         self._sums: list[Tensor] = []  # one for each float tensor of the micro-batches since then
         self._backwards = 0  # of the micro-batch under way
-        self._shifts, self._logs, self._vetoed = False, True, ""
+        self._shifts, self._logs = False, True
+        self._asked: tuple[int, Soundness | None] = -1, None  # after how many steps the guard was asked last, and its answer
         self._offset = 0  # the Trainer's step before the guard's first
         self._logged = -1  # the newest sample whose scalars were logged
 
@@ -121,7 +122,7 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             logger.warning("lossguard: %s", hidden)
             keywords["mute"] = {*keywords.get("mute", ()), "unchanged_weights"}  # its optimizer holds copies, and none of the model's own
         self.guard = guard = Guard(model, optimizer, phases="explicit", **keywords)
-        self.halted, self._logged, self._logs, self._vetoed = None, -1, True, ""
+        self.halted, self._logged, self._logs, self._asked = None, -1, True, (-1, None)
         self._resume(guard, state)
         self._offset = state.global_step - guard.steps
         self._shifts = shifts_labels(trainer, model)
@@ -301,17 +302,18 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if control.should_save and self.veto_saves and self._ill():
             control.should_save = False
 
-    def _ill(self) -> str:
-        """What is not finite in the state that would be saved; on every rank if on one, so that all save or none."""
+    def _ill(self) -> bool:
+        """Whether what would be saved is unfit to be; the guard is asked once a step, on all ranks."""
         guard = self._watching()
         if guard is None:
-            return ""
-        where = agreed(unsound(guard.model, guard.optimizers), self._of_trainer("accelerator").device)
-        if where and where != self._vetoed:
-            logger.error("lossguard: no checkpoint is written at step %d: %s is not finite; those before it stay", guard.steps - 1, where)
-            guard.note(f"no checkpoint: {where} is not finite")
-        self._vetoed = where
-        return where
+            return False
+        step, sound = self._asked
+        if sound is None or step != guard.steps:
+            sound = guard.safe_to_save()
+            self._asked = guard.steps, sound
+            if not sound:
+                guard.veto(None, sound)
+        return not sound
 
     def _report(self, args: Any, state: Any, control: Any, kwargs: Mapping[str, Any]) -> None:
         """Scalars of the newest sample, to all that hears of the Trainer's logs and does not print them; and to its history."""
