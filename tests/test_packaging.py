@@ -15,7 +15,7 @@ import pytest
 import lossguard
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = {"lightning", "transformers", "report", "tensorboard", "wandb", "mlflow", "demo", "all", "test"}
+EXTRAS = {"lightning", "transformers", "report", "tensorboard", "wandb", "mlflow", "demo", "bench", "all", "test"}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_extras(wheel):
     assert re.search(rf"^Version: {re.escape(lossguard.__version__)}$", text, re.MULTILINE)
     needs = re.findall(r"^Requires-Dist: ([\w-]+)(\S*?)(?:; extra == '(\w+)')?$", text, re.MULTILINE)
     assert {name for name, _, extra in needs if not extra} == {"torch", "numpy"}
-    assert {name for name, _, extra in needs if extra == "all"} == {name for name, _, extra in needs if extra not in ("", "all", "test")}
+    assert {name for name, _, extra in needs if extra == "all"} == {name for name, _, extra in needs if extra not in ("", "all", "test", "demo", "bench")}
     assert [extra for name, bound, extra in needs if name == "torch" and bound.startswith("==")] == ["test"]
     assert all(bound.startswith((">=", "==")) for _, bound, _ in needs)
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "lossguard").rglob("*.py")]

@@ -404,6 +404,7 @@ def test_a_ladder_is_a_ladder():
 
 def test_a_forgotten_scheduler_is_told(caplog):
     """A scheduler that is no part of the snapshots is one line in the log."""
+    caplog.set_level("WARNING", "lossguard")
     run = Run(ladder=Ladder(every=20), scaled=False)
     for i in range(3):
         run.step(i)

@@ -18,7 +18,8 @@ from lossguard.rules import RULES
 from lossguard.rules.judge import Judge
 
 PER_PARAMETER = ("grad_norm", "weight_norm", "update_norm", "rounded_away", "gradient_reach", "weight_range")
-PER_UNIT = ("activation_rms", "sample_variance", "zero_fraction", "dead_fraction", "saturated_fraction", "activation_reach", "attention_logit")
+PER_UNIT = ("activation_rms", "sample_variance", "zero_fraction", "dead_fraction", "saturated_fraction", "activation_reach",
+            "attention_logit", "attention_head")  # fmt: skip
 PER_HEAD = ("logit_peak", "confident_fraction", "log_normalizer", "confident_wrong", "label_nll")
 FEW = ("loss", "validation", "input_rms", "clip_coefficient", "consecutive_skips", "total_skips", "frozen_update", "net_update", "void_update",
        "outside_update", "weight_print")  # fmt: skip

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from gallery import data
 from gallery import models as nets
-from gallery.healthy_fresh import Lion, Mixer, Sparse, explained, houses
+from gallery.fresh import explained, houses
+from gallery.healthy_fresh_models import Mixer, Sparse
+from gallery.healthy_fresh_schedules import Lion
 from gallery.ill_tools import Recurrent, accuracy, digits, fit, held_loss, images, mlp, rows, shuffled
 from gallery.registry import Job, program
 
