@@ -46,7 +46,7 @@ def test_extras(wheel):
     needs = re.findall(r"^Requires-Dist: ([\w-]+)(\S*?)(?:; extra == '(\w+)')?$", text, re.MULTILINE)
     assert {name for name, _, extra in needs if not extra} == {"torch", "numpy"}
     assert {name for name, _, extra in needs if extra == "all"} == {name for name, _, extra in needs if extra not in ("", "all", "test", "demo", "bench")}
-    assert [extra for name, bound, extra in needs if name == "torch" and bound.startswith("==")] == ["test"]
+    assert [extra for name, bound, extra in needs if name == "torch" and bound.startswith("==")] == ["demo", "test"]
     assert all(bound.startswith((">=", "==")) for _, bound, _ in needs)
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "lossguard").rglob("*.py")]
     told = {name for file in files for some in re.findall(r"lossguard\[([\w,]+)\]", file.read_text(encoding="utf-8")) for name in some.split(",")}
