@@ -1,8 +1,8 @@
 """scikit-learn digits with Lightning, guarded by one line. ``--ill``: a learning rate far too high.
 
-    pip install lossguard[lightning] scikit-learn
-    python examples/lightning_digits.py
-    python examples/lightning_digits.py --ill
+pip install lossguard[lightning] scikit-learn
+python examples/lightning_digits.py
+python examples/lightning_digits.py --ill
 """
 
 import sys

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lossguard import exits
 from lossguard.findings import Finding, Severity, check_names
@@ -19,7 +20,7 @@ class TrainingHalted(RuntimeError):
     """A finding ended the run. The message is the finding as people read it.
 
     exit_code: what the process should end with, by the table in ``lossguard.exits``. folder: what was left behind for a
-    post-mortem, None without a record.
+    post-mortem, None without a record. culprit: the operation that made a non-finite value, as ``Guard(locate=...)`` found it.
 
     >>> finding = Finding("nonfinite_loss", Severity.HALT, 7, "loss", "NaN")
     >>> TrainingHalted(finding).exit_code, TrainingHalted(finding).finding.step
@@ -32,6 +33,7 @@ class TrainingHalted(RuntimeError):
         self.finding = finding
         self.exit_code = code
         self.folder: Path | None = None
+        self.culprit: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
         return str(self.finding)
@@ -67,7 +69,7 @@ def spared(finding: Finding, skippable: Collection[str], skipped: Collection[int
     if finding.diagnosis in skippable:
         note = "the updates with such gradients were skipped on the device: weights and moments are those before them"
         return replace(finding, severity=min(finding.severity, Severity.WARNING), note=note)
-    if finding.diagnosis.startswith("nonfinite") and finding.step in skipped:
+    if finding.diagnosis.startswith(("nonfinite", "exploding")) and finding.step in skipped:
         return replace(finding, note="the update of this step was skipped on the device: weights and moments are those before it")
     return finding
 

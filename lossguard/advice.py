@@ -22,6 +22,12 @@ STOPPED = 1e-5  # learning rate over its peak, below which the schedule took it 
 HEALTHY = 1e-2  # updates over weights up to which a learning rate is healthy (detectors A: 3e-5 to 1.4e-2)
 FURTHEST = 100.0  # times, by which a learning rate is lowered at once; the first updates of RMSprop are 10 times its later ones
 YOUNG = 3  # samples at the run's beginning by which the effect of the learning rate is measured: a run that blows up rewrites its weights
+TO_A_TARGET = frozenset({"mse", "l1", "huber", "unknown"})  # losses that can be a distance to targets of the network's own making
+BOOTSTRAPPED = 20  # newest samples in most of which it must be seen
+NEWEST = 5  # losses that tell where a run stands and where it began
+FLOURISHES = 0.5  # of the first losses; our own choice, as for a bottleneck
+NEAR = 1.5  # times the best: batches differ; our own choice
+CONVERGED = 0.05  # of the first losses: below, all is well however low the best was
 FAMILIES_WITHOUT_ORDER = frozenset({"adversarial", "reinforcement"})
 
 
@@ -160,8 +166,33 @@ def listing(names: Iterable[str], most: int = 3) -> str:
 
 
 def informational(history: History) -> bool:
-    """Loss curves of this run have no order: several optimizers, or an adversarial or reinforcement loss (detectors A, machinery 4)."""
-    return history.optimizers > 1 or history.loss_family in FAMILIES_WITHOUT_ORDER
+    """Loss curves of this run have no order: several optimizers, an adversarial or reinforcement loss (detectors A, machinery 4),
+    a loss that other trainable networks make as well, such as a judge of its own optimizer, or moving targets."""
+    others = history.optimizers > 1 or bool(history.notes.get("loss_of_others"))
+    return others or history.loss_family in FAMILIES_WITHOUT_ORDER or moving_targets(history)
+
+
+@once
+def moving_targets(history: History) -> bool:
+    """The network makes its own targets, or acts to get its data: in most samples it ran without gradients before it ran for the
+    loss, and that is none of a classifier. What such a loss owes depends on what was learned, so that its level tells little."""
+    if history.loss_family not in TO_A_TARGET:
+        return False
+    before = history.fact("bootstraps", BOOTSTRAPPED, 0.0)
+    return bool(before.size and before.mean() > 0.5)
+
+
+@once
+def flourishing(history: History) -> bool:
+    """The run learns well now: its loss is below half of where it began, and near its best. What looks wild about its steps
+    has done no harm: layers before a normalisation may grow, and methods with step sizes of their own may stride."""
+    losses, first = finite_losses(history)[0], history.first_losses(NEWEST)
+    first = first[np.isfinite(first)]
+    if losses.size < 2 * NEWEST or not np.isfinite(history.losses(NEWEST)).all() or losses.min() < 0 or not middle(first) > 0:
+        return False
+    blocks = losses[losses.size % NEWEST :].reshape(-1, NEWEST)
+    now, best = middle(losses[-NEWEST:]), float(np.median(blocks, axis=1).min())
+    return now < FLOURISHES * middle(first) and now < max(NEAR * best, CONVERGED * middle(first))
 
 
 @once

@@ -30,11 +30,11 @@ from lossguard import exits, place, resume
 from lossguard.actions import TrainingHalted
 from lossguard.findings import plain
 from lossguard.host.history import History
+from lossguard.safekeeping import Checkpoints
 
 SCHEMA = 1
 ROWS, LOSSES = 64, 512  # samples and losses of the tape's tail; as many as the widest windows of the rules
 TAIL_BYTES = 4 * 2**20  # of the tape's tail, before compression; our own choice, because a thousand ranks leave 4 GB then
-CHECKPOINTS = 16  # checkpoints remembered
 
 # Variables that explain a fault and hold no secret. Everything else of the environment stays out.
 NAMES = ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "NVIDIA_TF32_OVERRIDE", "PYTHONHASHSEED", "RANK", "SLURM_JOB_ID",
@@ -57,29 +57,25 @@ class _Shown:
 
 class Aftermath:
     """Remembers what a halt must know and writes it down then. cap: most bytes of a batch to keep, 0 for none; lag: steps that
-    a halt comes late."""
+    a halt comes late; checkpoints: those that are known to be good."""
 
-    def __init__(self, folder: str | Path, optimizers: Sequence[Optimizer], scaler: Any, cap: int, lag: int) -> None:
+    def __init__(self, folder: str | Path, optimizers: Sequence[Optimizer], scaler: Any, cap: int, lag: int, checkpoints: Checkpoints) -> None:
         self._folder, self._optimizers, self._scaler, self._cap = Path(folder), optimizers, scaler, cap
         self._shown: deque[_Shown] = deque(maxlen=lag + 2)
         self._born = time.time_ns()
-        self._checkpoints: deque[tuple[int, str]] = deque(maxlen=CHECKPOINTS)
+        self._checkpoints = checkpoints
 
     def show(self, step: int, index: int, batch: Any) -> None:
         """The batch of the coming step. Kept alive only on request, else its fingerprint is taken if it lives at the halt."""
         shown = _Shown(step, index, [weakref.ref(t) for t in leaves(batch)])
         if self._cap:
-            shown.batch, shown.rng = batch, _raw_states()
+            shown.batch, shown.rng = batch, random_now()
         self._shown.append(shown)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the batches kept alive."""
         return sum(t.numel() * t.element_size() for shown in self._shown if shown.batch is not None for t in leaves(shown.batch))
-
-    def saved(self, step: int, checkpoint: str | Path) -> None:
-        """A checkpoint was written after so many steps."""
-        self._checkpoints.append((step, str(checkpoint)))
 
     def leave(self, halt: TrainingHalted, history: History, steps: int) -> None:
         """Write the folder and name it in the halt. A part that cannot be written is named in the state; ``OSError`` if nothing can."""
@@ -102,6 +98,7 @@ class Aftermath:
         state = {
             "schema": SCHEMA, "time": time.time(), "attempt": attempt, "rank": place.rank(), "world": place.world(), "exit_code": halt.exit_code,
             "step": finding.step, "steps": steps, "loss": plain(float(loss[-1])) if loss.size else None, "finding": finding.to_dict(),
+            "culprit": halt.culprit,
             "lr": [[plain(_number(g.get("lr"))) for g in o.param_groups] for o in self._optimizers], "loss_scale": self._loss_scale(missing),
             "batch": _about(shown, finding.step, missing), "checkpoint": self._last_good(finding.step), "versions": versions(), "environment": environment(),
             "missing": missing,
@@ -124,8 +121,8 @@ class Aftermath:
 
     def _last_good(self, step: int) -> dict[str, Any] | None:
         """The newest checkpoint from before the finding's step."""
-        good = [(at, path) for at, path in self._checkpoints if at <= step]
-        return {"after_steps": good[-1][0], "path": good[-1][1]} if good else None
+        good = self._checkpoints.last_good(step)
+        return None if good is None else good._asdict()
 
 
 # ---- the parts
@@ -167,12 +164,13 @@ def fingerprint(tensors: Sequence[Tensor]) -> str:
 
 def random_states(raw: tuple[Any, ...] | None = None) -> dict[str, Any]:
     """The states of all random generators, now or as they were, as plain types and tensors. Reads host memory only."""
-    torchs, (version, words, gauss), (name, keys, *rest), cuda = raw or _raw_states()
+    torchs, (version, words, gauss), (name, keys, *rest), cuda = raw or random_now()
     numpys = [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *(float(v) for v in rest)]
     return {"torch": torchs, "python": [version, list(words), gauss], "numpy": numpys, "cuda": cuda}
 
 
-def _raw_states() -> tuple[Any, ...]:
+def random_now() -> tuple[Any, ...]:
+    """The states of all random generators as they are handed out; :func:`random_states` makes them portable."""
     cuda = torch.cuda.get_rng_state_all() if _cuda() and not torch.cuda.is_current_stream_capturing() else []
     return torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True), cuda
 

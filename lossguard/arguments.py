@@ -15,7 +15,9 @@ KEPT = 64 * 2**20  # bytes of a batch kept by keep_batch=True; our own choice, b
 
 
 def a_model(model: Any) -> nn.Module:
-    """A module with parameters."""
+    """A module with parameters, out of a data-parallel wrapper: names and hooks are those of the model itself."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}; give the model itself first: Guard(model, optimizer)")
     if next(model.parameters(), None) is None:
@@ -29,6 +31,13 @@ def some_optimizers(optimizers: Any) -> list[Optimizer]:
     if not found:
         raise ValueError("the list of optimizers is empty; give the optimizer that trains the model: Guard(model, optimizer)")
     return found
+
+
+def a_scaler(scaler: Any, optimizers: Any) -> Any:
+    """The loss scaler: the one given, or the one that a trainer's wrapper (Accelerate's) steps its optimizer with."""
+    wrappers = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
+    found = next((s for s in (vars(o).get("scaler") for o in wrappers if hasattr(o, "__dict__")) if s is not None), None)
+    return scaler if scaler is not None or not getattr(found, "is_enabled", bool)() else found
 
 
 def at_least(low: int, value: Any, name: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 TARGETS = ("labels", "label", "targets", "target", "y")  # keys under which a dict of a batch holds its targets
@@ -22,7 +22,8 @@ def split(batch: Any) -> tuple[Any, Any]:
     """
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return batch[0], batch[1]
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
+        batch = batch if isinstance(batch, dict) else dict(batch)  # a tokenizer's batch is a mapping, but no dict
         return batch, next((batch[k] for k in TARGETS if k in batch), None)
     return batch, None
 

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     again = commands.add_parser("replay", help="run the step that halted twice: the same result, or a fault of the hardware?")
     again.add_argument("folder", type=Path, help="the record, or a folder halt-STEP or rankN in it")
     again.add_argument("--step", required=True, metavar="MODULE:FUNCTION", help="called with the Bundle; gives the loss, or a dict of tensors")
+    again.add_argument("--locate", action="store_true", help="name the operation that made the first non-finite value, in the forward or the backward pass")
     again.add_argument("--once", type=Path, help=argparse.SUPPRESS)
     commands.add_parser("run", help="run a script so that a halt ends it with its exit code: run [--module] TARGET ...")
     commands.add_parser("launch", help="run a launcher and end with the code that its workers halted with: launch -- torchrun ...")
@@ -45,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "demo":
             return _demo(options.folder, options.steps)
         if options.command == "replay":
-            return replay.once(options.folder, options.step, options.once) if options.once else replay.main(options.folder, options.step)
+            if options.once:
+                return replay.once(options.folder, options.step, options.once, locate=options.locate)
+            return replay.main(options.folder, options.step, locate=options.locate)
         if options.command == "report":
             print(f"wrote {report.of_folders(options.folder, options.compare, options.output)}")
             return 0

@@ -33,6 +33,7 @@ def of(guard: Guard, policy: Policy) -> dict[str, Any]:
         "every": guard.every,
         "verdict": guard.verdict,
         "memory": guard.memory,
+        "skipped": guard.skipped,
         "halted": bool(halting),
         "ended": time.time(),
     }

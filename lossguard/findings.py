@@ -87,6 +87,9 @@ DIAGNOSES: dict[str, tuple[Severity, str]] = {
     "unshuffled_data": (Severity.WARNING, "samples come sorted by label"),
     "wrong_output_activation": (Severity.WARNING, "the last operation does not fit the loss"),
     "cross_sample_leak": (Severity.WARNING, "the output for one sample depends on the others of its batch"),
+    "replica_divergence": (Severity.HALT, "weights that are equal on all ranks of a data-parallel run are not"),
+    "rank_outlier": (Severity.WARNING, "one rank's loss or gradient norm lies far from those of all others"),
+    "stalled_training": (Severity.WARNING, "no step has ended for far longer than steps take"),
     "learning_rate_range": (Severity.INFO, "the learning rate lies at an edge of the range that works"),
 }
 
@@ -163,7 +166,8 @@ CHANGES: dict[str, str] = {
     "drop_batch": "index of the batch, or its step",
     "batch_of_step": "step whose batch to look at",
     "look_at": "how many samples to look at by eye",
-    "eps": "the small number of an optimizer or of a guarded loss",
+    "eps": "the small number of an optimizer, of a guarded loss, or added to an operation's argument",
+    "clamp": "bound of an operation's argument",
     "init_scale": "first scale of a loss scaler",
     "weight_decay": "value",
     "dropout": "probability",

@@ -6,7 +6,8 @@ Users call it once an iteration; it raises only ``TrainingHalted`` and errors ab
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,44 +15,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossguard import actions, arguments, batches, exits, facts, place, report, resume, verdict, watching
+from lossguard import actions, arguments, batches, cluster, exits, facts, place, resume, watching
 from lossguard.aftermath import Aftermath
-from lossguard.coverage import Coverage, survey
 from lossguard.device.recorder import Recorder
 from lossguard.device.taps import Taps
 from lossguard.faults import Faults
 from lossguard.findings import Finding, Severity, check_names
 from lossguard.host import agreement
-from lossguard.host.agreement import Agreement
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
 from lossguard.host.intake import Intake
 from lossguard.introduce import Introduction
+from lossguard.locating import Locator
+from lossguard.phases import Phased
 from lossguard.pulses import Pulses, check_loss, evaluation
+from lossguard.recovery import Calls, Ladder, Recovery
 from lossguard.rules import Rule
 from lossguard.rules.judge import Judge
+from lossguard.safekeeping import Keeper
 from lossguard.schedule import DENSE, Schedule
 from lossguard.sinks import Record, Sink
 from lossguard.skipping import Skipping
+from lossguard.snapshot import State
+from lossguard.telling import Teller
+from lossguard.trackers.feed import Feed
+from lossguard.watchdog import Watchdog
 
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
 
-class Guard:
+class Guard(Keeper, Teller, Phased):
     """Watches one training run.
 
     model: any ``nn.Module``. optimizers: one ``torch.optim.Optimizer`` or a list. every: interval, in steps, of the
     costly signals; the first ``dense`` steps are all sampled. halt: diagnosis names, or a ``Severity`` and above, that
     raise ``TrainingHalted``; None for never. skip: diagnoses whose update is left out on the device
-    (``nonfinite_gradient``; needs fused optimizers). mute: diagnosis names not to report. rules: rule objects that
+    (``nonfinite_gradient``, ``exploding_gradient``). skip_by: ``"found_inf"`` (fused optimizers), or ``"restore"``: the others
+    too, for a copy of weights and optimizer state. mute: diagnosis names not to report. rules: rule objects that
     replace the default of the same diagnosis or join them. record: a folder for the run's record; after a halt
     it holds a folder ``halt-STEP`` with what a post-mortem needs. keep_batch: the batch too, True for up to 64 MiB or a cap in bytes
     (holds ``lag + 2`` batches; 0.1 ms a step). exit_codes: diagnosis -> code of the process, where it differs from ``lossguard.exits``. scaler: the
     ``GradScaler``, so that gradient norms have their true scale. accumulate: micro-batches per update, where the guard
     is stepped for each. loss_family: such as ``"adversarial"`` where the loss's fall means nothing. lag: steps between
-    recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. phases: ``"hooks"`` for a
-    plain loop, ``"explicit"`` for trainers that call ``after_backward`` themselves, once before each update. agree: whether
-    the ranks of a ``torch.distributed`` job halt together, at the same step, within two regular samples; None: where there are several.
+    recording and judging (0 on a CPU, 8 elsewhere). sinks: callables that get each finding. trackers: what gets scalars and
+    findings, see ``lossguard.trackers``. phases: ``"hooks"`` for a plain loop, ``"explicit"`` for trainers that call
+    ``after_backward`` themselves, once before each update. agree: whether the ranks of a ``torch.distributed`` job halt
+    together, at the same step, within two regular samples; None: where there are several.
+    locate: ``lambda x, y: criterion(model(x), y)``, the loss of a batch as it was shown; a halt by a non-finite value then runs
+    the step again and names the operation (holds a copy of the weights and ``lag + 2`` batches; see ``lossguard.culprit``).
+    stall: whether a thread watches for ``stalled_training``, or the least number of seconds it waits; None: where ranks agree.
+    recover: what is tried before a halt, a ``lossguard.recovery.Ladder``; None for nothing.
+    compiled: look into what ``torch.compile`` makes, at the price of a second compilation and of other rounding in sampled
+    steps where the compiler fuses.
 
     Raises ``ValueError`` for arguments that cannot work, and says what to do.
 
@@ -73,7 +88,8 @@ class Guard:
         every: int = 10,
         dense: int = DENSE,
         halt: Iterable[str] | Severity | str | None = Severity.HALT,
-        skip: Iterable[str] = (),
+        skip: Iterable[str] | Mapping[str, Any] = (),
+        skip_by: str = "found_inf",
         mute: Iterable[str] = (),
         rules: Iterable[Rule] = (),
         record: str | Path | None = None,
@@ -84,8 +100,13 @@ class Guard:
         loss_family: str | None = None,
         lag: int | None = None,
         sinks: Sequence[Sink] = (),
+        trackers: Iterable[Any] = (),
         phases: str = "hooks",
         agree: bool | None = None,
+        locate: Callable[[Any, Any], Any] | None = None,
+        stall: bool | float | None = None,
+        recover: Ladder | None = None,
+        compiled: bool = False,
     ) -> None:
         model = arguments.a_model(model)
         parameters = list(model.parameters())
@@ -98,16 +119,17 @@ class Guard:
         self._policy = actions.Policy.of(halt)
         self.model, self.steps, self.closed = model, 0, False
         self._muted = check_names(mute, "mute")
-        self._scaler = scaler
+        self._scaler = scaler = arguments.a_scaler(scaler, optimizers)
         on_host = all(p.device.type == "cpu" for p in parameters)
         self._on_cuda = any(p.device.type == "cuda" for p in parameters)
         lag = (0 if on_host else LAG) if lag is None else arguments.at_least(0, lag, "lag")
         self._faults = Faults()
         self._codes = exits.check_codes(exit_codes, {rule.diagnosis: rule for rule in chosen})
-        self._aftermath = Aftermath(record or "", self.optimizers, scaler, arguments.batch_cap(keep_batch, record), lag)
+        self._keep()
+        self._aftermath = Aftermath(record or "", self.optimizers, scaler, arguments.batch_cap(keep_batch, record), lag, self._checkpoints)
         about = {"torch": torch.__version__, "model": type(model).__name__, "every": every}
         self._record: Record | None = None if record is None else self._faults.watch(Record, place.own_folder(record), about, part="the record")
-        self._skipping = Skipping(skip, self.optimizers)
+        self._skipping, self._locator = Skipping(skip, self.optimizers, skip_by, model), Locator(locate, model, lag, scaler)
         self._recorder = Recorder(model, self.optimizers, scaler)
         self._history = History(loss_family=loss_family or "unknown", optimizers=len(self.optimizers))
         self._introduction = Introduction(self._history, self._recorder, declared=loss_family is not None)
@@ -115,16 +137,27 @@ class Guard:
         self._handover = Handover(lag)
         self._intake = Intake(self._history, self._handover)
         self._pulses = Pulses(self._handover, min(self.every, 10))
-        self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), *sinks]
+        self._feed = Feed(trackers, self._faults)
+        self._sinks: list[Sink] = [actions.log, *([self._record.finding] if self._record else []), self._feed.finding, *sinks]
         self._batches, self._explicit = 0, phases == "explicit"
         self._schedule = Schedule(self.every, self.dense, accumulate=accumulate, may_skip=scaler is not None and not self._explicit)
-        self._parts: dict[str, resume.Resumable] = {"history": self._history, "judge": self._judge}  # what a resumed run takes over
-        self._overdue: actions.TrainingHalted | None = None
+        self._parts: dict[str, resume.Resumable] = {  # what a resumed run takes over
+            "history": self._history, "judge": self._judge, "skipping": self._skipping, "checkpoints": self._checkpoints,
+        }  # fmt: skip
+        self._holders = (self._recorder, self._pulses, self._handover, self._history, self._aftermath, self._skipping, self._locator)
+        self._overdue: Finding | None = None  # what the coming step halts for
         self._quiet = 0  # coming steps that record their loss only, and after which such a step follows
         watching.take_over(model, self)
-        self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks")
-        settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity)
-        self._agreement = Agreement(settings) if agreement.wanted(agree) else None
+        self._taps = Taps(self._recorder, self.after_backward, self.after_update, self._faults.watch, backward=phases == "hooks", compiled=compiled)
+        settings = (every, dense, lag, accumulate, sorted(self._muted), sorted(self._policy.names), self._policy.severity, getattr(recover, "settings", None))
+        self._agreement = cluster.agreement(settings, model, self._history) if agreement.wanted(agree) else None
+        stall = False if "stalled_training" in self._muted else stall
+        self._watchdog = Watchdog(self._history, chosen, self._record and self._record.folder, stall, ranks=self._agreement is not None)
+        calls = Calls(lambda: self._intake.drop(self._pulses), lambda: self._faults.watch(self.recovery.begin, self.steps), self.note)
+        state, known = State(model, self.optimizers, scaler), (self._history, self._judge, self._checkpoints)
+        self.recovery: Recovery = Recovery(recover, state, *known, calls, every=every, lag=lag, agreement=self._agreement)
+        self._parts["recovery"] = self.recovery
+        self._holders = (*self._holders, self.recovery)
         self._open_step()
 
     # ---- what a loop calls
@@ -136,31 +169,32 @@ class Guard:
         Raises ``TrainingHalted`` when a finding halts, ``ValueError`` for a loss that is no scalar or a closed guard.
         """
         now = self.steps
+        self._watchdog.beat(now)
         if self._quiet and logits is None and self._pulses.quick(loss):
             self._quiet -= 1
             self.steps = now + 1
             if self._handover.due(now):
-                self._receive(now)
+                self._end(self._receive(now))
             return
         self._check_open()
         terms = check_loss(loss)
+        self._faults.watch(self._locator.keep, now, terms)
         sick = self._pulses.write(now, terms)
         if sick:
             self._schedule.alarm(now)
             self._faults.watch(self._recorder.post_mortem)
-        if sick or (self._recorder.on and self._schedule.complete(bool(self._recorder.facts.get("stepped")))):
-            self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits)
+        together = self._schedule.together(now, stepped := bool(self._recorder.facts.get("stepped")))
+        if sick or (self._recorder.on and self._schedule.complete(stepped)) or together:
+            self._close_sample(now, [t for t in terms.values() if isinstance(t, Tensor)], logits, together)
         elif self._pulses.full:
             self._pulses.send()
         self.steps += 1
         self._open_step()
-        if self._handover.due(now):
-            self._receive(now)
-        if self._agreement is not None and self._schedule.regular(now) and (verdict := self._agreement.round()) is not None:
-            self._overdue = self._overdue or self._halt(verdict)
-        halt, self._overdue = self._overdue, None
-        if halt is not None:
-            raise halt
+        ending = self._receive(now) if self._handover.due(now) else None
+        verdict = self._agreement.round() if self._agreement is not None and self._schedule.regular(now) else None
+        ending, self._overdue = self._overdue or ending or verdict, None
+        self._end(ending)
+        self._faults.watch(self.recovery.look, self.steps, regular=self._schedule.regular(now))
 
     def batches(self, loader: Iterable[Any]) -> batches.Batches:
         """The loader's batches, each shown to the guard: ``for x, y in guard.batches(loader)``. Keeps ``len``."""
@@ -185,47 +219,46 @@ class Guard:
         self._pulses.send()
         self._handover.send(self.steps - 1, numbers, ("validation", self.steps - 1))
         if self._handover.due(self.steps - 1):
-            self._receive(self.steps - 1)
+            self._end(self._receive(self.steps - 1))
 
     def flush(self, *, patience: float | None = None) -> None:
         """Judge all that was recorded; waits for the device, ``patience`` seconds at most. Raises ``TrainingHalted`` as :meth:`step` does."""
-        self._pulses.send()
-        if patience is None or self._handover.arrived(patience):
-            self._receive(self.steps, everything=True)
+        self._end(self._receive_all(patience))
 
     def settle(self, *, patience: float | None = None) -> None:
         """As :meth:`flush`, but a finding that halts is raised by the next step."""
-        try:
-            self.flush(patience=patience)
-        except actions.TrainingHalted as halt:
-            self._overdue, self._quiet = halt, 0
-
-    def saved(self, checkpoint: str | Path) -> None:
-        """The run's checkpoint was written there: a halt names the newest one from before its finding."""
-        self._aftermath.saved(self.steps, checkpoint)
-        self.note(f"saved {checkpoint}")
+        ending = self._receive_all(patience)
+        if ending is not None:
+            self._overdue, self._quiet = ending, 0
 
     def note(self, event: str) -> None:
         """A line in the run's record, such as a signal; nothing without a record."""
         if self._record:
             self._faults.watch(self._record.event, self.steps, event)
 
+    def pause(self) -> AbstractContextManager[None]:
+        """``with guard.pause():`` around what is meant to take long, such as an evaluation: ``stalled_training`` leaves it out."""
+        return self._watchdog.pause()
+
     def close(self, *, patience: float | None = None) -> None:
         """Flush, then take every hook off. A finding that would halt is kept, not raised. Harmless when closed already."""
         if self.closed:
             return
+        self._watchdog.close()
         try:
-            self.flush(patience=patience)
-        except actions.TrainingHalted:
-            pass  # the run is over anyway: the finding stands in ``findings``
+            ending = self._receive_all(patience)
+            if ending is not None:
+                self._halt(ending)  # not raised, the run is over anyway: the finding stands in ``findings``
         finally:
             self.closed, self._quiet = True, 0
             if self._agreement is not None:
                 self._agreement.leave(wait=patience is None and sys.exc_info()[0] is None)
             self._taps.close()
             self._skipping.close()
+            self.recovery.close()
             if self._record:
                 self._faults.watch(facts.finish, self, self._policy, self._record)
+            self._feed.close()
             watching.release(self.model, self)
 
     def __enter__(self) -> Guard:
@@ -234,68 +267,13 @@ class Guard:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    # ---- phases, for trainers that know better than hooks
-
-    def abandon(self) -> None:
-        """This iteration has no loss and counts as no step: forget what it recorded."""
-        if not self.closed:
-            self._open_step()
-
-    def after_backward(self, *, unscaled: bool = False) -> None:
-        """A backward pass ended; gradients are complete and unclipped. unscaled: they have their true scale already."""
-        if self.closed or self._quiet:
-            return
-        self._schedule.update_tried = self._explicit
-        self._faults.watch(self._recorder.backward_done, unscaled=unscaled)
-        self._skipping.judge()
-
-    def before_update(self, index: int = 0) -> None:
-        """Optimizer ``index`` is about to step on gradients as they are now, clipped or not. Its own hook says so too."""
-        if not self.closed and not self._quiet:
-            self._faults.watch(self._recorder.before_update, index)
-
-    def after_update(self, index: int = 0) -> None:
-        """Optimizer ``index`` stepped. Its own hook says so too."""
-        if self.closed or self._quiet:
-            return
-        self._schedule.update_seen = True
-        self._faults.watch(self._recorder.after_update, index)
-
-    # ---- what was found
-
-    @property
-    def findings(self) -> list[Finding]:
-        """The events so far, oldest first; one an episode, with counts and consequences."""
-        return [self._skipping.told(f) for f in self._judge.findings]
-
-    @property
-    def history(self) -> History:
-        """What has arrived from the device so far, as rules see it; to be read only."""
-        return self._history
-
-    @property
-    def verdict(self) -> str:
-        """The reading of the loss curves now: ``learning``, ``overfitting``, ``bottleneck``, ...; see ``lossguard.verdict``."""
-        return verdict.read(self._history)
-
-    @property
-    def coverage(self) -> Coverage:
-        """What is observed and what is not, and why."""
-        return survey(self._recorder, self._history, self._handover, self.steps, self._taps.backward_seen, self._faults.silenced)
+    # ---- what is left of it
 
     def report(self, path: str | Path) -> Path:
         """Write the post-mortem page of the run so far: one HTML file. Needs ``pip install 'lossguard[report]'``."""
+        from lossguard import report
+
         return report.of_guard(self, facts.of(self, self._policy), path, self._record.folder if self._record else None)
-
-    @property
-    def memory(self) -> int:
-        """Bytes the guard holds now, on devices and on the host; bounded, and reached after the first full window."""
-        return self._recorder.nbytes + self._pulses.nbytes + self._handover.nbytes + self._history.nbytes + self._aftermath.nbytes
-
-    def __repr__(self) -> str:
-        state, found = "closed" if self.closed else "watching", len(self._judge.findings)
-        what = f"{len(self._recorder.roster.trained)} parameter tensors, {self.steps} steps"
-        return f"<lossguard.Guard {state} {type(self.model).__name__}: {what}, {found or 'no'} finding{'' if found == 1 else 's'}>"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to give the same alarms; tensors and plain types, safe to ``torch.save``."""
@@ -308,28 +286,29 @@ class Guard:
         self._check_open()
         self._introduction.ensure()
         resume.restore(self._parts, state)
-        self.steps, self._batches = state["steps"], state["batches"]
+        self.steps, self._batches, self._fatal = state["steps"], state["batches"], None
         self._open_step()
 
     # ---- inside
 
     def _show(self, inputs: Any, targets: Any, *, handed: bool) -> None:
         self._batches += 1
-        self._recorder.targets = targets if isinstance(targets, Tensor) else None
+        self._recorder.passes.targets = targets if isinstance(targets, Tensor) else None
         self._pulses.show((inputs, targets), handed=handed)
         if self._record:
             self._faults.watch(self._aftermath.show, self.steps, self._batches - 1, (inputs, targets))
+        self._faults.watch(self._locator.show, self.steps, (inputs, targets))
 
     def _open_step(self) -> None:
         """Decide whether the coming step is sampled, and attach what it needs."""
-        self._schedule.update_tried = False
+        self._schedule.update_tried, self._quiet = False, 0
         sampled = self._schedule.due(self.steps)
         self._taps.next_step()
-        self._quiet = 0
+        self._skipping.begin()
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
             self._taps.listen(bool(self._skipping) or self._recorder.expects_clearing)
-            self._recorder.targets = None
-            if not self._taps.listening:
+            self._recorder.passes.targets = None
+            if not self._taps.listening and not self._locator:
                 self._quiet = self._schedule.next_due(self.steps) - self.steps - 1
             return
         if sampled and self._recorder.outdated:
@@ -339,22 +318,30 @@ class Guard:
         self._taps.watch_forward(sampled)
         self._taps.listen(sampled or bool(self._skipping) or self._recorder.expects_clearing)
 
-    def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None) -> None:
+    def _close_sample(self, now: int, losses: list[Tensor], logits: Tensor | None, together: bool) -> None:
         self._skipping.lay(self._recorder.row)
+        self._recorder.printing = self._agreement is not None and self._agreement.telling
         parts = self._faults.watch(self._recorder.finish, losses, logits)
+        joined = self._recorder.join(measured=parts is not None) if together else []
         self._pulses.send()
         if parts is None:
             return
         facts = {**self._recorder.facts, "batch": self._batches - 1 if self._batches else now}
-        facts.update({name: 1.0 for name, there in (("scaler", self._scaler is not None), ("gated", bool(self._skipping))) if there})
+        facts.update(self._skipping.facts(self._scaler))
         self._introduction.update()
+        parts += joined
         for k, (row, segments) in enumerate(parts):
             self._handover.send(now, row, ("row", now, segments, facts, k == len(parts) - 1))
 
-    def _receive(self, now: int, *, everything: bool = False) -> None:
-        """Take what has arrived, judge it, act. Raises ``TrainingHalted``."""
+    def _receive_all(self, patience: float | None) -> Finding | None:
+        """What was recorded up to now, as far as the device answers in time."""
+        self._pulses.send()
+        return self._receive(self.steps, everything=True) if patience is None or self._handover.arrived(patience) else None
+
+    def _receive(self, now: int, *, everything: bool = False) -> Finding | None:
+        """Take what has arrived, judge it, tell of it. Returns the finding that ends the run now."""
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
-            return  # asking an event would break the capture
+            return None  # asking an event would break the capture
         heard: list[Finding] = []
         for news in self._intake.receive(now, everything=everything):
             if news.sick:
@@ -364,19 +351,36 @@ class Guard:
                 self._faults.watch(news.write, self._record, self._history)
             self._skipping.arrived(news.sample)
             heard += self._judge.observe(self._history, new_sample=news.sample is not None)
-        heard = [self._skipping.told(f) for f in heard]
+            if news.sample is not None:
+                self._feed.arrived(self._history, self._judge.findings)
+        if self._locator.locate([f for f in heard if self._policy.halts(f)], self._taps, self._faults.watch):
+            self._open_step()
+        heard = [self._locator.told(self._skipping.told(f)) for f in heard]
         for finding in heard:
             for sink in self._sinks:
                 self._faults.watch(sink, finding)
-        halting = [f for f in heard if self._policy.halts(f)]
-        if halting:
-            worst = max(halting, key=lambda f: f.severity)
-            if self._agreement is None or self._agreement.over is not None:
-                raise self._halt(worst)
-            self._agreement.accuse(worst)
+        worst = max((f for f in heard if self._policy.halts(f)), key=lambda f: f.severity, default=None)
+        if worst is None:
+            return None
+        self._fatal = self._fatal or worst
+        if self._agreement is None or self._agreement.over is not None:
+            return worst
+        self._agreement.accuse(worst)
+        return None
+
+    def _end(self, ending: Finding | None) -> None:
+        """Raise ``TrainingHalted`` for a finding that ends the run and cannot be cured."""
+        if ending is None:
+            return
+        incurable = self.recovery.cure(ending, self.steps)
+        if incurable is not None:
+            raise self._halt(incurable)
+        self._schedule.alarm(self.steps)
+        self._fatal, self._quiet = None, 0
 
     def _halt(self, finding: Finding) -> actions.TrainingHalted:
         halt = actions.TrainingHalted(finding, codes=self._codes)
+        halt.culprit = self._locator.culprit(finding)
         if self._record:
             self._faults.watch(self._aftermath.leave, halt, self._history, self.steps)
         return halt

@@ -20,11 +20,12 @@ class Introduction:
     def update(self) -> None:
         """Pass on what is known by now."""
         history, recorder = self._history, self._recorder
-        if recorder.roster is not self._named[0] or recorder.graph is not self._named[1]:
-            self._named = recorder.roster, recorder.graph
+        if recorder.roster is not self._named[0] or recorder.passes.graph is not self._named[1]:
+            self._named = recorder.roster, recorder.passes.graph
             self._name_parameters()
-        history.name_units([(s.name, s.kind, s.width) for s in recorder.forward.sites])
-        history.heads = list(recorder.heads)
+        history.name_units([(s.name, s.kind, s.width) for s in recorder.passes.forward.sites])
+        history.heads = list(recorder.passes.heads)
+        history.notes["replicated"] = recorder.replicated
 
     def ensure(self) -> None:
         """Make sites known before the first sampled step, as for a state that is saved or loaded then."""
@@ -33,7 +34,7 @@ class Introduction:
             self.update()
 
     def _name_parameters(self) -> None:
-        history, roster, graph = self._history, self._recorder.roster, self._recorder.graph
+        history, roster, graph = self._history, self._recorder.roster, self._recorder.passes.graph
         cancelled = graph.cancelled if graph else set()
         history.params = [
             Param(t.name, _numel(t.tensor), t.kind, t.optimizer, str(t.tensor.dtype).removeprefix("torch."), id(t.tensor) in cancelled, t.module)
@@ -42,6 +43,11 @@ class Introduction:
         history.notes.update(missing_from_optimizer=tuple(roster.missing), foreign_in_optimizer=roster.foreign, trainable=len(roster.trained))
         history.notes.update(loss_is_nonnegative=self._declared or bool(graph and graph.nonnegative), loss_is_safe=bool(graph and graph.safe))
         history.notes.update(loss_is_summed=bool(graph and graph.summed), softmax_is_masked=bool(graph and graph.masked))
+        history.notes.update(linear_chain=graph.linear_chain if graph else ("", ""), head=str(graph.head or "") if graph else "")
+        dropouts = [m.p for m in self._recorder.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+        history.notes.update(largest_dropout=max(dropouts, default=0.0))
+        own = {id(p) for p in self._recorder.model.parameters()}
+        history.notes.update(loss_of_others=bool(graph and not own.issuperset(graph.leaves) and own & graph.leaves))
         if graph and not self._declared and graph.loss_family != "unknown":
             history.loss_family = graph.loss_family
 

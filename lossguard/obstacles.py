@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lossguard import structure
 from lossguard.advice import Advice, born_zero, faster, lr_remedy, matrices, middle, ranked, reach, slower, stopped_rate, typically, without_gradient
 from lossguard.findings import Cause, Remedy, number
 from lossguard.host.history import Array, History
@@ -53,7 +54,7 @@ def speed(history: History, samples: int = SAMPLES) -> float:
 
 def obstacles(history: History) -> Pairs:
     """What stands in the way of a loss that does not fall, each with its measurement; guesses come with less than CERTAIN."""
-    return [*_step_size(history), *_units(history), *_gradients(history), *_scales(history)]
+    return [*structure.faults(history), *_step_size(history), *_units(history), *_gradients(history), *_scales(history)]
 
 
 def plateau_advice(history: History) -> Advice:

@@ -23,6 +23,16 @@ def world() -> int:
     return max(1, _number("WORLD_SIZE", 1))
 
 
+def together() -> bool:
+    """Whether several processes train together and can talk to each other by now."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def first_here() -> bool:
+    """Whether this is the first process of its machine, as far as the launcher tells; without one, the first of all."""
+    return _number("LOCAL_RANK", rank()) == 0
+
+
 def own_folder(folder: str | Path) -> Path:
     """Where this rank's record goes: the folder itself for rank 0, ``rank1`` and so on in it for the others.
 

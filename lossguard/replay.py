@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from lossguard import aftermath
+from lossguard.culprit.find import of_call
 from lossguard.findings import Finding
 
 REPRODUCIBLE, DIFFERENT = 0, 1  # exit codes; 2 is wrong use
+CLEAN = "  no operation of this step made a non-finite value: its result and its gradients are finite"
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,19 @@ def load(folder: str | Path) -> Bundle:
     return Bundle(path, Finding.from_dict(state["finding"]), state, batch, states)
 
 
-def main(folder: Path, step: str) -> int:
-    """Run the step in two fresh processes, compare bit for bit, and say what that means."""
+def main(folder: Path, step: str, *, locate: bool = False) -> int:
+    """Run the step in two fresh processes, compare bit for bit, and say what that means. locate: once more, for the operation."""
     bundle = load(folder)
     with tempfile.TemporaryDirectory(prefix="lossguard-") as scratch:
         first, second = (_fresh(bundle.folder, step, Path(scratch) / f"{k}.pt") for k in range(2))
+        culprit = _fresh(bundle.folder, step, Path(scratch) / "culprit.pt", "--locate")["culprit"] if locate else ""
     differing = sorted(k for k in {*first["numbers"], *second["numbers"]} if not _same(first["numbers"].get(k), second["numbers"].get(k)))
-    sys.stdout.write("\n".join(_words(bundle, first["numbers"], differing, first["loose"])) + "\n")
+    sys.stdout.write("\n".join([*_words(bundle, first["numbers"], differing, first["loose"]), *([culprit] if culprit else [])]) + "\n")
     return DIFFERENT if differing else REPRODUCIBLE
 
 
-def once(folder: Path, step: str, out: Path) -> int:
-    """One run, in this process: its result goes to ``out``."""
+def once(folder: Path, step: str, out: Path, *, locate: bool = False) -> int:
+    """One run, in this process: its result goes to ``out``. locate: with the operation that made the first non-finite value."""
     bundle = load(folder)
     function = _function(step)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -89,11 +92,13 @@ def once(folder: Path, step: str, out: Path) -> int:
         aftermath.set_random_states(bundle.random)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        numbers = _flat(function(bundle))
+        result, culprit = of_call(lambda: function(bundle), bundle.batch) if locate else (function(bundle), None)
+        numbers = _flat(result)
     if not numbers:
         raise ValueError(f"{step} returned nothing to compare; return the loss, or a dict of tensors")
     loose = sorted({str(w.message).split("\n")[0] for w in heard if "deterministic" in str(w.message)})
-    torch.save({"numbers": numbers, "loose": loose}, out)
+    named = "" if not locate else CLEAN if culprit is None else str(culprit)
+    torch.save({"numbers": numbers, "loose": loose, "culprit": named}, out)
     return 0
 
 
@@ -129,10 +134,10 @@ def _beside_the_run(bundle: Bundle, numbers: Mapping[str, Any], differing: list[
     return lines
 
 
-def _fresh(folder: Path, step: str, out: Path) -> dict[str, Any]:
+def _fresh(folder: Path, step: str, out: Path, *more: str) -> dict[str, Any]:
     """The result of one run in a process of its own."""
     settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONHASHSEED": "0"}  # cuBLAS needs the first to be deterministic
-    command = [sys.executable, "-m", "lossguard", "replay", str(folder), "--step", step, "--once", str(out)]
+    command = [sys.executable, "-m", "lossguard", "replay", str(folder), "--step", step, "--once", str(out), *more]
     done = subprocess.run(command, env={**os.environ, **settings}, check=False)
     if done.returncode or not out.exists():
         raise ValueError(f"{step} ended with code {done.returncode}, so there is nothing to compare; its own message stands above")

@@ -24,11 +24,12 @@ class Schedule:
         self.update_tried = False  # announced in this iteration, whether or not a loss scaler let it happen
         self._accumulate, self._may_skip = accumulate, may_skip and accumulate is None
         self._tries = 0  # iterations the open sample has waited
+        self._common = 0  # the same of a sample that all ranks take, whatever one of them was alarmed by
         self._alarm_until = -1
 
     def due(self, step: int) -> bool:
         """Whether this step is sampled."""
-        return self._tries > 0 or step % self.every == 0 or self.settling(step)
+        return self._tries > 0 or self._common > 0 or step % self.every == 0 or self.settling(step)
 
     def regular(self, step: int) -> bool:
         """Whether the arguments alone make this step a sampled one: so it is on every rank."""
@@ -53,11 +54,19 @@ class Schedule:
 
     def complete(self, stepped: bool) -> bool:
         """Whether the sample of this iteration is complete; if not, it is taken anew in the next."""
-        if stepped or self.update_tried or self._may_skip:
-            self._tries = 0
-            return True
-        self._tries += 1
-        if self._tries < (self._accumulate or (MICRO_BATCHES if self.update_seen else 1)):
+        self._tries = self._waited(self._tries, stepped)
+        return self._tries == 0
+
+    def together(self, step: int, stepped: bool) -> bool:
+        """Whether a sample is complete on every rank in this iteration: as :meth:`complete`, with alarms left out. Once an iteration."""
+        if not self._common and not self.regular(step):
             return False
-        self._tries = 0
-        return True
+        self._common = self._waited(self._common, stepped)
+        return self._common == 0
+
+    def _waited(self, tries: int, stepped: bool) -> int:
+        """How many iterations a sample has waited for its update now; 0 if it is complete."""
+        if stepped or self.update_tried or self._may_skip:
+            return 0
+        tries += 1
+        return tries if tries < (self._accumulate or (MICRO_BATCHES if self.update_seen else 1)) else 0

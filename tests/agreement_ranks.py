@@ -7,12 +7,14 @@ import os
 import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from lossguard import Guard, TrainingHalted
 from lossguard.host import agreement
+from lossguard.recovery import Ladder
 
 
 def train(rank, world, *, steps=60, sick=None, stop=None, every=5, agree=None, fail=None):
@@ -83,6 +85,70 @@ def no_guard(rank, world):
         return train(rank, world)
     except ValueError as error:
         return [str(error)]
+
+
+def _guarded():
+    model = torch.nn.Linear(4, 2)
+    return model, Guard(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def one_ill_save(rank, world):
+    """Each rank writes its own file of a folder; then the weights of rank 1 turn ill."""
+    model, guard = _guarded()
+    folder = Path(sys.argv[4]).parent / "saves"
+    folder.mkdir(exist_ok=True)
+    answers = []
+    for word in ("good", "bad"):
+        if word == "bad" and rank == 1:
+            torch.nn.init.constant_(model.weight, float("nan"))
+        answers.append(guard.safe_to_save())
+        with guard.saving(folder / "state") as target:
+            target.mkdir(exist_ok=True)
+            (target / str(rank)).write_text(f"{word}-{rank}")
+    kept = sorted((folder / name / str(rank)).read_text() for name in ("state", "state-bad"))
+    return [bool(answers[0]), str(answers[1]), bool(guard.safe_to_save(together=False)), kept]
+
+
+def lonely_save(rank, world):
+    _, guard = _guarded()
+    if rank:
+        return ["did not ask"]
+    guard._unison._patience = timedelta(seconds=1)
+    try:
+        return [str(guard.safe_to_save())]
+    except ValueError as error:
+        return [str(error), bool(guard.safe_to_save(together=False))]
+
+
+def recovering(rank, world, steps=60):
+    """Data-parallel ranks, by hand; the gradient of rank 1 turns NaN behind the reduction, so that only its weights are gone."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    with Guard(model, optimizer, every=5, dense=0, recover=Ladder(every=10, settle=10)) as guard:
+        for step in range(steps):
+            loss = model(torch.randn(8, 4, generator=torch.Generator().manual_seed(step))).square().mean()
+            loss.backward()
+            for p in model.parameters():
+                dist.all_reduce(p.grad)
+            if rank == 1 and step == 40:
+                model.bias.grad[0] = float("nan")
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step(loss)
+    cures = [[c.step, c.what, c.diagnosis, c.to, c.factor] for c in guard.recovery.cures]
+    return [cures, float(sum(p.double().sum() for p in model.parameters())), guard.steps, [f.diagnosis for f in guard.findings]]
+
+
+def recovering_alone(rank, world):
+    told = []
+    for options in ({"agree": False, "recover": Ladder()}, {"recover": Ladder(rollbacks=1 + rank)}):
+        model = torch.nn.Linear(4, 2)
+        try:
+            Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+        except ValueError as error:
+            told.append(str(error))
+    return told
 
 
 if __name__ == "__main__":

@@ -86,11 +86,8 @@ def test_the_tape_is_what_the_guard_saw(tmp_path):
 def test_a_checkpoint_from_after_the_fault_is_not_good(tmp_path):
     """The checkpoint named is the newest from before the finding's step, or none."""
     assert state_of(run(tmp_path / "a", checkpoints=()))["checkpoint"] is None
-    aside = aftermath.Aftermath(tmp_path, [], None, 0, 0)
-    for step in (3, 7, 8):
-        aside.saved(step, f"{step}.pt")
-    assert aside._last_good(7) == {"after_steps": 7, "path": "7.pt"}
-    assert aside._last_good(2) is None
+    assert state_of(run(tmp_path / "b", checkpoints=(2, 5, 7)))["checkpoint"] == {"after_steps": 7, "path": "step-7.pt"}
+    assert state_of(run(tmp_path / "c", checkpoints=(8, 9), ill=7))["checkpoint"] is None
 
 
 def test_the_first_of_many_writers_wins(tmp_path):

@@ -24,13 +24,30 @@ LAYERS = [
     ("host/",),
     ("rules/rule.py", "rules/judge.py"),
     ("advice.py",),
+    ("structure.py",),
     ("readings.py", "obstacles.py"),
     ("verdict.py",),
     ("rules/",),
-    ("exits.py", "place.py", "watching.py", "actions.py", "resume.py", "batches.py", "faults.py"),
-    ("aftermath.py", "sinks.py", "coverage.py", "fingerprint.py", "pulses.py", "arguments.py", "introduce.py", "schedule.py", "skipping.py", "preflight/"),
-    ("record.py", "facts.py", "explain.py"),
+    ("cluster.py", "exits.py", "place.py", "watching.py", "actions.py", "resume.py", "batches.py", "faults.py"),
+    ("rehearsal.py", "soundness.py", "safekeeping.py"),
+    (
+        "aftermath.py",
+        "sinks.py",
+        "coverage.py",
+        "fingerprint.py",
+        "pulses.py",
+        "arguments.py",
+        "introduce.py",
+        "schedule.py",
+        "skipping.py",
+        "watchdog.py",
+        "preflight/",
+    ),
+    ("culprit/", "locating.py"),
+    ("snapshot.py", "recovery_rates.py", "recovery.py"),
+    ("record.py", "facts.py", "explain.py", "scalars.py", "trackers/"),
     ("report/",),
+    ("telling.py", "phases.py"),
     ("guard.py",),
     ("integrations/", "demo.py", "replay.py", "launch/"),
     ("__init__.py", "__main__.py", "cli.py"),
@@ -93,15 +110,16 @@ ALLOWED = {
     "actions.py": {"numpy": False, "torch": False},
     "sinks.py": {"numpy": True, "torch": False},
     "record.py": {"numpy": True, "torch": False},
+    "scalars.py": {"numpy": True, "torch": False},
     "report/": {"numpy": True, "torch": False},
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_packages_of_others(name):
-    """Outside of integrations and the demo only torch and numpy are imported, and these only where they belong."""
+    """Outside of integrations, trackers and the demo only torch and numpy are imported, and these only where they belong."""
     foreign = {d.partition(".")[0] for d in imports(TREES[ROOT / name])} - set(sys.stdlib_module_names) - {"lossguard"}
-    if not name.startswith(("integrations/", "demo.py")):
+    if not name.startswith(("integrations/", "trackers/", "demo.py")):
         assert foreign <= {"numpy", "torch"}, foreign
     for prefix, rights in ALLOWED.items():
         if name.startswith(prefix):

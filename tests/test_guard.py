@@ -59,7 +59,7 @@ REFUSED = {
     "mute unknown": (lambda: Guard(MODEL, OPTIMIZER, mute={"los_spike"}), r"in mute=; did you mean 'loss_spike'"),
     "mute unknown string": (lambda: Guard(MODEL, OPTIMIZER, mute="deadrelu"), r"in mute=; did you mean 'dead_relu'"),
     "skip unknown": (lambda: Guard(MODEL, OPTIMIZER, skip={"nonfinite_gradients"}), r"in skip=; did you mean 'nonfinite_gradient'"),
-    "skip impossible": (lambda: Guard(MODEL, OPTIMIZER, skip={"loss_spike"}), r"in skip=.*known: nonfinite_gradient"),
+    "skip impossible": (lambda: Guard(MODEL, OPTIMIZER, skip={"loss_spike"}), r"in skip=.*known: exploding_gradient, nonfinite_gradient"),
     "skip unfused": (
         lambda: Guard(MODEL, OPTIMIZER, skip={"nonfinite_gradient"}),
         r"SGD does not honour found_inf; build it with fused=True.*halt= instead of skip=",
@@ -258,6 +258,17 @@ MAKES = {
     "amsgrad": lambda p: torch.optim.Adam(p, lr=0.05, amsgrad=True, fused=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, fused=True),
 }
+if not getattr(torch.optim.Adagrad([nn.Parameter(torch.zeros(1))], fused=True), "_step_supports_amp_scaling", False):
+    del MAKES["adagrad"]  # an older torch, whose fused Adagrad is refused
+
+
+def test_a_fused_optimizer_that_cannot_skip_is_refused():
+    """Where a fused optimizer does not honour found_inf, as Adagrad in torch 2.11, the refusal says that fused=True will not help."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adagrad([parameter], fused=True)
+    optimizer._step_supports_amp_scaling = False
+    with pytest.raises(ValueError, match=r"Adagrad of torch .* does not honour found_inf although it is fused; use another of"):
+        Guard(nn.ParameterList([parameter]), optimizer, skip={"nonfinite_gradient"})
 
 
 def everything(model, optimizer):

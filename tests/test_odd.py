@@ -674,3 +674,24 @@ def test_scripted_and_unusual_modules():
 
     guard = train(Model(), rows())
     assert guard.coverage.observed["activation_rms"] == 1
+
+
+def test_frozen_between_samples():
+    """Layers that are frozen and thawed between two sampled steps, as many as before, never stop the loop and are told apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Guard(model, optimizer, dense=4, halt=None) as guard:
+        for i in range(60):
+            if i == 25:
+                model[0].requires_grad_(False)
+                model[2].requires_grad_(True)
+            loss = model(rows()(i)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            guard.step(loss)
+    assert not guard._faults.silenced
+    assert guard._history.steps(1)[0] >= 40
+    assert {n for n, value in last(guard, "grad_norm").items() if math.isfinite(value)} == {n for n, p in model.named_parameters() if p.requires_grad}

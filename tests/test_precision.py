@@ -104,14 +104,15 @@ def in_half(dtype, lr, *, optimizer=torch.optim.AdamW, steps=80, model=None):
     return train(model, optimizer(model.parameters(), lr=lr), dtype=dtype, steps=steps)
 
 
-@pytest.mark.parametrize(("lr", "optimizer"), [(1e-6, torch.optim.AdamW), (1e-4, torch.optim.SGD)])
-def test_updates_that_bfloat16_rounds_away_are_named_so(lr, optimizer):
-    """Nearly every element stays as it was although it has a gradient: the cause is rounding, the remedy master weights."""
-    finding = in_half(BF16, lr, optimizer=optimizer).findings[0]
+@pytest.mark.parametrize(("lr", "optimizer", "steps"), [(1e-6, torch.optim.AdamW, 80), (1e-4, torch.optim.SGD, 80), (1e-4, torch.optim.AdamW, 150)])
+def test_updates_that_bfloat16_rounds_away_are_named_so(lr, optimizer, steps):
+    """Nearly every element stays as it was although it has a gradient, or nine in ten do in a run that learns nothing by it
+    (float32 learns at the same rate): the cause is rounding, the remedy master weights."""
+    finding = in_half(BF16, lr, optimizer=optimizer, steps=steps).findings[0]
     assert finding.diagnosis == "update_ratio_low" and finding.causes[0].name == "rounding" and finding.remedies[0].change == {"master_weights": True}
 
 
-@pytest.mark.parametrize(("dtype", "lr", "optimizer"), [(BF16, 1e-3, torch.optim.AdamW), (BF16, 1e-4, torch.optim.AdamW), (HALF, 0.05, torch.optim.SGD)])
+@pytest.mark.parametrize(("dtype", "lr", "optimizer"), [(BF16, 1e-3, torch.optim.AdamW), (HALF, 0.05, torch.optim.SGD)])
 def test_halves_that_learn_are_silent(dtype, lr, optimizer):
     """Pure half-precision training whose updates are larger than the spacing raises nothing."""
     assert names(in_half(dtype, lr, optimizer=optimizer, steps=150)) == []

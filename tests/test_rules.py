@@ -18,9 +18,11 @@ from lossguard.rules import RULES
 from lossguard.rules.judge import Judge
 
 PER_PARAMETER = ("grad_norm", "weight_norm", "update_norm", "rounded_away", "gradient_reach", "weight_range")
-PER_UNIT = ("activation_rms", "sample_variance", "zero_fraction", "dead_fraction", "saturated_fraction", "activation_reach", "attention_logit")
+PER_UNIT = ("activation_rms", "sample_variance", "zero_fraction", "dead_fraction", "saturated_fraction", "activation_reach",
+            "attention_logit", "attention_head")  # fmt: skip
 PER_HEAD = ("logit_peak", "confident_fraction", "log_normalizer", "confident_wrong", "label_nll")
-FEW = ("loss", "validation", "input_rms", "clip_coefficient", "consecutive_skips", "frozen_update", "net_update", "void_update", "outside_update")
+FEW = ("loss", "validation", "input_rms", "clip_coefficient", "consecutive_skips", "total_skips", "frozen_update", "net_update", "void_update",
+       "outside_update", "weight_print")  # fmt: skip
 SIGNALS = {*FEW, "grad_rms", "grad_total", "update_ratio", *PER_PARAMETER, *PER_UNIT, *PER_HEAD}
 
 PARAMS = [
@@ -62,7 +64,7 @@ def healthy_step(step: int, rng: np.random.Generator, scale: float) -> tuple[Val
         "saturated_fraction": np.where(rails, 0.05, np.nan),
         "logit_peak": 8 * noise(2), "confident_fraction": np.array([0.4, 0.1]) * noise(2), "log_normalizer": 3 * noise(2),
         "confident_wrong": np.array([0.02, np.nan]), "label_nll": np.array([0.5, np.nan]),
-        "input_rms": noise(1), "clip_coefficient": np.minimum(1.0, noise(1)), "consecutive_skips": np.zeros(1),
+        "input_rms": noise(1), "clip_coefficient": np.minimum(1.0, noise(1)), "consecutive_skips": np.zeros(1), "total_skips": np.zeros(1),
         "activation_reach": 0.01 * noise(9), "gradient_reach": 0.001 * noise(7), "rounded_away": np.clip(0.3 * noise(7), 0, 1),
         "weight_range": np.where(np.arange(7) % 2 == 1, 0.3, np.nan), "attention_logit": np.where(np.arange(9) == 4, 3 * noise(9), np.nan),
         "frozen_update": np.full(1, np.nan),
@@ -191,7 +193,7 @@ ILL: dict[str, tuple[Edit, int, int, str, Severity]] = {
     "exploding_gradient": (both(times("grad_norm", ALL, 300.0, since=100), loss(lambda t, v: 2.3)), 100, 40, "", Severity.WARNING),
     "vanishing_gradient": (times("grad_norm", slice(0, 2), 1e-8), 0, 20, "layers.0.weight", Severity.WARNING),
     "missing_zero_grad": (fact("not_cleared", 1.0), 0, 3, "zero_grad", Severity.WARNING),
-    "clipping_dominates": (at("clip_coefficient", 0, 0.01), 0, 50, "clipping", Severity.WARNING),
+    "clipping_dominates": (both(at("clip_coefficient", 0, 0.01), fact("adam_eps", None)), 0, 50, "clipping", Severity.WARNING),
     "skipped_steps": (both(fact("scaler", 1.0), at("update_norm", ALL, 0.0)), 20, 10, "optimizer.step", Severity.WARNING),
     "update_ratio_high": (times("update_norm", ALL, 400.0), 0, 5, "", Severity.WARNING),
     "update_ratio_low": (times("update_norm", ALL, 1e-5), 0, 20, "", Severity.WARNING),

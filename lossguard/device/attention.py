@@ -1,26 +1,31 @@
 """Attention logits that a fused kernel hides: from its own query and key, a sample of them. Never reads a value.
 
-Module calls flow in; the largest |q.k| of sampled rows flows into a row, at the site of the module that was given what the
-attention gave (its output projection, or ``nn.MultiheadAttention`` as a whole). Query and key are those that autograd
+Module calls flow in; the largest |q.k| of sampled rows of each head flows into a row, at the site of the module that was given
+what the attention gave (its output projection, or ``nn.MultiheadAttention`` as a whole). Masks are not looked at: a product
+that a mask hides counts too. Query and key are those that autograd
 keeps for the backward pass: nothing is patched, recomputed or held, and the kernel stays the one that was chosen.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lossguard.device import signals
 from lossguard.device.graph import VIEWS
-from lossguard.device.tape import Row
+from lossguard.device.tape import Row, Sites
+from lossguard.device.tape import Scale as Scales
 
 ROWS = 64  # queries, and keys, of one sequence that are looked at
 LOOKS = 2  # sampled steps without an attention after which none is looked for
 WATCHED = 4  # attentions watched, spread over the depth; in each sampled step one of them, in turn
 NEAR = 24  # nodes between an attention and the module that takes its output
+HEADS = 256  # heads of one attention looked at; site * HEADS + head is where a head's number goes
+UNTOLD = 8  # products of query and key looked at where the graph does not tell how many of them are heads
 KINDS = ("Linear", "MultiheadAttention", "NonDynamicallyQuantizableLinear")
 SOFTMAXES = ("SoftmaxBackward", "SafeSoftmaxBackward")
 DROPOUTS = ("MulBackward", "NativeDropoutBackward")
@@ -39,6 +44,7 @@ class AttentionLogits:
         self._settled = False  # all attentions are known, or there are none
         self._blank = 0  # sampled steps that showed none
         self._turn = 0
+        self._known: dict[tuple[int, int], Sites] = {}
         self._called = self._measured = False
 
     def begin(self) -> None:
@@ -69,8 +75,14 @@ class AttentionLogits:
             return
         self._measured = True
         with torch.no_grad():
-            peak, scale = _peak(*found)
-            row.add_scalars("attention_logit", np.array([site], dtype=np.intp), [peak], np.array([scale]))
+            peaks, factor = _peaks(*found)
+            row.add("attention_heads", self._places(site, len(peaks)), peaks, _scales(len(peaks), factor))
+
+    def _places(self, site: int, heads: int) -> Sites:
+        """Where the heads' numbers go: the same array for the same site, so that the row's layout is known again."""
+        if (site, heads) not in self._known:
+            self._known[site, heads] = site * HEADS + np.arange(heads)
+        return self._known[site, heads]
 
     def _due(self) -> int:
         """The site whose turn it is; -1 where there is none."""
@@ -88,7 +100,7 @@ def hooked() -> bool:
 
 def _attention(node: Any) -> tuple[Tensor, Tensor, Scale] | None:
     """Query and key (sequences and heads in front), and what their product is multiplied with (None: 1/sqrt(d)); None if none is near."""
-    softmax = False
+    softmax, heads = False, 0
     scale: Scale = 1.0
     for _ in range(NEAR):
         if node is None or hasattr(node, "variable"):
@@ -99,12 +111,14 @@ def _attention(node: Any) -> tuple[Tensor, Tensor, Scale] | None:
             return (node._saved_query, node._saved_key, factor) if not hooked() else (_NOTHING, _NOTHING, None)
         if name.startswith(SOFTMAXES):
             softmax = True
+            shape = tuple(node._input_metadata[0].shape) if hasattr(node, "_input_metadata") else ()
+            heads = shape[-3] if len(shape) > 3 else 0  # (sequences, heads, queries, keys); else sequences and heads in one
         elif softmax and name.startswith(SCALINGS):
             one = _factor(node, name)
             scale = None if scale is None or one is None else scale * one
         elif name.startswith(("BmmBackward", "BaddbmmBackward")):
             if softmax:
-                return _scores(node, name, scale)
+                return _scores(node, name, scale, heads or UNTOLD)
         elif name.startswith("AddmmBackward") and not softmax:
             node = node.next_functions[1][0]
             continue
@@ -131,7 +145,7 @@ def _main(node: Any) -> Any:
     return next((n for n, _ in node.next_functions if n is not None and not hasattr(n, "variable")), None)
 
 
-def _scores(node: Any, name: str, scale: Scale) -> tuple[Tensor, Tensor, Scale] | None:
+def _scores(node: Any, name: str, scale: Scale, heads: int) -> tuple[Tensor, Tensor, Scale] | None:
     """Query and key of the product that an explicit softmax was taken of."""
     if hooked():
         return _NOTHING, _NOTHING, scale
@@ -139,16 +153,26 @@ def _scores(node: Any, name: str, scale: Scale) -> tuple[Tensor, Tensor, Scale] 
     query, key = getattr(node, first, None), getattr(node, second, None)
     if not isinstance(query, Tensor) or not isinstance(key, Tensor):
         return None
-    return query.unsqueeze(1), key.transpose(-2, -1).unsqueeze(1), scale
+    return query[:heads].unsqueeze(0), key[:heads].transpose(-2, -1).unsqueeze(0), scale
 
 
-def _peak(query: Tensor, key: Tensor, scale: Scale) -> tuple[Tensor, float]:
-    """The largest magnitude of query times key over sampled rows of the first sequence, and what it is to be multiplied with."""
-    q, k = (x[0, ..., :: max(1, -(-x.shape[-2] // ROWS)), :] for x in (query.detach(), key.detach()))
-    if q.dim() == 3 and k.shape[0] != q.shape[0]:  # groups of query heads share a key
-        q = q[:: max(1, q.shape[0] // max(1, k.shape[0]))][: k.shape[0]]
-    scores = torch.matmul(q, k.transpose(-2, -1))
-    peak = signals.largest(scores)
+def _peaks(query: Tensor, key: Tensor, scale: Scale) -> tuple[Tensor, float]:
+    """The largest magnitude of query times key over sampled rows of the first sequence, for each head: (heads,), and what it is
+    to be multiplied with. (sequences, heads, queries, d), (sequences, heads of the keys, keys, d); heads may be missing."""
+    q, k = (x.detach()[0, ..., :: max(1, -(-x.shape[-2] // ROWS)), :] for x in (query, key))
+    q, k = (x if x.dim() > 2 else x.unsqueeze(0) for x in (q, k))
+    heads, rows, width = q.shape
+    if heads != k.shape[0]:  # groups of query heads share a key
+        q = q.reshape(k.shape[0], -1, width)
+    scores = torch.matmul(q, k.transpose(-2, -1)).view(heads, rows, -1)[:HEADS]
+    if scores.dtype == torch.float64:
+        scores = scores.to(torch.float32)
+    peaks = torch.linalg.vector_norm(scores, math.inf, dim=(1, 2), dtype=torch.float32)
     if isinstance(scale, Tensor):
-        return (peak * scale.abs()).to(torch.float32), 1.0
-    return peak, q.shape[-1] ** -0.5 if scale is None else scale
+        return (peaks * scale.abs()).to(torch.float32), 1.0
+    return peaks, width**-0.5 if scale is None else abs(scale)
+
+
+@functools.lru_cache(maxsize=64)
+def _scales(n: int, scale: float) -> Scales:
+    return np.full(n, scale)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossguard.device import signals
+from lossguard.device import shards, signals
 from lossguard.device.tape import Row, Sites
 
 SMALL = 16384  # elements; tensors up to this size are read whole
@@ -35,7 +35,12 @@ def why_not(parameter: Tensor) -> str | None:
     """The reason why a parameter cannot be measured here, or None if it can."""
     if nn.parameter.is_lazy(parameter):
         return "lazy: not initialised yet"
-    if type(parameter).__name__ == "DTensor" or hasattr(parameter, "_local_tensor"):
+    hidden = shards.engine(parameter)
+    if hidden is not None:
+        return hidden
+    if shards.is_sharded(parameter):
+        return shards.why_not(parameter) or (why_not(shards.own(parameter)) if shards.own(parameter).numel() else None)
+    if hasattr(parameter, "_local_tensor"):
         return "sharded across ranks"
     if parameter.is_quantized or parameter.dtype not in READABLE:
         return f"dtype {parameter.dtype} holds no plain floating-point numbers"
@@ -49,12 +54,14 @@ def why_not(parameter: Tensor) -> str | None:
 
 
 class Bank:
-    """The parameters of one optimizer on one device, ordered by size.
+    """The parameters of one optimizer on one device, ordered by size; of sharded ones, this rank's parts, all in one bank.
 
+    probed: the parameters whose gradients are read again before the update; chosen here where it is None.
     Gradients, weights and updates are only kept when they are seen; ``lay`` measures all three at once when the step is over.
     """
 
-    def __init__(self, parameters: Sequence[tuple[int, Tensor]], optimizer: int, model_elements: int) -> None:
+    def __init__(self, parameters: Sequence[tuple[int, Tensor]], optimizer: int, model_elements: int, probed: Sequence[int] | None = None) -> None:
+        self.sharded = shards.is_sharded(parameters[0][1])
         sizes = _padded_sizes([_elements(p) for _, p in parameters])
         by_size = sorted(zip(parameters, sizes, strict=True), key=lambda pair: (pair[1] or 10**12, pair[0][0]))
         self.optimizer = optimizer
@@ -78,8 +85,9 @@ class Bank:
         self._missing: set[int] = set()
         self._norms: tuple[Sites, list[Tensor]] | None = None  # of the large gradients
         self._seen: list[tuple[int, int] | None] = []
+        self._signs: Tensor | None = None  # for prints, made where they are asked for
         self._moved = False
-        self.probes = self._choose_probes()
+        self.probes = self._choose_probes() if probed is None else [(s, p) for s, p in parameters if s in probed]
         self.sparse: set[int] = set()  # sites whose gradient was sparse: reading it would wait
 
     @property
@@ -100,9 +108,15 @@ class Bank:
         if self._large:
             self._measure_large_gradients(missing)
         self._missing = set(missing)
-        self._seen = [version(p) for _, p in self.probes]
+        self._seen = [shards.version(p) for _, p in self.probes]
         self.sparse.update(s for s in missing if self._parameter[s].grad is not None)
         return [s for s in missing if s not in self.sparse]
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Sites whose gradient was there and could not be read, and why."""
+        why = "its gradient lies on the ranks in another way than its weights" if self.sharded else "its gradient is sparse: reading it would wait"
+        return dict.fromkeys(sorted(self.sparse), why)
 
     def keep_weights(self) -> None:
         """Weights as they are before the update."""
@@ -145,12 +159,25 @@ class Bank:
         """Norms of all weights as they are, every element read: for the post-mortem of a non-finite loss."""
         for sites, parameters in ((self._small_sites, self._small), (self._large_sites, self._large)):
             if parameters:
-                row.add_scalars("weight_norm", sites, signals.l2_of_each([p.detach() for p in parameters]))
+                row.add_scalars("weight_norm", sites, signals.l2_of_each([shards.own(p).detach() for p in parameters]))
+
+    def lay_prints(self, row: Row) -> None:
+        """A projection of each tensor before the update on fixed random signs: equal where the weights are, on every rank."""
+        if self._signs is None:
+            width = max([SMALL if self._small else 0, self._runs * RUN if self._large else 0])
+            draw = torch.Generator().manual_seed(0)  # the run's own random numbers stay as they are
+            self._signs = (torch.randint(2, (width,), generator=draw, dtype=torch.float32) * 2 - 1).to(self.device)
+        for first, count, size, sites in self._layout:
+            row.add("weight_print", sites, torch.mv(self._kept[1, first : first + count * size].view(count, size), self._signs[:size]))
+        if self._large:
+            samples = self._sampled[0].view(len(self._large), -1)
+            row.add("weight_print", self._large_sites, torch.mv(samples, self._signs[: samples.shape[1]]), self._scale)
 
     @property
     def untouched(self) -> bool:
-        """Whether the gradients of the probes are those that were kept: nobody clipped or unscaled them since."""
-        return self._seen == [version(p) for _, p in self.probes]
+        """Whether the gradients of the probes are those that were kept: nobody clipped or unscaled them since. Sharded ones do
+        not count what is written to all of them at once, so they are read again."""
+        return not self.sharded and self._seen == [shards.version(p) for _, p in self.probes]
 
     def lay_probes(self, row: Row) -> None:
         """Norms of a few gradients as they are now: held against the earlier ones they give what clipping did."""
@@ -173,11 +200,11 @@ class Bank:
     def _make_slots(self) -> list[Tensor]:
         """Where each small gradient goes: views of the kept ones, of the gradients' shapes."""
         places = [self.offsets[int(s)] for s in self._small_sites]
-        shapes = [(*p.shape, 2) if p.is_complex() else p.shape for p in self._small]
+        shapes = [(*p.shape, 2) if p.is_complex() else shards.own(p).shape for p in self._small]
         return [self.gradients[at : at + _elements(p)].view(shape) for at, p, shape in zip(places, self._small, shapes, strict=True)]
 
     def _gather_gradients(self, missing: list[int]) -> None:
-        found = [p.grad for p in self._small]
+        found = [shards.gradient(p) for p in self._small] if self.sharded else [p.grad for p in self._small]
         there = [g for g in found if g is not None and g.layout == torch.strided]
         if len(there) == len(found):
             torch._foreach_copy_(self._slots, [_plain(g) if g.is_complex() else g for g in there])
@@ -235,24 +262,13 @@ class Bank:
         return [(int(s), p) for s, p in pairs[::stride][:8]]
 
 
-def version(p: Tensor) -> tuple[int, int] | None:
-    """Which memory the gradient has and how often it was written to; None where there is no gradient."""
-    g = p.grad
-    if g is None:
-        return None
-    try:
-        return g.data_ptr(), g._version
-    except RuntimeError:  # a wrapper without memory of its own
-        return id(g), g._version
-
-
 def _others(tap: str) -> list[signals.Signal]:
     """The signals of a tap that are not its norm."""
     return [s for s in signals.of(tap) if s.name not in NORMS]
 
 
 def _elements(p: Tensor) -> int:
-    return p.numel() * (2 if p.is_complex() else 1)
+    return shards.own(p).numel() * (2 if p.is_complex() else 1)
 
 
 def _padded_sizes(elements: Sequence[int]) -> list[int]:
@@ -277,8 +293,8 @@ def _runs(tensors: int, model_elements: int) -> int:
 
 
 def _plain(t: Tensor) -> Tensor:
-    """The tensor without autograd, complex numbers as pairs."""
-    t = t.detach()
+    """The tensor without autograd, of a sharded one this rank's part, complex numbers as pairs."""
+    t = shards.own(t).detach()
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
@@ -291,7 +307,7 @@ def _dense(t: Tensor) -> Tensor:
 
 def _gradient(p: Tensor) -> Tensor | None:
     """The gradient, or None where there is none to read (none at all, or sparse: coalescing it would wait)."""
-    g = p.grad
+    g = shards.gradient(p) if shards.is_sharded(p) else p.grad
     if g is None or g.layout != torch.strided:
         return None
     return _plain(g) if g.is_complex() or g.requires_grad else g
@@ -312,6 +328,6 @@ def _spread(t: Tensor, runs: int) -> Tensor:
 def _pointers(parameters: Sequence[Tensor]) -> list[int]:
     """Where the parameters' memory is; views of it must be made anew when it moved (0 for tensors without memory)."""
     try:
-        return [p.data_ptr() for p in parameters]
+        return [shards.own(p).data_ptr() for p in parameters]
     except RuntimeError:  # a wrapper without storage of its own
         return [id(p) for p in parameters]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.device import signals
+from lossguard.device import shards, signals
 from lossguard.device.attention import AttentionLogits
 from lossguard.device.halves import Halves, RowOf
 from lossguard.device.roles import Trained
@@ -40,6 +40,8 @@ class Extras:
         self._trained: Sequence[Trained] = ()
         self._frozen: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer -> tensors, copies
         self._born_seen = False
+        self._without: set[int] = set()  # modules in training mode that ran without gradients in this step
+        self._bootstraps = False  # one of them ran again, with gradients
         self._evaluated: set[bool] = set()  # the modes (training or not) in which modules ran without gradients since the last step
         self._outside: tuple[list[Tensor], list[Tensor]] = ([], [])  # in no optimizer; copies of the sample before
         self._void: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer that steps without any gradient -> tensors, copies
@@ -49,7 +51,7 @@ class Extras:
     def plan(self, trained: Sequence[Trained]) -> None:
         """The parameters are listed anew."""
         self._trained = trained
-        self._outside = [t.tensor.detach() for t in trained if t.optimizer < 0 and t.tensor.layout == torch.strided and t.tensor.numel()][:OUTSIDE], []
+        self._outside = [t.tensor.detach() for t in trained if t.optimizer < 0 and _readable(t.tensor)][:OUTSIDE], []
         self.halves.plan(trained)
 
     def begin(self) -> None:
@@ -60,6 +62,8 @@ class Extras:
         self._void.clear()
         self._fed.clear()
         self._evaluated.clear()
+        self._without.clear()
+        self._bootstraps = False
 
     def module_called(self, site: int, name: str, kind: str, args: tuple[Any, ...], output: Tensor, row: Row) -> None:
         """A watched module's forward pass ended."""
@@ -69,6 +73,17 @@ class Extras:
     def ran_without_gradients(self, module: nn.Module) -> None:
         """A watched module was called under no_grad: an evaluation, or a part of a step."""
         self._evaluated.add(module.training)
+        if module.training:
+            self._without.add(id(module))
+
+    def ran_with_gradients(self, module: nn.Module) -> None:
+        """A watched module was called as part of the loss. If it ran without gradients before, in the same step, that may have made the targets."""
+        self._bootstraps = self._bootstraps or id(module) in self._without
+
+    @property
+    def may_bootstrap(self) -> bool:
+        """Whether some module ran without gradients in this step."""
+        return len(self._without) > 0
 
     @property
     def evaluated_in_training_mode(self) -> bool:
@@ -89,6 +104,8 @@ class Extras:
 
     def finish(self, facts: dict[str, Any], row_of: RowOf) -> None:
         """The step is over: have the parameters that no optimizer holds moved since the sample before?"""
+        if self._bootstraps:
+            facts["bootstraps"] = 1.0
         tensors, copies = self._outside
         if not tensors:
             return
@@ -105,10 +122,10 @@ class Extras:
             self._fed.add(index)
             self._void.pop(index, None)
         else:
-            some = [p for group in groups for p in group["params"] if p.numel() and p.layout == torch.strided][:FROZEN]
+            some = [p for group in groups for p in group["params"] if _readable(p)][:FROZEN]
             self._void[index] = some, [_first(p).clone() for p in some]
         frozen = [p for group in groups for p in group["params"] if not p.requires_grad and p.grad is not None]
-        frozen = [p for p in frozen if p.numel() and p.layout == torch.strided][:FROZEN]
+        frozen = [p for p in frozen if _readable(p)][:FROZEN]
         if frozen and any(p.requires_grad for group in groups for p in group["params"]):  # else somebody computes gradients by hand
             self._frozen[index] = frozen, [_first(p).clone() for p in frozen]
 
@@ -165,6 +182,11 @@ def _is_matrix(p: Tensor) -> bool:
     return plain and p.dim() >= 2 and p.shape[0] >= 2 and p.numel() >= max(2 * p.shape[0], BORN_ELEMENTS)
 
 
+def _readable(p: Tensor) -> bool:
+    """Whether a few of its elements can be looked at on this rank."""
+    return p.layout == torch.strided and p.numel() > 0 and shards.own(p).numel() > 0
+
+
 def _first(p: Tensor) -> Tensor:
-    """The first elements of a parameter."""
-    return p.detach().reshape(-1)[:FROZEN_ELEMENTS]
+    """The first elements of a parameter, of a sharded one those of this rank's part."""
+    return shards.own(p).detach().reshape(-1)[:FROZEN_ELEMENTS]

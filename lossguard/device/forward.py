@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lossguard.device import outputs, signals
+from lossguard.device.joint import Joint
 from lossguard.device.tape import Row, Scale, Sites
 from lossguard.device.units import SilentUnits, window
 
@@ -62,6 +63,7 @@ class Forward:
     def __init__(self) -> None:
         self.sites: list[Site] = []
         self.units = SilentUnits()
+        self.joint: Joint | None = None  # with whom the batch is shared, where its units are to be those of all ranks
         self.unwatched: set[str] = set()  # calls that could not be measured, and why
         self._by_call: dict[tuple[str, int], Site] = {}
         self._calls: dict[str, int] = {}
@@ -78,6 +80,10 @@ class Forward:
         self._last: tuple[str, weakref.ref[Tensor]] | None = None  # the module and output before, while steps are dense
         self._uncovered: set[str] = set()
         self._conv1d = False  # whether the last shaping module of three dimensions put channels first
+
+    def fit(self, elements: int) -> None:
+        """A model of so many elements is watched."""
+        self.room = KEEP if elements < LARGE_MODEL else KEEP_LITTLE
 
     def begin(self) -> None:
         """A new step: forget calls that led to no update."""
@@ -122,7 +128,7 @@ class Forward:
             if output._version != version:
                 self._at_once.add(site.index)  # overwritten in place: too late for this step
                 continue
-            key = (output.shape, site.channels_first, output.dtype, output.device)
+            key = (output.shape, site.channels_first and outputs.in_rows(output), site.channels_first, output.dtype, output.device)
             if key in groups:
                 groups[key].append((site, output))
             else:
@@ -265,7 +271,9 @@ class Forward:
         """Peaks of layers of one width: one set of counters for all of them."""
         groups: dict[tuple[int, torch.device, int], list[tuple[_Taken, Tensor]]] = {}
         for t in self._taken:
-            if t.peaks is not None:
+            if t.peaks is not None and self.joint is not None and self.joint.takes([site.index for site in t.sites], t.peaks):
+                self.joint.fired([site.index for site in t.sites], t.peaks, t.positions)
+            elif t.peaks is not None:
                 groups.setdefault((t.peaks.shape[1], t.peaks.device, window(t.positions)), []).append((t, t.peaks))
         for (_, device, batches), group in groups.items():
             sites = [site for t, _ in group for site in t.sites]

@@ -36,7 +36,7 @@ class GradientRows:
         for k, bank in enumerate(banks):
             positions, spans, first = [], [], 0
             for i in chosen:
-                if i not in bank.offsets:
+                if bank.sharded or i not in bank.offsets:
                     continue
                 units = trained[i].tensor.numel()
                 spans.append((_site(forward, trained[i].name.rpartition(".")[0] or trained[i].name, units), first, units))

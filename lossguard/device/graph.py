@@ -13,8 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+Shape = tuple[int, ...]
 MAX_NODES = 50_000  # nodes walked at most, once: about 2 us each
 
 FAMILIES = {
@@ -52,33 +53,41 @@ class GraphFacts:
     cancelled: set[int] = field(default_factory=set)  # ids of biases that only feed a batch-norm
     safe: bool = False  # the loss itself, or all of its terms, is a built-in loss that is finite for all finite outputs
     attentions: int = 0  # fused attentions
-    summed: bool = False  # a built-in loss adds its samples up
+    summed: bool = False  # a built-in loss adds its samples up, and nothing behind it divides the sum (by a count of tokens, say)
     masked: bool = False  # a softmax is given what a mask was written into
+    linear_chain: tuple[str, str] = ("", "")  # two linear layers, by their modules, with nothing but a view between them
+    leaves: set[int] = field(default_factory=set)  # ids of the parameters that the loss depends on
     opaque: set[str] = field(default_factory=set)  # regions that cannot be read, such as "compiled"
 
 
-def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collection[Any] = ()) -> GraphFacts:
+def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collection[Any] = (), inside: Sequence[tuple[Any, Shape]] = ()) -> GraphFacts:
     """Walk the graph behind the loss, or behind its terms. producers: graph node of a module's output -> that module's
-    key. hooked: the nodes among them that a ReLU module made."""
+    key. hooked: the nodes among them that a ReLU module made. inside: keys and output shapes of module calls in compiled
+    code, in order, which have no node of their own."""
     facts = GraphFacts()
     roots = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     for root in roots:
         if facts.head is None:
-            _read_head(root, producers, facts)
+            _read_head(root, producers, facts, inside)
     facts.nonnegative = bool(roots) and len(roots) == len(losses) and all(_keeps_sign(root) for root in roots)
     facts.safe = safe(losses)
-    seen, queue = set(roots), deque(roots)
+    seen, queue, divided = set(roots), deque(roots), False
     while queue and len(seen) < MAX_NODES:
         node = queue.popleft()
         name = node.name()
+        divided = divided or name.startswith("DivBackward")
         for prefix, what in OPAQUE.items():
             if name.startswith(prefix):
                 facts.opaque.add(what)
         if facts.loss_family == "unknown" and name in FAMILIES:
             facts.loss_family = FAMILIES[name]
-            facts.summed = getattr(node, "_saved_reduction", None) == SUM
+            facts.summed = getattr(node, "_saved_reduction", None) == SUM and not divided
         facts.masked = facts.masked or (name == SOFTMAXES[1] and _is_masked(node))
         facts.attentions += name.startswith("ScaledDotProduct")
+        if name in LINEAR and not facts.linear_chain[0]:
+            facts.linear_chain = _fed_by_linear(node, producers)
+        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):
+            facts.leaves.add(id(leaf))
         if name in RELUS and node not in hooked:
             _read_relu(node, facts)
         if name in BATCH_NORMS:
@@ -142,13 +151,13 @@ def _unscaled(node: Any) -> Any:
     return node
 
 
-def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts) -> None:
+def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts, inside: Sequence[tuple[Any, Shape]]) -> None:
     """The softmax nearest to the loss that no parameter stands before, and the module output that feeds it."""
     seen, queue = {root}, deque([root])
     while queue and len(seen) < 256:  # the loss's own nodes are few
         node = queue.popleft()
         if node.name() in SOFTMAXES and node.next_functions:
-            found = _through_views(node, producers)
+            found = _through_views(node, producers, inside)
             if found is not None:
                 facts.head, facts.head_dim = found
                 return
@@ -160,21 +169,22 @@ def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts) -> No
                 queue.append(child)
 
 
-def _through_views(softmax: Any, producers: Mapping[Any, Any]) -> tuple[Any, int] | None:
+def _through_views(softmax: Any, producers: Mapping[Any, Any], inside: Sequence[tuple[Any, Shape]]) -> tuple[Any, int] | None:
     """The producer of a softmax's logits, and which dimension of its output the softmax runs over."""
     dim, node = _saved(softmax, "_saved_dim"), softmax
     for _ in range(32):
-        below = node.next_functions[0][0] if node.next_functions else None
+        below, output = node.next_functions[0] if node.next_functions else (None, 0)
         if below is None or not (node is softmax or hasattr(node, "_input_metadata")):
             return None  # nothing behind it, or a torch that does not tell the shapes of views
-        moved = dim if node is softmax else _before(node, dim, _shape(node), _shape(below))
+        shape = tuple(below._input_metadata[output].shape)
+        moved = dim if node is softmax else _before(node, dim, _shape(node), shape)
         if moved is None:
             return None
         node, dim = below, moved
         if node in producers:
             return producers[node], dim
         if not node.name().rstrip("0123456789").startswith(VIEWS):
-            return None
+            return next(((key, dim) for key, given in reversed(inside) if given == shape), None)  # what compiled code gave
     return None
 
 
@@ -231,6 +241,20 @@ def _read_relu(node: Any, facts: GraphFacts) -> None:
             facts.relu_parameters.append(id(vectors[-1]))
             return
         feeder = feeder.next_functions[0][0]
+
+
+def _fed_by_linear(node: Any, producers: Mapping[Any, Any]) -> tuple[str, str]:
+    """The linear layer right before this one and this one, where both are modules' outputs; empty where something stands between."""
+    inner = 1 if node.name() == "AddmmBackward0" else 0
+    before = node.next_functions[inner][0] if len(node.next_functions) > inner else None
+    for _ in range(4):
+        if before is None or before.name() in LINEAR:
+            break
+        if not before.name().rstrip("0123456789").startswith(VIEWS[:7]) or not before.next_functions:
+            return "", ""
+        before = before.next_functions[0][0]
+    known = before in producers and node in producers and before is not None and before.name() == node.name()
+    return (str(producers[before]), str(producers[node])) if known else ("", "")
 
 
 def _read_norm(node: Any, facts: GraphFacts) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossguard.device import outputs, signals
+from lossguard.device import outputs, shards, signals
 from lossguard.device.roles import Trained
 from lossguard.device.tape import Row
 
@@ -35,7 +35,7 @@ class Halves:
         """The parameters are listed anew."""
         halves = [(i, t) for i, t in enumerate(trained) if t.optimizer >= 0 and t.tensor.dtype in HALVES and t.tensor.layout == torch.strided]
         self._narrow = [(i, t.tensor) for i, t in halves if t.tensor.dtype == torch.float16]
-        large = [(i, t) for i, t in halves if t.tensor.numel() >= SAMPLED and t.tensor.is_contiguous()]
+        large = [(i, t) for i, t in halves if shards.own(t.tensor).numel() >= SAMPLED and shards.own(t.tensor).is_contiguous()]
         self._weights = {}
         for i, t in large[:: max(1, -(-len(large) // MOST))]:
             self._weights.setdefault(t.optimizer, []).append((i, t.tensor))
@@ -54,7 +54,8 @@ class Halves:
 
     def gradients(self, row_of: RowOf) -> None:
         """The gradients after a backward pass, where no loss scaler puts them near the end by design."""
-        held = [(i, p.grad) for i, p in self._narrow if p.grad is not None and p.grad.layout == torch.strided]
+        held = [(i, shards.own(p.grad)) for i, p in self._narrow if p.grad is not None and p.grad.layout == torch.strided]
+        held = [(i, g) for i, g in held if g.numel()]
         for device in {g.device for _, g in held}:
             some = [(i, g.detach()) for i, g in held if g.device == device]
             peaks = torch._foreach_norm([g for _, g in some], math.inf, dtype=torch.float32)
@@ -64,8 +65,8 @@ class Halves:
     def before_update(self, optimizer: int) -> None:
         """Keep a few elements of each weight, and which of their gradients are not zero."""
         for device in {p.device for _, p in self._weights.get(optimizer, ())}:
-            there = [(i, p, p.grad) for i, p in self._weights[optimizer] if p.device == device and p.grad is not None]
-            there = [(i, p, g) for i, p, g in there if g.layout == torch.strided and g.is_contiguous()]
+            there = [(i, p, shards.own(p.grad)) for i, p in self._weights[optimizer] if p.device == device and p.grad is not None]
+            there = [(i, p, g) for i, p, g in there if g.layout == torch.strided and g.is_contiguous() and g.numel() >= SAMPLED]
             if there:
                 weights, gradients = torch.cat([_few(p) for _, p, _ in there]), torch.cat([_few(g) for _, _, g in there])
                 self._before[optimizer] = [i for i, _, _ in there], torch.where(gradients != 0, weights, math.nan)
@@ -86,5 +87,6 @@ class Halves:
 
 def _few(t: Tensor) -> Tensor:
     """SAMPLED elements spread over a contiguous tensor, a view; the odd stride does not stay in one column."""
+    t = shards.own(t)
     step = max(1, t.numel() // SAMPLED - 1) | 1
     return torch.as_strided(t.detach(), (SAMPLED,), (step if step * (SAMPLED - 1) < t.numel() else 1,), t.storage_offset())

@@ -5,7 +5,7 @@ Python objects and tensors flow in, views flow out; nothing is computed and noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -45,6 +45,17 @@ def watched(model: nn.Module) -> dict[int, tuple[str, str]]:
     return chosen
 
 
+def addresses(model: nn.Module, modules: Mapping[int, tuple[str, str]]) -> dict[int, list[str]]:
+    """Where the first parameter of each of these modules lies in memory -> the modules that hold it."""
+    found: dict[int, list[str]] = {}
+    for module in model.modules():
+        known = modules.get(id(module))
+        first = next((p for p in module._parameters.values() if p is not None), None)
+        if known is not None and first is not None and not nn.parameter.is_lazy(first):
+            found.setdefault(first.data_ptr(), []).append(known[0])
+    return found
+
+
 def first_tensor(value: Any, depth: int = 0) -> Tensor | None:
     """The first floating-point tensor of a nested output (tuple, list, dict, dataclass), or None."""
     return next(float_tensors(value, depth), None)
@@ -66,13 +77,18 @@ def float_tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
             yield from float_tensors(getattr(value, part.name, None), depth + 1)
 
 
+def in_rows(x: Tensor) -> bool:
+    """Whether an output with its channels in dimension 1 lies in memory sample by sample, rather than channels last."""
+    return x.is_contiguous()
+
+
 def matrix(x: Tensor, channels_first: bool) -> Tensor:
     """Samples by features, a view wherever the memory allows: (N, C, H, W) -> (N, C*H*W); (B, T, F) -> (B*T, F); (N,) -> (N, 1).
 
     Channels-last memory reads as (N*H*W, C), its order in memory.
     """
     if channels_first and x.dim() > 2:
-        return x.flatten(1) if x.is_contiguous() else x.movedim(1, -1).flatten(0, -2)
+        return x.flatten(1) if in_rows(x) else x.movedim(1, -1).flatten(0, -2)
     if x.dim() >= 3:
         return x.flatten(0, -2)
     return x if x.dim() == 2 else x.reshape(-1, 1)

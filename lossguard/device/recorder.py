@@ -15,18 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.device import graph, roles, signals
-from lossguard.device.bank import Bank, version
+from lossguard.device import graph, roles
+from lossguard.device.bank import Bank
+from lossguard.device.clearing import Clearing
 from lossguard.device.extras import Extras
-from lossguard.device.forward import KEEP, KEEP_LITTLE, LARGE_MODEL, Forward, Site
 from lossguard.device.functional import GradientRows
-from lossguard.device.logits import logits_numbers
-from lossguard.device.outputs import first_tensor, float_tensors, watched
+from lossguard.device.grouping import banks_of
+from lossguard.device.joint import Joint
+from lossguard.device.passes import Passes
 from lossguard.device.tape import Layout, Row
-
-MAX_HEADS = 16  # explicit softmax modules watched besides the one at the loss
-SOFTMAXES = ("Softmax", "LogSoftmax")
-MAX_INPUTS = 4  # float inputs of the first module watched
 
 
 class Recorder:
@@ -36,74 +33,46 @@ class Recorder:
         self.model, self.optimizers, self.scaler = model, optimizers, scaler
         self.roster = roles.Roster()
         self.banks: list[Bank] = []
-        self.forward = Forward()
-        self.heads: list[str] = ["loss"]
+        self.extras = Extras(model, optimizers)
+        self.passes = Passes(model, self.extras, self.row)
         self.facts: dict[str, Any] = {}
-        self.graph: graph.GraphFacts | None = None
-        self.targets: Tensor | None = None
         self.on = False
-        self.modules = watched(model)
-        self.asked = self.modules
+        self.replicated = False  # a wrapper keeps the weights of all ranks equal
+        self.printing = False  # whether this step's weights are to be compared over ranks
         self._dense = True
-        self._few: tuple[int, dict[int, tuple[str, str]]] = (-1, {})  # how many modules were covered, and those that are not
-        self._ordinary: dict[int, Site] = {}  # modules of whose outputs nothing but the common signals is taken
-        self.fired: set[str] = set()  # modules whose hook ever fired
         self._rows: dict[torch.device, Row] = {}
         self._signature: tuple[int, ...] = ()
-        self._producers: dict[Any, str] = {}  # graph node -> module call, in the first recorded step only
-        self._head_seen = False
-        self._criterion_seen = False  # an nn.CrossEntropyLoss shows logits and targets by itself
-        self._first_module = True
-        self._batch_rows: int | None = None
         self._kept_before: set[int] = set()  # banks whose weights before the update are kept in this step
         self._updated: set[int] = set()  # optimizers that stepped in this step
         self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
-        self._versions: dict[int, tuple[int, int]] = {}  # probe -> (memory, version) of its gradient since the last update
-        self._added: dict[int, bool] = {}  # probe -> whether all that arrived since then was added to what was left of it
+        self._clearing = Clearing()
         self._carried: dict[str, Any] = {}  # what a step that is not sampled tells of itself: facts of the next sample
         self._functional = GradientRows()
-        self.extras = Extras(model, optimizers)
+        self.joint = Joint(self.passes.forward.units)
+        self.passes.forward.joint = self.joint
 
     # ---- phases
 
     def begin(self, sampled: bool, *, every_module: bool = True) -> None:
         """A new step starts. every_module: look at modules too whose output shows in the activation that follows."""
         self.on, self._dense = sampled, every_module
-        self.asked = self.modules if every_module else self._needed()
         self.facts = {}
         if sampled:
             self.facts, self._carried = self._carried, {}
-        self.targets = None
-        self._head_seen, self._first_module = False, True
-        for held in (self._producers, self._missing, self._kept_before, self._updated):
+        for held in (self._missing, self._kept_before, self._updated):
             held.clear()
-        self.forward.begin()
+        self.passes.begin(every_module=every_module)
         self.extras.begin()
+        self.joint.begin()
         for row in self._rows.values():
             row.discard()
-
-    def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The forward pass of a module that is ``asked`` ended. Recomputations and evaluation are passed over."""
-        if not torch.is_grad_enabled():
-            self.extras.ran_without_gradients(module)
-        if not module.training or torch._C._current_graph_task_id() != -1:  # an activation checkpoint recomputes: counted already
-            return
-        site = self._ordinary.get(id(module)) if not self._dense and type(output) is Tensor else None
-        if site is None or not self.forward.keep(site, output):
-            self._record_module(module, *self.asked[id(module)], args, output)
-
-    def criterion_called(self, args: tuple[Any, ...]) -> None:
-        """A ``nn.CrossEntropyLoss`` was called: its logits, and its targets."""
-        if torch.is_grad_enabled() and len(args) == 2 and isinstance(args[0], Tensor) and torch._C._current_graph_task_id() == -1:
-            self._criterion_seen = True
-            self._logits(args[0], 1 if args[0].dim() > 1 else 0, args[1])
 
     def backward_done(self, *, unscaled: bool = False) -> None:
         """All gradients of a backward pass are there, unclipped. Later passes before an update overwrite earlier ones."""
         if not self.banks:
             self.build()
-        if self._versions:
-            self._look_at_clearing()
+        if self._clearing.pending:
+            self._clearing.backward_done(self.banks)
         if not self.on:
             return
         with torch.no_grad():
@@ -117,7 +86,7 @@ class Recorder:
 
     def before_update(self, index: int) -> None:
         """Optimizer ``index`` is about to step: see what clipping did since the backward pass."""
-        if self._versions:
+        if self._clearing.pending:
             self._tell_of_clearing(index)
         if not self.on:
             return
@@ -128,8 +97,8 @@ class Recorder:
                     if bank.untouched:
                         self.facts["unclipped"] = (*self.facts.get("unclipped", ()), index)
                         continue
-                    bank.lay_probes(self.row(bank.device))
-                    if all(p.grad is None for _, p in bank.probes):
+                    bank.lay_probes(self._row_of(bank))
+                    if bank.probes and all(p.grad is None for _, p in bank.probes):
                         self.facts["cleared"] = 1.0  # after the backward pass, before the step
                     self.facts["probes_unscaled"] = roles.unscaled(self.scaler, self.optimizers[index])
 
@@ -139,7 +108,7 @@ class Recorder:
             return
         for bank in self.banks:
             if bank.optimizer == index:
-                self._versions.update({s: v for s, p in bank.probes if (v := version(p)) is not None})
+                self._clearing.updated(bank)
         with torch.no_grad():
             for k, bank in enumerate(self.banks):
                 if bank.optimizer == index and k in self._kept_before and index not in self._updated:
@@ -155,25 +124,39 @@ class Recorder:
             self.build()
         with torch.no_grad():
             if logits is not None:
-                self._head_seen = False
-                self._logits(logits, -1, self.targets)
+                self.passes.handed(logits)
             self.row(self._default_device())
             for k in sorted(self._kept_before):
-                self.banks[k].lay(self.row(self.banks[k].device), closely=self._dense)
+                self.banks[k].lay(self._row_of(self.banks[k]), closely=self._dense)
+                if self.printing and not self.banks[k].sharded:
+                    self.banks[k].lay_prints(self.row(self.banks[k].device))
             self.extras.finish(self.facts, self.row)
-            self.forward.finish(self.row)
+            if self.passes.finish(losses):
+                self._plan()
             self.facts.update({"loss_is_safe": graph.safe(losses)} if "forced" in self.facts else {})
-            if self.graph is None and any(loss.grad_fn is not None for loss in losses):
-                self._read_graph(losses)
-        self._producers.clear()
         self.facts.setdefault("stepped", 0.0)
         return [row.lay_down() for row in self._rows.values()]
+
+    def join(self, *, measured: bool) -> list[tuple[Tensor, Layout]]:
+        """What all ranks measured in this step; to be called at the same steps on every rank, whatever went wrong on this one."""
+        with torch.no_grad():
+            joined = self.joint.close(self.facts.get("no_gradient", ()), measured=measured)
+        return [] if joined is None else [joined]
+
+    def wrapper_called(self, module: nn.parallel.DistributedDataParallel) -> None:
+        """A data-parallel wrapper ran: if it is this model's, ranks are in step, unless some may run out of data before others."""
+        if not self.joint.on and torch.is_grad_enabled() and not module._join_config.enable:
+            first = next(self.model.parameters(), None)
+            if first is not None and any(p is first for p in module.parameters()):
+                self.joint.follow(module.process_group, first.device)
+                self.replicated = module.process_group.size() == torch.distributed.get_world_size()
 
     def post_mortem(self) -> None:
         """A non-finite number was seen: add the exact norms of all weights as they are now to the row."""
         with torch.no_grad():
             for bank in self.banks:
-                bank.lay_exact_weights(self.row(bank.device))
+                if not bank.sharded:  # of which the others would have to tell their parts, and they have no reason to
+                    bank.lay_exact_weights(self.row(bank.device))
         self.facts["forced"] = 1.0
 
     # ---- what is known
@@ -192,40 +175,30 @@ class Recorder:
         # a parameter keeps its index for good: one that was frozen meanwhile stays in the list, held by no optimizer
         kept = [now.pop(t.name, replace(t, optimizer=-1)) for t in old]
         self.roster.trained = [*kept, *now.values()]
-        self.modules = watched(self.model)
-        self._few = (-1, {})
-        self._ordinary.clear()
-        groups: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
-        elements = 0
-        for i, t in enumerate(self.roster.trained):
-            if t.name in self.roster.unread or t.optimizer < 0:
-                continue
-            elements += t.tensor.numel()
-            groups.setdefault((t.optimizer, t.tensor.device), []).append((i, t.tensor))
-        self.forward.room = KEEP if elements < LARGE_MODEL else KEEP_LITTLE
-        self.banks = [Bank(members, optimizer, elements) for (optimizer, _), members in groups.items()]
+        self.passes.rebuild()
+        self.banks, elements = banks_of(self.roster, self.joint)
+        self.passes.forward.fit(elements)
         self._signature = roles.signature(self.optimizers)
         self._kept_before.clear()
         self._functional.forget()
         self.extras.plan(self.roster.trained)
-        if self.graph is not None:
-            self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
+        self._plan()
 
     def unread(self) -> dict[str, str]:
         """What of the model as it is now is not measured, and why."""
         found = dict(self.roster.unread)
         found.update(dict.fromkeys(self.roster.missing, "held by no optimizer"))
-        found.update({self.roster.trained[s].name: "its gradient is sparse: reading it would wait" for bank in self.banks for s in sorted(bank.sparse)})
+        found.update({self.roster.trained[s].name: why for bank in self.banks for s, why in bank.unreadable.items()})
         if self.banks:
             known = {id(t.tensor) for t in self.roster.trained}
             found.update({n: "new since parameters were last listed" for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known})
-        found.update({name: "new since modules were last listed" for i, (name, _) in watched(self.model).items() if i not in self.modules})
+        found.update(self.passes.new_modules())
         return found
 
     @property
     def expects_clearing(self) -> bool:
         """Whether the next backward pass shows if gradients were cleared."""
-        return bool(self._versions)
+        return self._clearing.pending
 
     @property
     def outdated(self) -> bool:
@@ -235,63 +208,13 @@ class Recorder:
     @property
     def nbytes(self) -> int:
         """Device bytes held."""
-        return sum(b.nbytes for b in self.banks) + sum(r.nbytes for r in self._rows.values()) + self.forward.nbytes + self._functional.nbytes
+        return sum(b.nbytes for b in self.banks) + sum(r.nbytes for r in self._rows.values()) + self.passes.forward.nbytes + self._functional.nbytes
 
     # ---- inside
 
-    def _needed(self) -> dict[int, tuple[str, str]]:
-        """The modules whose outputs no activation behind them shows."""
-        covered = self.forward.covered
-        if self._few[0] != len(covered):
-            first = self.forward.sites[0].name if self.forward.sites else ""  # what it is given is the input
-            always = {name.partition("[")[0] for name in (first, (self.graph.head if self.graph else None) or "")}
-            needed = {i: known for i, known in self.modules.items() if known[0] not in covered or known[0] in always}
-            self._few = (len(covered), needed)
-        return self._few[1]
-
-    def _record_module(self, module: nn.Module, name: str, kind: str, args: tuple[Any, ...], output: Any) -> None:
-        self.fired.add(name)
-        tensor = output if isinstance(output, Tensor) and output.is_floating_point() else first_tensor(output)
-        if tensor is None or tensor.layout != torch.strided or not tensor.numel():
-            return
-        first, self._first_module = self._first_module, False
-        if first:
-            leaves = [x for _, x in zip(range(MAX_INPUTS), float_tensors(args), strict=False)]
-            if leaves:
-                self._batch_rows = leaves[0].shape[0] if leaves[0].dim() > 1 else None
-                with torch.no_grad():
-                    norms = [signals.l2(x) for x in leaves]
-                self.row(leaves[0].device).add_scalars("input_rms", np.arange(len(leaves)), norms, np.array([x.numel() ** -0.5 for x in leaves]))
-        if self._dense:
-            self.forward.follow(name, kind, args[0] if args else None, tensor)
-        site = self.forward.add(name, kind, tensor)
-        if site is None:
-            return
-        self.extras.module_called(site.index, site.name, kind, args, tensor, self.row(tensor.device))
-        if self.graph is None and tensor.grad_fn is not None:
-            self._producers[tensor.grad_fn] = site.name
-        elif self.graph is not None and self.graph.head == site.name and not self._criterion_seen:
-            self._logits(tensor, self.graph.head_dim if tensor.dim() > 1 else 0, self.targets)
-        elif self.graph is not None and not first and kind not in SOFTMAXES and site.name == name and not self.extras.wants(site.index, tensor):
-            self._ordinary[id(module)] = site
-        if kind in SOFTMAXES and args and isinstance(args[0], Tensor) and args[0].dim():
-            self._softmax_module(site.name, args[0], getattr(module, "dim", -1))
-
-    def _softmax_module(self, name: str, logits: Tensor, dim: int | None) -> None:
-        if name not in self.heads:
-            if len(self.heads) > MAX_HEADS:
-                return
-            self.heads.append(name)
-        with torch.no_grad():
-            logits_numbers(self.heads.index(name), logits, -1 if dim is None else dim, None, self.row(logits.device))
-
-    def _logits(self, logits: Any, dim: int, targets: Any) -> None:
-        """The softmax at the loss, once a step."""
-        if self._head_seen or not isinstance(logits, Tensor) or not logits.is_floating_point() or not logits.dim() or not logits.numel():
-            return
-        self._head_seen = True
-        with torch.no_grad():
-            logits_numbers(0, logits, dim, targets if isinstance(targets, Tensor) else None, self.row(logits.device))
+    def _row_of(self, bank: Bank) -> Any:
+        """Where a bank's numbers go: into the row, or to the other ranks first."""
+        return self.joint if bank.sharded else self.row(bank.device)
 
     def _record_bank(self, k: int, bank: Bank) -> None:
         row = self.row(bank.device)
@@ -302,36 +225,17 @@ class Recorder:
         missing = sorted(s for sites in self._missing.values() for s in sites)
         self.facts.pop("no_gradient", None)
         self.facts.update({"no_gradient": tuple(missing)} if missing else {})
-        self._functional.record(k, bank, self._batch_rows, row)
+        self._functional.record(k, bank, self.passes.batch_rows, row)
 
-    def _read_graph(self, losses: Sequence[Tensor]) -> None:
-        relus = {s.name for s in self.forward.sites if s.kind in signals.RELU_KINDS}
-        self.graph = graph.read(losses, self._producers, {node for node, name in self._producers.items() if name in relus})
-        self._functional.plan(self.graph.relu_parameters, self.roster.trained, self.banks, self.forward)
-
-    def _look_at_clearing(self) -> None:
-        """Memory and version counter of a gradient show whether a backward pass added to what the last update left there.
-
-        Every pass until the next update is looked at: what a pass for another purpose left (a generator's, an attack's) may
-        be cleared before the own one.
-        """
-        for site, p in (probe for bank in self.banks for probe in bank.probes):
-            before, now = self._versions.get(site), version(p)
-            if before is None or now is None or now == before:
-                continue
-            added = now == (before[0], before[1] + 1)
-            self._added[site] = added and self._added.get(site, True)
-            self._versions[site] = now if added else before
+    def _plan(self) -> None:
+        if self.passes.graph is not None:
+            self._functional.plan(self.passes.graph.relu_parameters, self.roster.trained, self.banks, self.passes.forward)
 
     def _tell_of_clearing(self, index: int) -> None:
-        """Optimizer ``index`` is about to step: how many of its gradients were added to and never cleared."""
-        sites = [site for bank in self.banks if bank.optimizer == index for site, _ in bank.probes]
-        added = [self._added.pop(site) for site in sites if site in self._added]
-        for site in sites:
-            self._versions.pop(site, None)
-        if added:
+        share = self._clearing.before_update(self.banks, index)
+        if share is not None:
             facts = self.facts if self.on else self._carried
-            facts["not_cleared"] = max(sum(added) / len(added), facts.get("not_cleared", 0.0))
+            facts["not_cleared"] = max(share, facts.get("not_cleared", 0.0))
 
     def _read_rates(self) -> None:
         """Learning rates: host numbers become facts, device numbers go through the tape."""

@@ -61,7 +61,8 @@ def signature(optimizers: Sequence[Optimizer]) -> tuple[int, ...]:
     """Changes when a parameter group is added, a parameter is frozen or thawed, or takes another precision."""
     groups = [group for o in optimizers for group in o.param_groups]
     trained = [p for g in groups for p in g["params"] if p.requires_grad]
-    return (*(len(g["params"]) for g in groups), len(trained), sum(p.element_size() for p in trained))
+    which = hash(tuple(map(id, trained)))  # as many may thaw as freeze
+    return (*(len(g["params"]) for g in groups), which, sum(p.element_size() for p in trained))
 
 
 def settings(optimizers: Sequence[Optimizer]) -> dict[str, Any]:

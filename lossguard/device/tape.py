@@ -17,6 +17,7 @@ from torch import Tensor
 
 Sites = npt.NDArray[np.intp]
 Scale = npt.NDArray[np.float64]
+JOINED = "joined"  # the first number of a row that all ranks measured together: 1 where all of them could, else the row is void
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,49 @@
 """Where the recorder's phases are called from in a plain loop: hooks on modules, gradients and optimizers.
 
-Nothing is measured here and nothing is attached to the model's modules: forward passes are seen through one global hook
-that exists during sampled steps only, so copies and pickles of the model carry nothing of the guard.
+Nothing is measured here and nothing is attached to the model's modules: forward passes are seen through the process's one
+global hook (``listening``), so copies and pickles of the model carry nothing of the guard.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 
+from lossguard.device import listening
 from lossguard.device.recorder import Recorder
 
-COMPILED = r"Using `torch\.compile\(module\)` when there are global hooks"
+FIRST = 2  # steps for which the forward hook stays, sampled or not: what is compiled in them is compiled under it
 WITNESSES = 3  # parameters of an optimizer whose gradient hook tells that a backward pass is under way
 
 
 class Taps:
     """Hooks that call a recorder. after_backward: called when a backward pass has ended and somebody listens.
 
-    listening: whether this step's backward pass and updates matter, as on sampled steps; otherwise no gradient has a hook.
-    watch: calls its argument and swallows what that raises, so that a hook's own fault never reaches the loop.
+    compiled: whether compiled code is looked into. listening: whether this step's backward pass and updates matter, as on
+    sampled steps; otherwise no gradient has a hook. watch: calls its argument and swallows what that raises, so that a hook's own fault never reaches the loop.
     """
 
     def __init__(
-        self, recorder: Recorder, after_backward: Callable[[], None], after_update: Callable[[int], None], watch: Callable[..., Any], *, backward: bool
+        self,
+        recorder: Recorder,
+        after_backward: Callable[[], None],
+        after_update: Callable[[int], None],
+        watch: Callable[..., Any],
+        *,
+        backward: bool,
+        compiled: bool = False,
     ) -> None:
         self.listening = False
         self.backward_seen = False
         self._recorder = recorder
         self._after_backward, self._after_update, self._watch = after_backward, after_update, watch
-        self._forward: list[Any] = []
         self._handles: list[Any] = []
         self._grad_handles: list[Any] = []
         self._hooked: list[Tensor] = []
@@ -46,35 +51,50 @@ class Taps:
         self._arrived: dict[int, int] = {}  # backward pass of this step -> gradients that arrived in it
         self._witnesses: list[Tensor] = []
         self._reached = 0  # parameters with a gradient when the last backward pass ended
-        self._watch_backward = backward
+        self._watch_backward, recorder.passes.looks_inside = backward, compiled
         mine = weakref.ref(self)
         for i, optimizer in enumerate(recorder.optimizers):
             self._handles.append(optimizer.register_step_pre_hook(partial(_before_step, mine, i)))
             self._handles.append(optimizer.register_step_post_hook(partial(_after_step, mine, i)))
-        weakref.finalize(self, _remove, self._handles, self._grad_handles, self._forward).atexit = False
+        self._steps = 0
+        self._key = listening.attach(self)
+        weakref.finalize(self, _let_go, self._key, self._handles, self._grad_handles).atexit = False
         self.rehook()
 
     def watch_forward(self, on: bool) -> None:
-        """Attach or remove the one global forward hook."""
-        if on and not self._forward:
-            mine = weakref.ref(self)
+        """Whether the coming step's forward passes are recorded."""
+        self._steps += 1
+        listening.listen(self._key, self, on, keep=self._steps <= FIRST)
 
-            def forward_ended(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if torch.compiler.is_compiling():  # a constant while compiling: the compiled code keeps no trace of the hook
-                    return
-                taps = mine()
-                if taps is None:
-                    return
-                known = taps._recorder.asked.get(id(module))
-                if known is not None:
-                    taps._watch(taps._recorder.module_called, module, args, output, part=known[0])
-                elif type(module) is nn.CrossEntropyLoss:
-                    taps._watch(taps._recorder.criterion_called, args, part="CrossEntropyLoss")
+    def forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A module was called, outside of compiled code."""
+        known = self._recorder.passes.asked.get(id(module))
+        if known is not None:
+            self._watch(self._recorder.passes.module_called, module, args, output, part=known[0])
+        elif type(module) is nn.CrossEntropyLoss:
+            self._watch(self._recorder.passes.criterion_called, args, part="CrossEntropyLoss")
+        elif isinstance(module, nn.parallel.DistributedDataParallel):
+            self._watch(self._recorder.wrapper_called, module)
 
-            _expect_compiled_modules()
-            self._forward.append(register_module_forward_hook(forward_ended))
-        elif not on:
-            _remove(self._forward)
+    @property
+    def known(self) -> Mapping[int, tuple[str, str]]:
+        """The modules that are watched inside compiled code too."""
+        return self._recorder.passes.modules if self._recorder.passes.looks_inside else {}
+
+    @property
+    def anchors(self) -> Mapping[int, Sequence[str]]:
+        """Which watched module is where, by the memory of its first parameter; as of this step."""
+        return self._recorder.passes.anchors()
+
+    def inside(self, name: str, kind: str, given: tuple[Tensor, ...], output: Tensor, graded: bool) -> None:
+        """A module was called inside compiled code."""
+        if self._recorder.on:
+            self._watch(self._recorder.passes.called_inside, name, kind, given, output, graded, part=name)
+
+    def criterion(self, logits: Tensor, targets: Tensor) -> None:
+        """A ``nn.CrossEntropyLoss`` was called inside compiled code."""
+        if self._recorder.on:
+            self._watch(self._recorder.passes.criterion_called, (logits, targets), part="CrossEntropyLoss")
 
     def listen(self, on: bool) -> None:
         """Whether the coming step's backward pass and updates matter."""
@@ -104,7 +124,7 @@ class Taps:
 
     def close(self) -> None:
         """Take everything off."""
-        _remove(self._handles, self._grad_handles, self._forward)
+        _let_go(self._key, self._handles, self._grad_handles)
 
     # ---- inside
 
@@ -123,7 +143,7 @@ class Taps:
             if taps is not None:
                 taps._gradient_arrived()
 
-        self._grad_handles += [p.register_post_accumulate_grad_hook(arrived) for p in self._hooked]  # type: ignore[no-untyped-call]
+        self._grad_handles += [p.register_post_accumulate_grad_hook(arrived) for p in self._hooked if p.requires_grad]  # type: ignore[no-untyped-call]
 
     def _pre_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The update comes next; where the step is given a closure, which runs backward and clips, it comes when that returns."""
@@ -149,13 +169,8 @@ class Taps:
         self._arrived[backward] = before + 1
         if not before:
             engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: engine.queue_callback(self._backward_ended))
-
-    def _backward_ended(self) -> None:
-        self.backward_seen = True
-        self._after_backward()
-        if not self._settled:
-            self._choose_witnesses()
+            ended = partial(_untraced(_backward_ended), self)
+            engine.queue_callback(lambda: engine.queue_callback(ended))
 
     def _choose_witnesses(self) -> None:
         """A few parameters of each optimizer; none while an optimizer has no gradient at all."""
@@ -165,6 +180,25 @@ class Taps:
 
 
 # Hooks hold the taps weakly, so that a forgotten guard is collected and its hooks do nothing.
+
+
+def _backward_ended(taps: Taps) -> None:
+    taps.backward_seen = True
+    taps._after_backward()
+    if not taps._settled:
+        taps._choose_witnesses()
+
+
+def _untraced(function: Callable[[Taps], None]) -> Callable[[Taps], None]:
+    """The function as Dynamo leaves it alone: where a whole step is compiled, it would trace what the engine calls, too."""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    if function not in _left_alone:
+        _left_alone[function] = torch._dynamo.disable(function)  # type: ignore[no-untyped-call]
+    return _left_alone[function]
+
+
+_left_alone: dict[Callable[[Taps], None], Callable[[Taps], None]] = {}
 
 
 def _before_step(mine: weakref.ref[Taps], index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -178,11 +212,9 @@ def _after_step(mine: weakref.ref[Taps], index: int, optimizer: Optimizer, args:
         taps._after_update(index)
 
 
-def _expect_compiled_modules() -> None:
-    """torch warns at calls of a compiled module while a global hook exists. Ours ignores compiled modules, so that its
-    user has nothing to heed. Added once: a change of the filters makes Python show every old warning again."""
-    if "torch._dynamo" in sys.modules and not any(f[0] == "ignore" and f[1] is not None and f[1].pattern == COMPILED for f in warnings.filters):
-        warnings.filterwarnings("ignore", message=COMPILED, category=UserWarning)
+def _let_go(key: int, *handles: list[Any]) -> None:
+    listening.detach(key)
+    _remove(*handles)
 
 
 def _remove(*handles: list[Any]) -> None:
@@ -192,9 +224,12 @@ def _remove(*handles: list[Any]) -> None:
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside a trainer's wrapper."""
+    """The torch optimizer inside a trainer's wrapper. Accelerate's wrapper is an optimizer by its class only: never
+    initialised as one, it has no hooks and its ``step`` calls the inner one's, so the inner one is meant."""
     for _ in range(4):
-        if isinstance(optimizer, Optimizer):
+        if isinstance(optimizer, Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer):
             return optimizer
         optimizer = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(optimizer, Optimizer):
+        return optimizer
     raise ValueError(f"expected a torch.optim.Optimizer, or a list of them, got {type(optimizer).__name__}")

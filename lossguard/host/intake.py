@@ -22,6 +22,10 @@ class _Writer(Protocol):
     def validation(self, step: int, value: float, accuracy: float, train_accuracy: float) -> None: ...
 
 
+class _Sender(Protocol):
+    def send(self) -> None: ...
+
+
 @dataclass
 class News:
     """What became known at once: losses of consecutive steps, and perhaps a sample at their end."""
@@ -69,7 +73,9 @@ class Intake:
                     news = News()
                 continue
             _, step, layout, facts, last = meaning
-            if numbers is not None:
+            if numbers is not None and _void(numbers, layout):
+                self._history.notes["void_rows"] = self._history.notes.get("void_rows", 0) + 1
+            elif numbers is not None:
                 self._parts.append((numbers.copy(), layout))
             if last:
                 parts, self._parts = self._parts, []
@@ -80,6 +86,13 @@ class Intake:
                 news = News()
         if news.totals:
             yield news
+
+    def drop(self, pulses: _Sender) -> None:
+        """Forget what is under way. Waits for it."""
+        pulses.send()
+        self._parts = []
+        for _ in self._handover.receive(0, everything=True):
+            pass
 
     def _take_losses(self, numbers: Numbers, meaning: Any, news: News) -> None:
         _, news.first, looked, names, printed = meaning
@@ -95,3 +108,8 @@ class Intake:
             for name, value in (terms or {}).items():
                 news.terms.setdefault(name, []).append(value)
             news.sick |= not math.isfinite(total) or finite == 0.0
+
+
+def _void(numbers: Numbers, layout: Any) -> bool:
+    """Whether some rank could not measure its part of these numbers."""
+    return bool(layout.segments and layout.segments[0].signal == "joined" and numbers[0] != 1.0)

@@ -6,11 +6,10 @@ the two and imports no other; ``import lossguard`` imports neither.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,12 @@ from torch import Tensor
 
 from lossguard.batches import split
 from lossguard.device.taps import unwrap
-from lossguard.findings import Finding, Severity
+from lossguard.findings import Finding
 from lossguard.guard import Guard
-from lossguard.integrations.scalars import layers, scalars
+from lossguard.integrations import keywords as keywords_
+from lossguard.integrations.lightning_checkpoints import Vetoes
+from lossguard.recovery import Ladder
+from lossguard.scalars import chosen
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 OURS = ("model", "optimizers", "scaler", "phases")  # keywords of the guard that the Trainer answers
@@ -65,12 +67,7 @@ class LossGuardCallback(Callback):
 
     def __init__(self, *, name: str = "lossguard", log_layers: bool = False, monitor: str = "val_loss", **keywords: Any) -> None:
         super().__init__()
-        known = [k for k in inspect.signature(Guard).parameters if k not in OURS]
-        for keyword in keywords:
-            if keyword not in known:
-                near = difflib.get_close_matches(keyword, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(['name', 'log_layers', 'monitor', *known])}"
-                raise TypeError(f"unknown keyword {keyword!r}; {hint}")
+        keywords_.check(keywords, ("name", "log_layers", "monitor"), OURS)
         self.name, self.log_layers, self.monitor = name, log_layers, monitor
         self.guard: Guard | None = None
         self._keywords = keywords
@@ -79,7 +76,7 @@ class LossGuardCallback(Callback):
         self._clock: dict[int, int] = {}  # guard's step -> the loggers' step, until its sample has arrived
         self._logged: int | None = None  # the loggers' step of the newest scalars
         self._logs = True
-        self._checkpoint = ""  # the newest that the guard was told of
+        self._vetoes: Vetoes | None = None
 
     @property
     def findings(self) -> list[Finding]:
@@ -95,9 +92,12 @@ class LossGuardCallback(Callback):
         if state is None and self.guard is not None and self.guard.model is pl_module and trainer.global_step:
             state = self.guard.state_dict()
         automatic = pl_module.automatic_optimization
-        keywords = {"accumulate": _micro_batches(trainer), **self._keywords} if automatic else self._keywords
+        keywords = {"accumulate": _micro_batches(trainer), **self._keywords} if automatic else dict(self._keywords)
+        if isinstance(ladder := keywords.get("recover"), Ladder):  # the Trainer's schedulers belong to what is taken back
+            keywords["recover"] = replace(ladder, also=(*ladder.also, *(c.scheduler for c in trainer.lr_scheduler_configs)))
         # In manual optimisation clipping comes before Lightning's hooks, as in a plain loop: there the guard's own hooks see more.
         self.guard = Guard(pl_module, trainer.optimizers, scaler=_scaler(trainer), phases="explicit" if automatic else "hooks", **keywords)
+        self._vetoes = Vetoes(trainer, self.guard)
         self._clock, self._logged, self._logs = {}, None, True
         if state:
             try:
@@ -120,8 +120,8 @@ class LossGuardCallback(Callback):
             self._close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Detach: after an exception no other hook is called."""
-        self._close()
+        """Detach: after an exception no other hook is called. Checkpoints of an ill state stay diverted until the next fit."""
+        self._close(vetoes=False)
 
     # ---- one training batch
 
@@ -130,10 +130,6 @@ class LossGuardCallback(Callback):
         self._losses.clear()
         guard = self._watching()
         if guard is not None:
-            newest = _newest_checkpoint(trainer)
-            if newest not in ("", self._checkpoint):
-                guard.saved(newest)
-            self._checkpoint = newest
             guard.batch(*split(batch))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
@@ -198,8 +194,11 @@ class LossGuardCallback(Callback):
         """The guard while it watches; another guard on the same model may have closed it."""
         return None if self.guard is None or self.guard.closed else self.guard
 
-    def _close(self) -> None:
+    def _close(self, *, vetoes: bool = True) -> None:
         self._losses.clear()
+        if vetoes and self._vetoes is not None:
+            self._vetoes.close()
+            self._vetoes = None
         if self.guard is not None:
             self.guard.close()
 
@@ -230,9 +229,7 @@ class LossGuardCallback(Callback):
         if self._logged is not None and step - self._logged < trainer.log_every_n_steps:
             return
         self._logged = step
-        numbers = {**scalars(guard.history), "findings": float(sum(f.severity >= Severity.WARNING for f in guard.findings))}
-        if self.log_layers:
-            numbers.update(layers(guard.history))
+        numbers = chosen(guard.history, guard.findings, of_layers=self.log_layers)
         try:
             for logger in trainer.loggers:
                 logger.log_metrics({f"{self.name}/{k}": v for k, v in numbers.items()}, step=step)
@@ -252,11 +249,6 @@ def _micro_batches(trainer: Any) -> int:
     """The most batches that make an update, now or by a schedule (``GradientAccumulationScheduler``)."""
     schedules = [s for c in trainer.callbacks if isinstance(s := getattr(c, "scheduling", None), dict)]
     return int(max([1, trainer.accumulate_grad_batches, *(n for s in schedules for n in s.values())]))
-
-
-def _newest_checkpoint(trainer: Any) -> str:
-    """Where ``ModelCheckpoint`` wrote last, as far as it says so."""
-    return next((path for c in trainer.checkpoint_callbacks if (path := str(getattr(c, "_last_checkpoint_saved", "")))), "")
 
 
 def _logger_step(trainer: Any) -> int:

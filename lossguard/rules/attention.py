@@ -19,8 +19,8 @@ class AttentionLogitGrowth:
     """attention_logit_growth: the largest attention logit S grows out of scale (detectors A, attention_logit_growth; SYMPTOMS D13).
 
     Law: in each of the last samples of 20 steps S > 50, and S has at least doubled since the start: a warning, above 100
-    an error. S is max |q.k| / sqrt(d): of softmax modules over all of a sample of rows, of fused attentions over at most
-    64 queries and keys of the first sequence, so a sample, which can only be too small. Once the loss has been halved only
+    an error. S is max |q.k| / sqrt(d): of softmax modules over all of a sample of rows, of attentions over at most 64 queries and
+    keys of the first sequence, in each head, masked or not: a sample, which can only be too small. Once the loss has been halved only
     S > 1000 counts, where the literature finds losses to worsen (beyond 1e4 every run diverged). Healthy runs stay below 9.
 
     Why: a learning rate too high for query and key weights; a missing or too short warm-up; no normalisation of query and
@@ -33,7 +33,7 @@ class AttentionLogitGrowth:
     """
 
     diagnosis: ClassVar[str] = "attention_logit_growth"
-    reads: ClassVar[tuple[str, ...]] = ("attention_logit", "logit_peak")
+    reads: ClassVar[tuple[str, ...]] = ("attention_logit", "logit_peak", "attention_head")
     slow: ClassVar[bool] = True
     level: float = 50.0  # |q.k| / sqrt(d), warns; detectors A, healthy <= 9
     grave: float = 100.0  # |q.k| / sqrt(d), error; detectors A
@@ -51,7 +51,7 @@ class AttentionLogitGrowth:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
-        signals = [s for s in self.reads if n and reach(history, s, n)[1] > self.level]
+        signals = [s for s in self.reads[:2] if n and reach(history, s, n)[1] > self.level]
         if not signals:
             return None
         learned = fallen(history) < self.learned
@@ -104,4 +104,7 @@ class AttentionLogitGrowth:
     def _name(history: History, signal: str, site: int) -> str:
         if signal == "logit_peak":
             return f"softmax {history.heads[site]!r}"
-        return f"attention before {history.units[site].name}" if site < len(history.units) else f"attention at module call {site}"
+        where = f"attention before {history.units[site].name}" if site < len(history.units) else f"attention at module call {site}"
+        heads = history.last("attention_head")
+        known = heads[np.isfinite(heads[:, site]), site] if heads.ndim == 2 and site < heads.shape[1] else np.empty(0)
+        return f"{where}, head {int(known[-1])}" if known.size and len(np.unique(heads[np.isfinite(heads)])) > 1 else where

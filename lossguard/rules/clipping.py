@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import clip_remedy, informational, lr_remedy, middle, ranked, reach, stretch
+from lossguard.advice import clip_remedy, informational, lr_remedy, matrices, middle, ranked, reach, stretch, typically
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import History, Mask
 from lossguard.rules.numeric import lasting
@@ -66,7 +66,9 @@ class ClippingDominates:
     Why: a clip value far below the usual gradient norm; a learning rate that is too high and that clipping hides; a loss that is summed
     instead of averaged.
     Do: clip at the median gradient norm that the remedy names (or at its 90th percentile); learning rate divided by 10; average the loss.
-    False alarm: private training and some reinforcement recipes clip every step by design: mute it there.
+    False alarm: private training and some reinforcement recipes clip every step by design: mute it there. Optimizers that divide by
+    the size of gradients (Adam, RMSprop, Adagrad) undo the scale of a clip that always binds: information only, unless what is left
+    nears their epsilon.
     """
 
     diagnosis: ClassVar[str] = "clipping_dominates"
@@ -76,6 +78,7 @@ class ClippingDominates:
     excess: float = 2.0  # median G/c; detectors A
     strong: float = 10.0  # median G/c that is heard early; detectors A (there at a share of 0.5 over 200 steps)
     span: int = 200  # steps; detectors A
+    epsilons: float = 10.0  # what is left of the gradients over the optimizer's epsilon; detectors A (adam_epsilon_floor)
     early: int = 30  # steps for a strong excess; our own choice for short runs
     least: int = 15  # samples in either span; our own choice
     grace: int = 20  # steps of warm-up that do not count; detectors A, machinery 3
@@ -102,12 +105,21 @@ class ClippingDominates:
                 return self._finding(history, n, site, share, median, excess)
         return None
 
+    def _rescaled(self, history: History, n: int) -> bool:
+        """The optimizer divides gradients by their own size, and what clipping leaves of them is still far above its epsilon."""
+        epsilon, rms, kept = history.facts().get("adam_eps"), typically(history, "grad_rms", n), typically(history, "clip_coefficient", n)
+        able = matrices(history)[: rms.size]
+        if epsilon is None or not able.any() or not np.isfinite(kept).any():
+            return False
+        left = middle(rms[: able.size][able & np.isfinite(rms)]) * float(np.nanmin(kept))
+        return bool(left > self.epsilons * float(epsilon))
+
     def _finding(self, history: History, n: int, site: int, share: float, median: float, excess: float) -> Finding:
         causes, remedies = ranked([
             (Cause("clip value too low", 0.6, f"the median gradient norm is {number(median)} times the clip value"), [clip_remedy(history)]),
             (Cause("learning rate too high", 0.4, f"clipping divides it by {number(median)}"), [lr_remedy(history, 0.1)]),
         ])  # fmt: skip
-        severity = Severity.INFO if informational(history) else Severity.WARNING
+        severity = Severity.INFO if informational(history) or self._rescaled(history, n) else Severity.WARNING
         evidence = (Evidence("share of steps clipped", share, self.share), Evidence("median gradient norm over clip value", median, excess))
         message = f"{share:.0%} of the steps are clipped, by a median factor of {number(median)}"
         return Finding(self.diagnosis, severity, int(history.steps(n)[0]), f"gradient clipping of optimizer {site}", message, evidence, causes, remedies)
@@ -119,18 +131,20 @@ class SkippedSteps:
     """skipped_steps: updates are not applied again and again, by a loss scaler or by our own gate (detectors A, nonfinite_gradient; SYMPTOMS F1).
 
     Law: 8 samples in a row without an update under a loss scaler after the first 20 steps, or more than 10 % of the last 50; or 3 updates
-    in a row left out by the guard's own gate, a halt at 20; or a loss scale that halves 8 times, net, within 200 steps; or an optimizer
-    that steps without moving any weight. A few skips at the start of fp16, and one at each growth of the scale, are
-    normal.
+    in a row left out by the guard's own gate (skip=), a halt at 20; or more than 10 % of 200 updates left out by it, a halt from one half
+    up; or a loss scale that halves 8 times, net, within 200 steps; or an optimizer that steps without moving any weight. A few skips at
+    the start of fp16, and one at each growth of the scale, are normal. What the scaler leaves out is never counted as the gate's, nor the
+    other way round.
 
-    Why: gradients that overflow fp16 at every scale; a loss or an activation that is not finite; an initial scale far too large.
+    Why: gradients that overflow fp16 at every scale; a loss or an activation that is not finite; an initial scale far too large; a
+    gradient norm that has left its own level, where skip= names exploding_gradient.
     Do: learning rate divided by 10; bf16 instead of fp16; GradScaler(init_scale=1024, growth_interval=2000); find the module named by
-    nonfinite_activation or overflow.
+    nonfinite_activation or overflow; Limit(times=100) where the gate finds spikes in a healthy run.
     False alarm: the search for the scale at the start and single skips do not count.
     """
 
     diagnosis: ClassVar[str] = "skipped_steps"
-    reads: ClassVar[tuple[str, ...]] = ("update_norm", "consecutive_skips")
+    reads: ClassVar[tuple[str, ...]] = ("update_norm", "consecutive_skips", "total_skips")
     skips: int = 8  # samples in a row under a loss scaler; detectors A
     search: int = 20  # steps in which a loss scaler looks for its scale; detectors A
     share: float = 0.1  # share of samples after the search; detectors A (10 % of 200)
@@ -139,6 +153,8 @@ class SkippedSteps:
     halvings: int = 8  # of the loss scale, net, within `spanned` steps; detectors A (8 skips in a row)
     spanned: int = 200  # steps; detectors A
     halt_after: int = 20  # updates in a row skipped by our own gate after which the run halts; our own choice
+    updates: int = 200  # over which the share left out by our own gate is taken; detectors A
+    most: float = 0.5  # share of them at which the run halts; our own choice, because such a run learns from what it is not meant to
     grace: int = 0  # steps; the search is excluded above
     patience: int = 1  # samples; the run of skips is the patience
 
@@ -151,6 +167,9 @@ class SkippedSteps:
         if gated >= self.gate:
             severity = Severity.HALT if gated >= self.halt_after else Severity.WARNING
             return self._finding(history, "the guard's gate", int(history.steps(1)[0] - gated + 1), gated, float(self.gate), severity)
+        many = self._many(history)
+        if many is not None:
+            return many
         collapsed = collapsing_scale(self.diagnosis, history, self.search, self.halvings, self.spanned)
         if collapsed is not None:
             return collapsed
@@ -167,19 +186,41 @@ class SkippedSteps:
         since = int(history.steps(self.window)[np.argmax(late)])
         return self._finding(history, "the loss scaler", since, float(late.sum()), self.share * self.window, Severity.WARNING)
 
+    def _many(self, history: History) -> Finding | None:
+        """Too large a share of the newest updates was left out by the gate, though few of them in a row."""
+        left, tried = history.last("total_skips"), history.last("tried_updates")
+        for site in range(tried.shape[1] if tried.shape == left.shape and len(tried) else 0):
+            before = np.flatnonzero(tried[-1, site] - tried[:, site] >= self.updates)
+            if not before.size:
+                continue
+            since = int(before[-1])
+            skips, of = float(left[-1, site] - left[since, site]), float(tried[-1, site] - tried[since, site])
+            if skips > self.share * of:
+                severity = Severity.HALT if skips >= self.most * of else Severity.WARNING
+                return self._finding(history, "the guard's gate", int(history.steps()[since]), skips, self.share * of, severity)
+        return None
+
     @staticmethod
     def _skipped(history: History) -> Mask:
         """Samples whose update was not applied under a loss scaler: stepped without a change, or not stepped and not finite."""
+        gates = history.last("consecutive_skips")
+        ours = (gates > 0).any(axis=1) if gates.size else np.zeros(history.samples, dtype=np.bool_)
         updates, seen = history.last("update_norm"), history.seen("update_norm")
         scaler, stepped, lr = history.fact("scaler", default=0.0), history.fact("stepped"), history.fact("lr")
         gradients = history.seen("grad_norm") & ~np.isfinite(history.last("grad_norm"))
         overflow = gradients.any(axis=1) if gradients.size else np.zeros(history.samples, dtype=np.bool_)
         still = (seen.any(axis=1) & ~(seen & (updates != 0.0)).any(axis=1)) if seen.size else np.zeros(history.samples, dtype=np.bool_)
-        return np.asarray((scaler == 1.0) & ((still & (stepped == 1.0) & ~(lr <= 0)) | (overflow & ~(stepped == 1.0))))
+        return np.asarray(~ours & (scaler == 1.0) & ((still & (stepped == 1.0) & ~(lr <= 0)) | (overflow & ~(stepped == 1.0))))
 
     def _finding(self, history: History, who: str, step: int, many: float, limit: float, severity: Severity) -> Finding:
+        spikes, left = history.last("spike_skips", 1), history.last("total_skips", 1)
         cause = Cause("non-finite gradients", 0.7, f"{who} skips what is not finite; {number(many)} updates were not applied")
-        by_hand = Remedy("set the loss scale by hand: 1024, growth_interval 2000", {"init_scale": 1024.0})
-        causes, remedies = ranked([(cause, [lr_remedy(history, 0.1), by_hand])])
+        remedies = [lr_remedy(history, 0.1)]
+        if spikes.size and 2 * np.nansum(spikes) > np.nansum(left):
+            cause = Cause("exploding gradient", 0.6, f"{number(float(np.nansum(spikes)))} of all updates left out had a gradient norm far above the run's own")
+            remedies.append(clip_remedy(history))
+        elif history.facts().get("scaler"):
+            remedies.append(Remedy("set the loss scale by hand: 1024, growth_interval 2000", {"init_scale": 1024.0}))
+        causes, advice = ranked([(cause, remedies)])
         message = f"{number(many)} updates were skipped by {who}: the run looks alive and learns nothing"
-        return Finding(self.diagnosis, severity, max(step, 0), "optimizer.step", message, (Evidence("skipped updates", many, limit),), causes, remedies)
+        return Finding(self.diagnosis, severity, max(step, 0), "optimizer.step", message, (Evidence("skipped updates", many, limit),), causes, advice)

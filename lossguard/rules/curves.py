@@ -14,8 +14,9 @@ import numpy as np
 from lossguard.advice import Advice, clip_remedy, finite_losses, informational, lr_remedy, matrices, middle, ranked, slower, typical
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
+from lossguard.rules import levels
 from lossguard.rules.rule import rule
-from lossguard.rules.suspects import leap, overwritten, suspects, term
+from lossguard.rules.suspects import leap, overwritten, rise, suspects, term
 
 _NORMAL = 1.4826  # standard deviation over MAD of a normal distribution
 
@@ -34,12 +35,14 @@ class LossSpike:
 
     Law: robust z > 8 over the 128 losses before (healthy <= 6.7), L > 1.5 median, and three times as far above the median as the
     second largest of them; where signs mix, z > 12. Positive losses must also stand out by z > 5 on a logarithmic scale without its trend:
-    small batches near convergence have heavy tails. Judged once three later losses are known, which tell a spike from a new level.
+    small batches near convergence have heavy tails. Judged once three later losses are known, which tell a spike from a new level. A new
+    level is judged later, after twice the steps in which the run learned at first: if it is learned anew by then, it is information.
 
     Why: an odd or corrupt batch; a learning rate near the edge of stability; second moments of Adam that lag behind (beta2 0.999).
     Do: look at the batch of that step; clip the gradient norm at its healthy median; learning rate divided by 10, or a longer warm-up;
     beta2 0.95; in long runs go back about 100 steps and skip 200 batches.
-    False alarm: heavy tails and spikes below 20 % of the first losses do not count; batches of very different length do: average the
+    False alarm: heavy tails and spikes below 20 % of the first losses do not count, below 50 % they are information; so are other
+    data or another task, which are learned as the first were. Batches of very different length do count: average the
     loss per token, or ``LossSpike(sigmas=12)``.
     """
 
@@ -51,6 +54,7 @@ class LossSpike:
     rise: float = 0.5  # of |median| above the median; detectors A
     floor: float = 0.2  # of the largest of the run's first losses: spikes below it harm nobody; our own choice, healthy runs near convergence reach 0.12
     beyond: float = 3.0  # times the second largest earlier distance from the median; our own choice: last batches of one sample come every epoch
+    slight: float = 0.5  # of the same: a spike below it, after which the loss is as before, is information; a batch of garbage owes more
     settle: int = 3  # later losses to wait for; our own choice
     raised: float = 1.5  # a learning rate or an input's scale over its past median, and
     jumped: float = 3.0  # an update ratio over its own, that speak for a cause; our own choice
@@ -68,8 +72,24 @@ class LossSpike:
             return None
         for at in self._candidates(losses[:end], min(fresh, end)):
             z, past = self._z(losses, at)
-            if z > 0:
+            if z > 0 and not levels.new_level(losses, at, float(middle(past))):
                 return self._finding(history, at, int(steps[at]), past, z)
+        return self._stood(history, losses, fresh)
+
+    def _stood(self, history: History, losses: Array, fresh: int) -> Finding | None:
+        """A loss that leapt to a new level as long ago as the run took to learn at first, judged by whether it was learned anew."""
+        held = losses[-(levels.WAIT[1] + fresh + self.settle) :]
+        if held.min() > 0 and not held.max() > (1 + self.rise) * held.min():
+            return None  # nothing has leapt for as long as is waited
+        wait = levels.patience(history, losses)
+        end = len(losses) - wait
+        if end <= self.least:
+            return None
+        for at in self._candidates(losses[:end], min(fresh, end)):
+            z, past = self._z(losses, at)
+            if z > 0 and levels.new_level(losses, at, float(middle(past))):
+                anew = levels.learned_anew(history, losses[at : at + wait], float(middle(past)))
+                return self._finding(history, at, int(history.loss_steps()[at]), past, z, anew=anew)
         return None
 
     def _candidates(self, losses: Array, fresh: int) -> list[int]:
@@ -118,26 +138,32 @@ class LossSpike:
         residual = logs - slope * (x - x.mean())
         return robust_z(float(np.log(now)) + slope * float(x.mean()), residual)
 
-    def _finding(self, history: History, at: int, step: int, past: Array, z: float) -> Finding:
+    def _finding(self, history: History, at: int, step: int, past: Array, z: float, *, anew: bool = False) -> Finding:
         losses, median = history.losses(), float(middle(past))
         now, after = float(losses[at]), float(middle(losses[at + 1 :]))
         stays = after > median + 0.5 * (now - median)
         pairs = self._suspects(history, step)
+        if anew:
+            look = Remedy(f"look at 20 samples from step {step} on, and shuffle the sources if they should not come in turn", {"look_at": 20, "shuffle": True})
+            pairs.append((Cause("other data or another task", 0.7, "the loss leapt, and was learned anew as at the beginning"), [look]))
         calm = f"the losses before were calm (median {number(median)}), and so are those after"
         odd = Cause("odd batch", 0.2 if stays else 0.5, f"the losses after it stay near {number(after)}" if stays else calm)
         pairs.append((odd, [Remedy(f"look at the batch of step {step}", {"batch_of_step": step}), clip_remedy(history)]))
         pairs.append((Cause("learning rate too high", 0.4, f"at learning rate {number(history.lr)}"), [lr_remedy(history, 0.1)]))
         causes, remedies = ranked(pairs)
-        severity = Severity.INFO if informational(history) else Severity.WARNING
+        slight = past.min() > 0 and now < self.slight * levels.start(history) and not stays
+        severity = Severity.INFO if informational(history) or slight or anew else Severity.WARNING
         evidence = (Evidence("loss", now), Evidence("median of its past", median), Evidence("robust deviations above it", z, self.sigmas))
         message = f"{number(median)} -> {number(now)} in one step" + (f", and it stays near {number(after)}" if stays else "")
+        message += "; since then it is learned anew, as from other data" if anew else ""
         return Finding(self.diagnosis, severity, step, "loss", message, evidence, causes, remedies)
 
     def _suspects(self, history: History, step: int) -> list[tuple[Cause, list[Remedy]]]:
         """What else changed at this step: the learning rate, the size of updates, the scale of the input."""
         steps = history.steps()
         before, since = steps < step, steps >= step
-        found: list[tuple[Cause, list[Remedy]]] = []
+        raised = rise(history)
+        found: list[tuple[Cause, list[Remedy]]] = [] if raised is None else [raised]
         if before.sum() < self.settle or not since.any():
             return found
         lr = history.fact("lr")
@@ -169,7 +195,7 @@ class DivergingLoss:
     """diverging_loss: the loss rises and stays above where it was (detectors A, diverging_loss; SYMPTOMS A7, B4).
 
     Law: for 20 steps the mean of 20 losses is above the best such mean so far by max(4 sd, 10 % of it), and above the mean of
-    the first 20 (by 10 % where half of it was never reached), and the median of the newest 20 with it. Halts if that goes on for 300 steps.
+    the first 20 (by 25 % where half of it was never reached), and the median of the newest 20 with it. Halts if that goes on for 300 steps.
 
     Why: a learning rate too high; a flipped sign of the loss or of the gradient; dirty labels; batches too small; an unsuitable
     initialisation or structure.
@@ -184,7 +210,8 @@ class DivergingLoss:
     width: int = 20  # losses in a mean; detectors A
     deviations: float = 4.0  # standard deviations of single losses, at the best and at the first; detectors A
     rise: float = 0.1  # of the |best mean|; detectors A
-    learned: float = 0.5  # of the first mean: a run whose best is above it has to rise as much above its start; our own choice, adversarial losses hover
+    learned: float = 0.5  # of the first mean: a run whose best is above it has to rise above its start by more than losses that
+    hover: float = 0.25  # of the first mean; our own choice: undeclared adversarial losses wander by 0.12 of it
     sustained: int = 20  # steps; detectors A
     halt_after: int = 300  # steps above, after which the run is lost; our own choice
     grace: int = 40  # steps; detectors A
@@ -202,7 +229,7 @@ class DivergingLoss:
         means, sds = windows.mean(axis=1), windows.std(axis=1)
         best_at = int(np.argmin(means[: -self.sustained]))
         best, first = float(means[best_at]), float(means[0])
-        margin = self.rise * abs(first) if best > self.learned * first else 0.0
+        margin = self.hover * abs(first) if best > self.learned * first else 0.0
         limit = max(best + max(self.deviations * max(float(sds[best_at]), float(sds[0])), self.rise * abs(best)), first + margin)
         above = means > limit
         if not above[-self.sustained :].all() or not middle(losses[-self.width :]) > limit * scale:

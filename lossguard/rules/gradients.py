@@ -12,6 +12,7 @@ from lossguard.advice import (
     informational,
     listing,
     matrices,
+    medians,
     middle,
     ranked,
     reach,
@@ -39,7 +40,8 @@ class ExplodingGradient:
     Do: learning rate divided by 10; clip the gradient norm at its healthy median (the remedy names it); warm-up; in recurrent networks
     clip in any case; a bound on the weights' norm.
     False alarm: single large steps, the rise of a one-cycle schedule, and a network that leaves a plateau (its gradients grow while its
-    loss falls) do not count. Losses summed over varying lengths do: average them.
+    loss falls) do not count. Where the run has learned, its loss does not rise, and its updates have not grown with its gradients,
+    it is information: metric and density losses sharpen so. Losses summed over varying lengths do: average them.
     """
 
     diagnosis: ClassVar[str] = "exploding_gradient"
@@ -53,6 +55,8 @@ class ExplodingGradient:
     short: int = 10  # samples of the past that a catastrophe needs; our own choice, a factor 1000 needs no fine median
     grace: int = 20  # steps; detectors A, machinery 3
     patience: int = 1  # samples; the medians are the patience
+    harm: float = 0.1  # of the median loss: a smaller rise is noise; our own choice, as in diverging_loss
+    stride: float = 3.0  # times their past median, from which updates have grown as well; our own choice, as for a spike
     fall: float = 0.02  # of the median loss: growing gradients of a loss that falls by more are those of learning; our own benchmark's plateau
     enough: int = 40  # samples of the past that the median law needs (history of 50 with the newest 10); detectors A
 
@@ -79,7 +83,8 @@ class ExplodingGradient:
         if now <= self.times * past or now <= float(born[0]) or past == 0 or self._learning(history):
             return None
         first = int(np.flatnonzero(total[-n:] > self.times * past)[0])
-        return self._finding(history, int(steps[-n:][first]), now, past, self.times, Severity.WARNING)
+        severity = Severity.INFO if self._harmless(history) else Severity.WARNING
+        return self._finding(history, int(steps[-n:][first]), now, past, self.times, severity)
 
     def _learning(self, history: History) -> bool:
         """The loss comes down meanwhile: a network that leaves a plateau has growing gradients. So has a density that sharpens:
@@ -90,6 +95,19 @@ class ExplodingGradient:
         old = float(middle(losses[:half]))
         need = self.fall * abs(old) * (-1.0 if half and middle(losses) < 0 else 1.0)
         return half > 0 and middle(losses[half:]) < old - need
+
+    def _harmless(self, history: History) -> bool:
+        """The run has learned, its loss does not rise by much, and its updates have not grown: the optimizer scales the gradients."""
+        losses, first = history.losses(self.past), history.first_losses(self.least)
+        ratio, able = history.last("update_ratio", self.past), matrices(history)
+        if not ratio.size or not able.any() or not np.isfinite(losses).all() or not np.isfinite(first).all():
+            return False
+        old, new, start = (float(middle(part)) for part in (losses[: losses.size // 2], losses[losses.size // 2 :], first))
+        if not new <= min(old + self.harm * abs(old), start - self.harm * abs(start)):
+            return False
+        speeds = medians(ratio, able)
+        speeds = speeds[np.isfinite(speeds)]
+        return bool(speeds.size >= 2 * self.least and middle(speeds[-self.least :]) <= self.stride * middle(speeds[: -self.least]))
 
     def _twice(self, total: Array, born: float) -> tuple[int, float] | None:
         """Where in the totals the first of two catastrophes stands, and the past median; the newest sample must be one."""

@@ -136,6 +136,12 @@ class Judge:
         events = [self.findings[self._open[name][0]] for name in dict.fromkeys(heard)]
         return [event for i, event in enumerate(events) if event not in events[:i]]
 
+    def retire(self) -> list[Finding]:
+        """End all episodes and hand their events over: what comes is judged as if nothing had been found before."""
+        events, self.findings = self.findings, []
+        self._open, self._streaks, self._quiet = {}, {}, {}
+        return events
+
     def state_dict(self) -> dict[str, Any]:
         """Events and streaks, as plain types."""
         return {"findings": [f.to_dict() for f in self.findings], "streaks": self._streaks, "quiet": self._quiet, "open": self._open, "asked": self._asked,

@@ -26,7 +26,8 @@ class OscillatingLoss:
     below -0.6), the deviation is above 10 % of the median, and the windows do not fall; a warning if updates change more than 3 % of the
     weights, else information. Law (bounces): the mean of 64 losses has been
     above its best by 25 % and 4 standard errors for 3 windows, though the learning rate was not raised since, and updates change
-    more than 3 % of the weights.
+    more than 3 % of the weights. Law (restless): over these windows the loss does not fall, though it is above 5 % of where it began, it
+    swings by 20 %, and updates change more than 3 % of the weights.
 
     Why: a learning rate too high for this stage of the run; batches too small; momentum too high for the learning rate.
     Do: divide the learning rate by 10, or let it decay (cosine, step); clip the gradient norm at its healthy median; batch size
@@ -44,6 +45,8 @@ class OscillatingLoss:
     deviation: float = 0.1  # standard deviation over |median|; detectors A
     height: float = 0.25  # of the best mean: above it the loss bounces; our own choice
     errors: float = 4.0  # standard errors of a mean; as in diverging_loss
+    learned: float = 0.05  # of the first losses: a run that stands below has converged; as in readings.CONVERGED
+    swing: float = 0.2  # standard deviation over median of losses that are restless; our own choice, twice that of those that alternate
     fast: float = 3e-2  # median update ratio; detectors A, target band
     pace: int = 32  # steps; asked at most once in so many, half of a window
     grace: int = 192  # steps; three windows
@@ -57,7 +60,8 @@ class OscillatingLoss:
             return None
         size = float(np.abs(losses).max()) or 1.0
         newest = (losses[-span:] / size).reshape(self.windows, self.window)
-        return self._alternates(history, newest, size, int(steps[-span])) or self._bounces(history, losses / size, size, steps)
+        found = self._alternates(history, newest, size, int(steps[-span])) or self._bounces(history, losses / size, size, steps)
+        return found or self._restless(history, newest, size, int(steps[-span]))
 
     def _alternates(self, history: History, newest: Array, size: float, step: int) -> Finding | None:
         if not all(self._opposite(part) for part in newest[::-1]):
@@ -104,6 +108,20 @@ class OscillatingLoss:
         evidence = (Evidence("mean of the newest losses", now, limit * size), Evidence("best mean so far", low), Evidence("median update ratio", u, self.fast))
         return self._finding(history, int(steps[-span]), f"fell to {number(low)}, then bounces about {number(now)}", evidence,
                              f"a step changes {number(u)} of the weights")  # fmt: skip
+
+    def _restless(self, history: History, newest: Array, size: float, step: int) -> Finding | None:
+        """Law (restless)."""
+        first = readings.beginning(history) / size
+        parts = [middle(part) for part in newest]
+        if newest.min() <= 0 or not first > 0 or not min(parts) > self.learned * first or readings.change(newest.ravel()) == "falling":
+            return None
+        u = speed(history, int((history.steps() >= step).sum()))
+        spread = float(np.std(newest[-1])) / parts[-1]
+        if not u > self.fast or not spread > self.swing or readings.change(newest[1:].ravel()) == "falling" or self._raised(history, step):
+            return None
+        evidence = (Evidence("median update ratio", u, self.fast), Evidence("deviation over median", spread, self.swing))
+        return self._finding(history, step, f"stands about {number(parts[-1] * size)} and swings by {spread:.0%}", evidence,
+                             f"a step changes {number(u)} of the weights, and the loss no longer falls")  # fmt: skip
 
     @staticmethod
     def _raised(history: History, step: int) -> bool:

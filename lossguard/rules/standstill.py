@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard import readings
+from lossguard import readings, structure
 from lossguard.advice import Advice, converged, finite_losses, informational, lr_remedy, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
@@ -26,8 +26,10 @@ class LossPlateau:
     """loss_plateau: the loss has not fallen since the start of the run (detectors A, loss_plateau; SYMPTOMS B1).
 
     Law: 100 steps after the learning rate has reached its peak, the mean of the newest losses (50 or more) is below that of the
-    first 20 neither by 2 % nor by 4 standard errors, and no 50 losses in a row ever were. A warning where another signal leaves its
-    healthy envelope (updates, gradients, units, logits), which is then the first cause; or where a classifier that began without
+    first 20 neither by 2 % nor by 4 standard errors, and no 50 losses in a row ever were; or a classifier's losses have settled at those
+    of equally likely classes, ln C, and no 50 in a row were ever 2 % below. A warning where another signal leaves its
+    healthy envelope (updates, gradients, units, logits) or the network's make speaks against it (a dropout above 0.85, linear layers
+    with no activation between, a layer of one unit), which is then the first cause; or where a classifier that began without
     any knowledge stands for 1500 steps. Else it is information, for some tasks learn nothing for long and then everything.
 
     Why: a learning rate too low or too high; dead, saturated or identical units from a bad initialisation; gradients that do not
@@ -52,6 +54,7 @@ class LossPlateau:
     )
     slow: ClassVar[bool] = True
     fall: float = 0.02  # of the mean of the first losses; detectors A
+    near: float = 0.05  # of the loss of equally likely classes: a loss this near above it has settled there; our own choice
     errors: float = 4.0  # standard errors of the difference of the means; detectors A
     first: int = 20  # losses of the beginning; detectors A
     newest: int = 50  # losses of the present, at least; detectors A
@@ -73,7 +76,8 @@ class LossPlateau:
             return None  # below any limit
         error = float(np.hypot(first.std() / np.sqrt(first.size), now.std() / np.sqrt(now.size)))
         limit = start - min(self.fall * abs(start), self.errors * error)
-        if not float(now.mean()) >= limit or self._ever_fell(losses, start, error) or converged(history):
+        stands = float(now.mean()) >= limit and not self._ever_fell(losses, start, error)
+        if not (stands or self._at_chance(history, losses)) or converged(history):
             return None
         since = full_speed_since(history, self.full)
         if history.step < since + self.after:
@@ -82,6 +86,14 @@ class LossPlateau:
         evidence = (Evidence("mean of the newest losses", float(now.mean()), limit), Evidence("mean of the first losses", start))
         message = f"{number(start)} at first, {number(float(now.mean()))} after {history.step - since} steps at the full learning rate"
         return Finding(self.diagnosis, self._severity(history, since, causes), since + self.after, "loss", message, evidence, causes, remedies)
+
+    def _at_chance(self, history: History, losses: Array) -> bool:
+        """A classifier's losses have come down to those of equally likely classes, if at all, and never below."""
+        chance = structure.chance(history)
+        if not np.isfinite(chance) or losses.size < 2 * self.newest:
+            return False
+        blocks = losses[losses.size % self.newest :].reshape(-1, self.newest).mean(axis=1)
+        return bool((blocks > (1 - self.fall) * chance).all() and blocks[-2:].max() < (1 + self.near) * chance)
 
     def _ever_fell(self, losses: Array, start: float, error: float) -> bool:
         """Some block of the losses held was below the beginning: it fell and came back, which is another diagnosis."""
@@ -105,7 +117,8 @@ class LearningBottleneck:
 
     Law: over the last 30 % of the evaluations (at least 6) and of at least 300 steps both curves stand still within noise, and the
     learning rate is at least half of its peak. A noise floor looks the same: it is information, and a warning only where the loss
-    is still above half of its first value and the size of the updates lies outside of the healthy band.
+    is still above half of its first value and the size of the updates lies outside of the healthy band, or the network's make speaks
+    against it (see loss_plateau).
 
     Why: a learning rate too high to settle, or too low to move; batches too small; a network too small for the data; or the run is
     done: what is left is noise in the data.
@@ -138,21 +151,22 @@ class LearningBottleneck:
             return None
         height = float(read.training[-1]) / read.first if read.positive and read.first > 0 else float("nan")
         odd = step_size(history, self.slow, self.fast)
-        grave = height > self.high and odd is not None and not informational(history) and not trained_before(history)
+        made = structure.faults(history)
+        grave = height > self.high and (odd is not None or made != []) and not informational(history) and not trained_before(history)
         evidence = (Evidence("training loss over the first losses", height, self.high), Evidence("median update ratio", speed(history)))
-        causes, remedies = self._advice(history, read, odd)
+        causes, remedies = self._advice(history, read, odd, made if grave else [])
         message = f"training stands at {number(float(read.training[-1]))} and validation at {number(float(read.loss[-1]))} for {count} evaluations"
         severity = Severity.WARNING if grave else Severity.INFO
         return Finding(self.diagnosis, severity, max(int(read.steps[-count]), self.span), "both losses", message, evidence, causes, remedies)
 
     @staticmethod
-    def _advice(history: History, read: Curves, odd: Cause | None) -> Advice:
+    def _advice(history: History, read: Curves, odd: Cause | None, made: structure.Pairs) -> Advice:
         fell = f"training has come down from {number(read.first)} to {number(float(read.training[-1]))}"
         done = Cause("nothing left to learn", 0.4, fell + " with updates of a healthy size" * (odd is None))
         rate = odd or Cause("learning rate too high to settle", 0.3, f"it is {number(history.lr)}, still near its peak")
         change = lr_remedy(history, 10.0 if rate.name.endswith("low") else 0.1)
         batch = Remedy("batch size 32, or 2 to 4 times the present one", {"batch_size": 32})
-        return ranked([(rate, [change, batch]), (done, [Remedy("stop, or widen the network", {"steps": int(read.steps[-1])})])])
+        return ranked([*made, (rate, [change, batch]), (done, [Remedy("stop, or widen the network", {"steps": int(read.steps[-1])})])])
 
 
 @rule

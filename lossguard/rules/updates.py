@@ -9,7 +9,9 @@ import numpy as np
 
 from lossguard.advice import (
     converged,
+    fallen,
     faster,
+    flourishing,
     informational,
     matrices,
     middle,
@@ -21,6 +23,7 @@ from lossguard.advice import (
 )
 from lossguard.findings import Cause, Evidence, Finding, Severity, number
 from lossguard.host.history import Array, History, Mask
+from lossguard.obstacles import trained_before
 from lossguard.rules.precision import rounded_away
 from lossguard.rules.rule import rule
 from lossguard.rules.suspects import large_steps
@@ -39,7 +42,8 @@ class UpdateRatioHigh:
     Do: learning rate divided by 10, and by 10 again until u is about 1e-3 (3e-5 to 1.4e-2 is healthy); warm-up over 100 steps or more;
     clip the gradient norm.
     False alarm: zero-born tensors are left out, tiny heads may grow, and so may the last matrix of a regression towards large targets.
-    Optimizers with updates of a fixed size (Muon) are judged by growth only.
+    Optimizers with updates of a fixed size (Muon) are judged by growth only. While the loss is below half of where it began and near
+    its best, large steps do no harm (layers before a batch-norm grow, Rprop strides): information.
     """
 
     diagnosis: ClassVar[str] = "update_ratio_high"
@@ -134,7 +138,9 @@ class UpdateRatioHigh:
 
     def _finding(self, history: History, step: int, worst: int, message: str, evidence: Evidence) -> Finding:
         causes, remedies = large_steps(history, str(evidence))
-        return Finding(self.diagnosis, Severity.WARNING, step, history.params[worst].name, message, (evidence,), causes, remedies)
+        harmless = flourishing(history) and reach(history, "update_ratio", 1)[1] <= self.drastic
+        severity = Severity.INFO if harmless else Severity.WARNING
+        return Finding(self.diagnosis, severity, step, history.params[worst].name, message, (evidence,), causes, remedies)
 
 
 @rule
@@ -143,7 +149,9 @@ class UpdateRatioLow:
     """update_ratio_low: the weights hardly move (detectors A, update_ratio_low; SYMPTOMS D2, B2).
 
     Law: the median of u over 20 steps, and over matrices, lies between 0 and 1e-6 (healthy fine-tuning 3.3e-5, a far too small rate
-    3.9e-7). Silent in a schedule's tail, while the learning rate rises, and on a converged run.
+    3.9e-7). Silent in a schedule's tail, while the learning rate rises in the first 200 steps, and on a converged run. Law (rounding): of
+    the elements of weights in halves that have a gradient fewer than 1 % change in a step; or fewer than 25 % over 100 steps in which the
+    loss stayed above half of where it began.
 
     Why: a learning rate far too low; gradients far too small for plain SGD (a loss divided twice); a schedule that ended early.
     Do: learning rate times 10, and again until u is about 1e-3; Adam instead of SGD where the gradients are tiny; check the schedule's
@@ -159,6 +167,11 @@ class UpdateRatioLow:
     span: int = 20  # steps; detectors A
     least: int = 3  # samples in the span; a median over matrices is steady
     moved: float = 0.01  # share of elements of weights in halves that change in a step, though their gradients are not zero; detectors A
+    starved: float = 0.25  # the same share where little was learned for long; our own choice, plain bfloat16 that learns begins with 0.8 to 0.95
+    drained: int = 100  # steps in which it is below that
+    many: int = 10  # samples in them
+    unlearned: float = 0.5  # of the first losses: a loss above has learned little; our own choice
+    warm: int = 200  # steps: a warm-up that has moved nothing until then is a fault itself; our own choice
     pace: int = 10  # steps; asked at most once in so many, half of the span
     grace: int = 20  # steps; detectors A, machinery 3
     patience: int = 1  # samples; the span is the patience
@@ -172,9 +185,11 @@ class UpdateRatioLow:
         if not able.any() or history.schedule_tail or converged(history):
             return None
         lr = history.fact("lr", n)
-        if np.isfinite(lr).all() and lr[-1] > lr[0] * (1 + 1e-6):
+        if np.isfinite(lr).all() and lr[-1] > lr[0] * (1 + 1e-6) and history.step < self.warm:
             return None
         rounded = rounded_away(self.diagnosis, history, self.span, self.least, self.moved)
+        if rounded is None and fallen(history) > self.unlearned and not trained_before(history):
+            rounded = rounded_away(self.diagnosis, history, self.drained, self.many, self.starved)
         if rounded is not None:
             return rounded
         if not reach(history, "update_ratio", n)[0] < self.ratio:

@@ -51,6 +51,7 @@ class Overfitting:
     gap: float = readings.GAP  # of what was learned: training below validation; healthy small runs have 0.04 to 0.19 (0.25)
     hidden: float = 0.5  # of the fall of training: 2 standard deviations of an evaluation must be less; our own choice
     never: float = 0.05  # of the first losses: validation that was never lower by more learned nothing at all; our own choice
+    by_heart: float = 0.5  # of the first losses: training above it has learned slowly; our own choice
     accuracy_gap: float = 0.25  # training above validation accuracy; well trained networks on 100 classes reach 0.23; our own choice
     accuracy_line: float = 0.1  # the same, for information; the published detector of detectors 2 has 0.1
     grace: int = 0  # steps; evaluations are counted
@@ -106,7 +107,10 @@ class Overfitting:
         step = int(read.steps[at])
         stop = Remedy(f"stop at step {step}, or go back to its checkpoint", {"steps": step})
         never = read.positive and not float(read.loss.min()) < (1 - self.never) * read.first
-        alien = Cause("validation data of another kind, or nothing that generalises", 0.8, "validation was never below the loss that the run began with")
+        because = "validation was never below the loss that the run began with"
+        alien = Cause("validation data of another kind, or nothing that generalises", 0.8, because)
+        if never and float(read.training[-1]) > self.by_heart * read.first:  # what generalises is learned faster than what is learned by heart
+            alien = Cause("labels or targets do not belong to the inputs", 0.8, f"{because}, and training falls slowly, as by heart")
         compare = Remedy("evaluate 20 training samples as if they were validation data: labels, preprocessing, mode", {"look_at": 20})
         causes, remedies = ranked([
             *([(alien, [compare])] if never else []),

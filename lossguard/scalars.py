@@ -1,12 +1,13 @@
-"""A few numbers of the newest sample under readable names, for a trainer's logger. History flows in, floats flow out; numpy only."""
+"""A few numbers of the newest sample under readable names, for trackers and for a trainer's logger. History flows in, floats flow out; numpy only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from lossguard.advice import matrices, newest
+from lossguard.findings import Finding, Severity
 from lossguard.host.history import Array, History
 
 Reduce = Callable[[Array], float]
@@ -31,7 +32,7 @@ def _quantile(share: float) -> Reduce:
     return lambda values: float(np.quantile(values, share))
 
 
-# name -> (signal, how its sites become one number); with the loss scale, 18 at most
+# name -> (signal, how its sites become one number); with the loss scale, the findings and, in a plain loop, the loss, 20 at most
 SCALARS: dict[str, tuple[str, Reduce]] = {
     "grad_norm": ("grad_norm", _norm),
     "grad_rms_smallest": ("grad_rms", _smallest),
@@ -53,6 +54,16 @@ SCALARS: dict[str, tuple[str, Reduce]] = {
 }
 OF_PARAMETERS = ("grad_norm", "weight_norm", "update_ratio")
 OF_UNITS = ("activation_rms", "dead_fraction", "saturated_fraction")
+
+
+def chosen(history: History, findings: Collection[Finding], *, of_layers: bool = False) -> dict[str, float]:
+    """What a tracker gets of the newest sample: SCALARS, how many findings of a warning and above there are, and on demand every layer's own.
+
+    >>> chosen(History(), [])
+    {'findings': 0.0}
+    """
+    numbers = {**scalars(history), "findings": float(sum(f.severity >= Severity.WARNING for f in findings))}
+    return {**numbers, **layers(history)} if of_layers else numbers
 
 
 def scalars(history: History) -> dict[str, float]:

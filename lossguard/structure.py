@@ -1,0 +1,68 @@
+"""What the make of a network says of a loss that stands still: dropout that leaves nothing, layers without an activation between, a layer
+of one unit. A history's host-known notes flow in; causes with remedies flow out; numpy only.
+
+Each of these is a choice that somebody may have made on purpose. It is a cause only beside a loss that does not fall.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lossguard.findings import Cause, Remedy, number
+from lossguard.host.history import History
+
+Pairs = list[tuple[Cause, Sequence[Remedy]]]
+STRONG = 0.85  # dropout probability above which a layer is nearly always lost; our own choice: published recipes stay at 0.8 or below
+USUAL = 0.5  # of Srivastava et al. 2014, for hidden layers
+NARROW = 1  # units of a layer through which three classes or more cannot be told apart by a linear head
+HIDDEN = ("Linear", "Conv")  # parts of the names of module classes that make a layer
+
+
+def classes(history: History) -> int:
+    """How many classes a classifier chooses from: the width of what gives its logits; 0 if unknown."""
+    if history.loss_family == "binary":
+        return 2
+    head = history.notes.get("head")
+    if history.loss_family != "cross_entropy" or not head:
+        return 0
+    return next((u.width for u in history.units if u.name == head), 0)
+
+
+def chance(history: History) -> float:
+    """The cross entropy of equally likely classes, ln C; NaN where it is no classifier's loss or C is unknown."""
+    many = classes(history)
+    return math.log(many) if many >= 2 and not history.notes.get("loss_is_summed") else math.nan
+
+
+def faults(history: History) -> Pairs:
+    """What in the network's make keeps a loss from falling."""
+    found = (_dropout(history), _linear(history), _narrow(history))
+    return [pair for pair in found if pair is not None]
+
+
+def _dropout(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
+    p = float(history.notes.get("largest_dropout") or 0.0)
+    if not p > STRONG:
+        return None
+    because = f"a dropout of {number(p)} passes {1 - p:.0%} of a layer's units on"
+    return Cause("dropout too high", 0.85, because), [Remedy(f"dropout {number(p)} -> {USUAL}", {"dropout": USUAL})]
+
+
+def _linear(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
+    first, second = history.notes.get("linear_chain") or ("", "")
+    if not first:
+        return None
+    because = f"{first} and {second} are linear with nothing between them: together they are one linear layer"
+    return Cause("no nonlinearity", 0.75, because), [Remedy(f"put a ReLU between {first} and {second}", {"activation": "relu", "parameter": first})]
+
+
+def _narrow(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
+    head = str(history.notes.get("head") or "")
+    if classes(history) < 3:
+        return None
+    thin = [u.name for u in history.units if u.width == NARROW and u.kind.startswith(HIDDEN) and u.name != head]
+    if not thin:
+        return None
+    because = f"{thin[0]} has a single unit, and {classes(history)} classes must pass through it"
+    return Cause("too little capacity", 0.75, because), [Remedy(f"widen {thin[0]} to 16 units or more", {"parameter": thin[0]})]
