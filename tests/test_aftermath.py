@@ -463,7 +463,7 @@ def test_an_exception_in_a_hook_of_ours(tmp_path, monkeypatch):
     def fail(self, *args, **keywords):
         raise RuntimeError("our own fault")
 
-    monkeypatch.setattr("lossguard.device.recorder.Recorder.module_called", fail)
+    monkeypatch.setattr("lossguard.device.passes.Passes.module_called", fail)
     with pytest.warns(RuntimeWarning, match="our own fault") as caught:
         assert run(tmp_path, ill=None) is None
     assert len(caught) == 1

@@ -272,6 +272,7 @@ def test_a_stall_is_told_while_it_lasts(tmp_path, caplog):
         until(path.exists)
 
     guard, files = stall(tmp_path, hang, stall=0.5)
+    until(lambda: "thread MainThread" in caplog.text)  # the file comes first, the log a moment later
     assert path.name in files  # a busy machine may have been slow once more
     text = path.read_text()
     assert "thread MainThread (main)" in text and "in until" in text and "step 29: loss" in text

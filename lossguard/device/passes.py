@@ -140,7 +140,7 @@ class Passes:
         if first:
             leaves = [x for _, x in zip(range(MAX_INPUTS), float_tensors(args), strict=False)]
             if leaves:
-                self._batch_rows = leaves[0].shape[0] if leaves[0].dim() > 1 else None
+                self.batch_rows = leaves[0].shape[0] if leaves[0].dim() > 1 else None
                 with torch.no_grad():
                     norms = [signals.l2(x) for x in leaves]
                 self.row(leaves[0].device).add_scalars("input_rms", np.arange(len(leaves)), norms, np.array([x.numel() ** -0.5 for x in leaves]))
