@@ -64,11 +64,11 @@ class Locator:
             self._keepsake.keep(step, [t for t in terms.values() if isinstance(t, Tensor)])
 
     def locate(self, halting: Iterable[Finding], taps: Taps, watch: Callable[..., Any]) -> bool:
-        """Seek the operation behind the first of these findings that speaks of non-finite values. Waits for the device.
+        """Seek the operation behind the first of these findings that speaks of computed non-finite values. Waits for the device.
 
         taps: rest meanwhile, and want to be opened anew where True is returned. watch: swallows our own faults.
         """
-        finding = next((f for f in halting if f.diagnosis.startswith("nonfinite_")), None)
+        finding = next((f for f in halting if f.diagnosis.startswith("nonfinite_") and f.diagnosis != "nonfinite_input"), None)
         if finding is None or self._keepsake is None:
             return False
         taps.watch_forward(False)

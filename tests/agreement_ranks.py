@@ -46,6 +46,29 @@ def one_sick(rank, world):
     return train(rank, world, sick=12 if rank == 1 else None)
 
 
+def poisoned_by_another(rank, world):
+    """DDP averages the gradients: one rank's bad batch is in every rank's weights. What each rank says of it first."""
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    heard = []
+    try:
+        with Guard(model, optimizer, every=5, dense=0, sinks=[heard.append]) as guard:
+            for step in range(60):
+                x = torch.randn(8, 4)
+                if rank == 1 and step == 12:
+                    x[3, 1] = float("nan")
+                guard.batch(x)
+                loss = model(x).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                guard.step(loss)
+    except TrainingHalted as halt:
+        return [halt.finding.diagnosis, halt.finding.step, heard[0].diagnosis, heard[0].causes[0].name]
+    return []
+
+
 def both_sick(rank, world):
     """The earlier fault is the one all report."""
     return train(rank, world, sick=12 if rank == 1 else 13)

@@ -44,6 +44,14 @@ def test_all_halt_for_the_fault_of_one(tmp_path):
     assert re.search(r"on rank 1 of 2 \(.+\)", where)
 
 
+def test_a_rank_that_was_poisoned_does_not_accuse_itself(tmp_path):
+    """Where gradients are averaged, the rank with finite batches and losses names another rank first, and all halt for the bad batch."""
+    first, second = ranks("poisoned_by_another", tmp_path)
+    assert first[:2] == second[:2] == ["nonfinite_input", 12]
+    assert first[3] == "another rank"
+    assert second[2:] == ["nonfinite_input", "bad input"]
+
+
 def test_the_earlier_fault_is_told(tmp_path):
     """Of equally grave faults all ranks report the earliest."""
     first, second = ranks("both_sick", tmp_path)

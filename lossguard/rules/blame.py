@@ -6,6 +6,7 @@ A history and the step of the first such value flow in; ranked causes and remedi
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -183,7 +184,19 @@ def _without_trace(history: History, step: int) -> list[tuple[Cause, list[Remedy
         show = Remedy("show the guard the batches: for x, y in guard.batches(loader)", {"look_at": step})
         pairs.append((Cause("bad input", 0.5 if safe else 0.4, "the batch of this step was not shown to the guard"), [show]))
     pairs.append((Cause("exploding gradient", 0.3, "growth within a single step leaves no trace"), [lr_remedy(history, 0.1)]))
-    return pairs
+    return _or_another_rank(history, step, pairs) if looked else pairs
+
+
+def _or_another_rank(history: History, step: int, pairs: list[tuple[Cause, list[Remedy]]]) -> list[tuple[Cause, list[Remedy]]]:
+    """Where gradients are averaged over ranks, nothing that was seen on this one speaks for it rather than for another."""
+    peers = history.notes.get("peers")
+    ranks = len(peers.places) if peers is not None and history.notes.get("replicated") else 1
+    if ranks == 1:
+        return pairs
+    because = f"inputs and losses of this rank were finite before, and its gradients are averaged with those of {ranks - 1} other{'s' * (ranks > 2)}"
+    look = Remedy("read what the rank found that the halt names", {"look_at": step})
+    shared = [(replace(cause, confidence=cause.confidence / ranks), remedies) for cause, remedies in pairs]
+    return [(Cause("another rank", 1.0 - 1.0 / ranks, because), [look]), *shared]
 
 
 def masked_row(history: History, step: int) -> tuple[Cause, list[Remedy]] | None:
