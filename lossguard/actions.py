@@ -64,10 +64,11 @@ class Policy:
         return finding.diagnosis in self.names and finding.severity >= Severity.WARNING
 
 
-def spared(finding: Finding, skippable: Collection[str], skipped: Collection[int]) -> Finding:
-    """What the gate skips has done no harm, and says so. skipped: the steps whose update was left out."""
-    if finding.diagnosis in skippable:
-        note = "the updates with such gradients were skipped on the device: weights and moments are those before them"
+def spared(finding: Finding, harmless: Collection[str], skipped: Collection[int]) -> Finding:
+    """What the gate keeps from the weights has done no harm, and says so. harmless: diagnoses that reach the weights by a
+    non-finite gradient or not at all. skipped: the steps whose update was left out."""
+    if finding.diagnosis in harmless:
+        note = "updates with non-finite gradients are skipped on the device: weights and moments are those before them"
         return replace(finding, severity=min(finding.severity, Severity.WARNING), note=note)
     if finding.diagnosis.startswith(("nonfinite", "exploding")) and finding.step in skipped:
         return replace(finding, note="the update of this step was skipped on the device: weights and moments are those before it")

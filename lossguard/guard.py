@@ -133,7 +133,7 @@ class Guard(Keeper, Teller, Phased):
         self._recorder = Recorder(model, self.optimizers, scaler)
         self._history = History(loss_family=loss_family or "unknown", optimizers=len(self.optimizers))
         self._introduction = Introduction(self._history, self._recorder, declared=loss_family is not None)
-        self._judge = Judge(chosen, self._muted, halts=self._policy.halts, on_fault=self._faults.of_rule)
+        self._judge = Judge(chosen, self._muted, halts=lambda f: self._policy.halts(self._skipping.told(f)), on_fault=self._faults.of_rule)
         self._handover = Handover(lag)
         self._intake = Intake(self._history, self._handover)
         self._pulses = Pulses(self._handover, min(self.every, 10))
@@ -353,9 +353,10 @@ class Guard(Keeper, Teller, Phased):
             heard += self._judge.observe(self._history, new_sample=news.sample is not None)
             if news.sample is not None:
                 self._feed.arrived(self._history, self._judge.findings)
+        heard = [self._skipping.told(f) for f in heard]
         if self._locator.locate([f for f in heard if self._policy.halts(f)], self._taps, self._faults.watch):
             self._open_step()
-        heard = [self._locator.told(self._skipping.told(f)) for f in heard]
+        heard = [self._locator.told(f) for f in heard]
         for finding in heard:
             for sink in self._sinks:
                 self._faults.watch(sink, finding)

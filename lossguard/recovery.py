@@ -250,8 +250,9 @@ class Recovery:
         self._calm, self._taken = cure.step + self.ladder.cooldown, cure.step
         if self._new is not None:
             self._spare, self._new = self._new, None  # nobody has judged it yet
-        where = {"cut": "", "load": " and the state is that of the checkpoint", "rollback": f" and the state is that after {cure.to} steps"}[cure.what]
-        note = f"cured by a {cure.what} after {cure.step} steps: the learning rate is multiplied by {cure.factor:g}{where}"
+        where = {"cut": "", "load": "the state is that of the checkpoint", "rollback": f"the state is that after {cure.to} steps"}[cure.what]
+        rate = f"the learning rate is multiplied by {cure.factor:g}" if cure.factor != 1.0 else ""
+        note = f"cured by a {cure.what} after {cure.step} steps: {' and '.join(words for words in (rate, where) if words)}"
         self._absorb(finding, note, cure.step)
         words = f"{finding.diagnosis} at step {finding.step} {note}"
         logger.warning("lossguard: %s", words)

@@ -24,6 +24,8 @@ from lossguard.host.history import Sample
 
 REMEMBERED = 1024  # sampled steps whose update was left out; our own choice, above any window of a rule
 WAYS = ("found_inf", "restore")
+# What can reach the weights by a non-finite gradient only.
+UPSTREAM = ("nonfinite_input", "nonfinite_activation", "nonfinite_loss", "nonfinite_gradient")
 # Engines whose gradients are a rank's part without saying so, and what to use.
 HIDDEN = {"FullyShardedDataParallel": "fully_shard", "DeepSpeedEngine": "the engine's own overflow check"}
 
@@ -96,7 +98,8 @@ class Skipping:
         """The finding, with what the gates have done about it. Under a loss scaler the scaler itself leaves such updates out: what is still reported lasts."""
         if not self.gates:
             return finding
-        return actions.spared(finding, () if self._scaled else ("nonfinite_gradient",), self._skipped)
+        armed = "nonfinite_gradient" in self.names and not self._failed
+        return actions.spared(finding, UPSTREAM[: -1 if self._scaled else None] if armed else (), self._skipped)
 
     def unseen(self, steps: int) -> dict[str, str]:
         """What the gates do not guard, and why."""

@@ -72,6 +72,6 @@ class Teller:
         return sum(holder.nbytes for holder in self._holders)
 
     def __repr__(self) -> str:
-        state, found = "closed" if self.closed else "watching", len(self._judge.findings)
+        state, found = "closed" if self.closed else "watching", len(self.findings)
         what = f"{len(self._recorder.roster.trained)} parameter tensors, {self.steps} steps"
         return f"<lossguard.Guard {state} {type(self.model).__name__}: {what}, {found or 'no'} finding{'' if found == 1 else 's'}>"

@@ -7,10 +7,10 @@ import re
 
 import pytest
 import torch
-from skip_runs import FUSED, GATES, OTHERS, QUICK, Lion, bits, everything, finite, loss_of, network, run
+from skip_runs import FUSED, GATES, OTHERS, QUICK, Lion, batch, bits, everything, finite, loss_of, network, run
 from torch import nn
 
-from lossguard import Guard, TrainingHalted
+from lossguard import Guard, Severity, TrainingHalted
 from lossguard.device.spikes import Limit
 
 STEPS = range(14)
@@ -202,8 +202,6 @@ def test_a_compiled_step(kind, by, name):
         optimizer.step() if kind == "whole" else update()
         return loss
 
-    from skip_runs import batch
-
     train = torch.compile(body, backend="eager") if kind == "whole" else body
     with Guard(model, optimizer, skip={"nonfinite_gradient"}, skip_by=by, halt=None, dense=0, every=100) as guard:
         for i in range(6):
@@ -314,6 +312,58 @@ def test_odd_norms_leave_the_statistics_alone(value):
     assert left[12:15] == [value != 0.0] * 3 or value == 0.0
     assert not any(left[15:])
     assert float(gate.spikes.mean) == 0.0 and torch.isfinite(gate.spikes.numbers).all()
+
+
+# ---- what is kept from the weights ends no run
+
+
+@pytest.mark.parametrize("by", ["found_inf", "restore"])
+def test_a_bad_batch_ends_no_run(by):
+    """With skip= a batch of NaN is told as a warning and training goes on; without it the run halts there."""
+
+    def train(**words):
+        model = network()
+        optimizer = make(by, "adamw" if by == "found_inf" else "rmsprop")(list(model.parameters()))
+        heard = []
+        with Guard(model, optimizer, sinks=[heard.append], **words) as guard:
+            for i in range(40):
+                x, y = batch(i)
+                x = x * math.nan if i in (12, 31) else x
+                guard.batch(x, y)
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+                guard.step(loss)
+        return guard, heard, finite(model)
+
+    guard, heard, sound = train(skip={"nonfinite_gradient"}, skip_by=by)
+    assert sound and guard.steps == 40 and guard.skipped["nonfinite_gradient"] == 2
+    assert heard and all(f.diagnosis == "nonfinite_input" and f.severity == Severity.WARNING for f in heard)
+    assert "skipped on the device" in heard[0].note
+    with pytest.raises(TrainingHalted):
+        train()
+
+
+def test_weights_that_turn_ill_by_themselves_end_the_run_all_the_same():
+    """With skip= a NaN that is written to a weight halts, also while a bad batch is told of as a warning."""
+    model = network()
+    optimizer = FUSED["adamw"](list(model.parameters()))
+    guard = Guard(model, optimizer, skip={"nonfinite_gradient"})
+    with pytest.raises(TrainingHalted) as caught:
+        for i in range(60):
+            x, y = batch(i)
+            guard.batch(x * math.nan if i == 12 else x, y)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x * math.nan if i == 12 else x), y)
+            loss.backward()
+            optimizer.step()
+            if i == 20:
+                with torch.no_grad():
+                    next(model.parameters()).view(-1)[0] = math.nan
+            guard.step(loss)
+    assert caught.value.finding.diagnosis == "nonfinite_weight"
+    guard.close()
 
 
 # ---- the bound
