@@ -168,6 +168,11 @@ class History:
         """The steps of :meth:`losses`."""
         return self._losses[self._loss_slice(n), 0].astype(np.int64)
 
+    @property
+    def first_step(self) -> int:
+        """The step of the oldest loss that is held; -1 without losses."""
+        return int(self._losses[self._loss_slice(None), 0][0]) if self._loss_count else -1
+
     def inputs(self, n: int | None = None) -> Array:
         """Whether the batches of :meth:`losses` were finite: 1 yes, 0 no, NaN not looked at."""
         return self._losses[self._loss_slice(n), 2]

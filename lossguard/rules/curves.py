@@ -66,14 +66,14 @@ class LossSpike:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         fresh = history.fresh_losses
-        losses, steps = history.losses(), history.loss_steps()
+        losses = history.losses()
         end = len(losses) - self.settle
         if fresh == 0 or end <= self.least:
             return None
         for at in self._candidates(losses[:end], min(fresh, end)):
             z, past = self._z(losses, at)
             if z > 0 and not levels.new_level(losses, at, float(middle(past))):
-                return self._finding(history, at, int(steps[at]), past, z)
+                return self._finding(history, at, int(history.loss_steps()[at]), past, z)
         return self._stood(history, losses, fresh)
 
     def _stood(self, history: History, losses: Array, fresh: int) -> Finding | None:
@@ -96,11 +96,15 @@ class LossSpike:
         """The fresh losses that can be spikes at all: above half the limit of the past that all of them share."""
         first = len(losses) - fresh
         past = losses[max(0, first - 2 * self.window) : first]
+        if past.size >= self.least:
+            second, most = np.partition(past[-self.window :], -2)[-2:]
+            if most < np.inf and losses[first:].max() <= second:
+                return []  # all finite, and not above what two of its past reached
         past = past[np.isfinite(past)]
         if past.size < self.least:
             return list(range(first, len(losses)))
         if not np.nanmax(losses[first:], initial=-np.inf) > np.partition(past[-self.window :], -2)[-2]:
-            return []  # not above what two of its past reached
+            return []
         median = float(middle(past))
         spread = _NORMAL * float(middle(np.abs(past - median)))
         limit = median + 0.5 * self.sigmas * min(spread, abs(median))

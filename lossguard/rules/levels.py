@@ -29,9 +29,9 @@ def new_level(losses: Array, at: int, median: float) -> bool:
 
 def patience(history: History, losses: Array) -> int:
     """Steps to wait for a new level to be learned: twice those in which the first losses came down to the share that counts as learned."""
-    if not losses.size or history.loss_steps(losses.size)[0] != 0:
+    if not losses.size or history.first_step != 0:
         return WAIT[1]  # the beginning is no longer held
-    low = np.flatnonzero(losses < RELEARNED * start(history))
+    low = np.flatnonzero(losses[: WAIT[1] // 2 + AFTER + 1] < RELEARNED * start(history))  # what comes later asks for the longest wait
     return int(np.clip(2 * low[AFTER], *WAIT)) if low.size > AFTER else WAIT[1]
 
 
