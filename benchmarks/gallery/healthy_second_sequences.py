@@ -59,7 +59,10 @@ def text_rotary_gated_tied(job: Job) -> float:
     """A small Llama with a z-loss, beta2 0.95, decay 0.1, clipping at 1 and a cosine to a tenth, as language models are trained."""
     stream, size = data.text()
     model = Llama(size)
-    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=6e-3, betas=(0.9, 0.95))
     schedule = warmup_cosine(optimizer, 30, 350, 0.1)
     guard = job.guard(model, optimizer)
