@@ -551,6 +551,16 @@ def test_an_unused_head_informs_only() -> None:
     assert run([RULES["unchanged_weights"]()], edit)[0][1].severity == Severity.WARNING
 
 
+def test_a_head_that_no_longer_runs_informs_only() -> None:
+    """A matrix whose module ran and has stopped running is a line of information, as one that never ran; cut off while it runs it is an alarm."""
+    rule, cut = [RULES["unchanged_weights"]()], both(at("grad_norm", 6, NAN, since=60), at("update_norm", 6, 0.0, since=60))
+    cut = both(cut, at("weight_norm", 6, 1.5, since=60))
+    cut = both(cut, lambda t, v, f: f.__setitem__("no_gradient", (6,) if t >= 60 else ()))
+    rests = both(cut, at("activation_rms", 8, NAN, since=60))
+    assert [f.severity for _, f in run(rule, rests)] == [Severity.INFO]
+    assert [f.severity for _, f in run(rule, cut)] == [Severity.WARNING]
+
+
 def test_weight_growth_is_heard_without_grace() -> None:
     """A weight norm that grows tenfold is heard at once, also from its last finite sample and from its newest update."""
     heard = run([RULES["update_ratio_high"]()], grow)

@@ -21,8 +21,8 @@ class UnchangedWeights:
 
     Law: static: parameters in no optimizer, or an optimizer of another model. Running: exact zeros of the update over 20 applied steps
     while the weight norm stays the same bit for bit; no step at all for 4 times as long as ever before, with gradients that arrive;
-    steps of which 2 % are left when the iteration ends; steps without any gradient. Parts of the model that do not run (unused heads,
-    experts that nothing is routed to) are information only; gradients that are tiny beside others are left to vanishing_gradient, silent
+    steps of which 2 % are left when the iteration ends; steps without any gradient. Parts of the model that do not run (unused heads, heads of an
+    earlier task, experts that nothing is routed to) are information only; gradients that are tiny beside others are left to vanishing_gradient, silent
     ReLU layers to dead_relu.
 
     Why: parameters not given to the optimizer, or an optimizer built from a copy; optimizer.step() not called; detach() or no_grad()
@@ -230,9 +230,9 @@ class UnchangedWeights:
         owner = np.array([p.optimizer for p in history.params])
         if history.optimizers > 1 and all(bool(still[able & (owner == o)].all()) for o in set(owner[still])) and not still[able].all():
             return Severity.INFO
-        ran = {u.name for u in history.units}
-        none = without_gradient(history) | ~np.isfinite(self._newest(history))
         n = stretch(history, self.span, self.least)
+        ran = _running(history, n)
+        none = without_gradient(history) | ~np.isfinite(self._newest(history))
         unused = [bool(none[i] or self._newest(history)[i] == 0) and (history.params[i].name.rpartition(".")[0] not in ran or _passed_over(history, i, n))
                   for i in np.flatnonzero(still).tolist()]  # fmt: skip
         return Severity.INFO if all(unused) and still.sum() < self.most * able.sum() else Severity.WARNING
@@ -281,6 +281,15 @@ class UnchangedWeights:
             return cause, tries[0]
         remedy = Remedy(f"check the optimizer's group of {name}: its lr, and who restores its weights", {"unfreeze": True, "parameter": name})
         return Cause("frozen by mistake", 0.5, f"{name} has a gradient of {number(float(gradient))} and no update"), remedy
+
+
+def _running(history: History, n: int) -> set[str]:
+    """The modules that ran, less those whose outputs were seen once and in none of the last n samples: a head of an earlier task."""
+    rests = np.zeros(len(history.units), dtype=np.bool_)
+    outputs = np.isfinite(history.born("activation_rms"))[: rests.size]
+    if outputs.size:
+        rests[: outputs.size] = outputs & ~history.seen("activation_rms", n).any(axis=0)[: outputs.size]
+    return {u.name for u, rest in zip(history.units, rests.tolist(), strict=True) if not rest}
 
 
 def _passed_over(history: History, site: int, n: int) -> bool:
