@@ -284,11 +284,11 @@ class UnchangedWeights:
 
 
 def _running(history: History, n: int) -> set[str]:
-    """The modules that ran, less those whose outputs were seen once and in none of the last n samples: a head of an earlier task."""
+    """The modules that ran, less those whose outputs were seen once and not in the newer half of n samples: a head of an earlier task."""
     rests = np.zeros(len(history.units), dtype=np.bool_)
     outputs = np.isfinite(history.born("activation_rms"))[: rests.size]
     if outputs.size:
-        rests[: outputs.size] = outputs & ~history.seen("activation_rms", n).any(axis=0)[: outputs.size]
+        rests[: outputs.size] = outputs & ~history.seen("activation_rms", max(1, n // 2)).any(axis=0)[: outputs.size]
     return {u.name for u, rest in zip(history.units, rests.tolist(), strict=True) if not rest}
 
 
