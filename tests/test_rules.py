@@ -439,6 +439,20 @@ def test_curves_without_order_inform_only(name: str, words: dict[str, Any]) -> N
     assert {f.severity for _, f in run([RULES[name]()], ILL[name][0], **words)} == {Severity.INFO}
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "sign", "silent"),
+    [("policy_loss", "value_loss", -1, True), ("policy", "value", 1, False), ("loss/generator", "loss/critic", 1, True), ("class", "value", -1, False)],
+)
+def test_terms_named_after_a_game_inform_only(first: str, second: str, sign: int, silent: bool) -> None:
+    """Terms named after a policy and its critic, or a generator and its judge, declare a loss without order; a policy that learns a likelihood does not."""
+    history = new_history(loss_family="unknown")
+    for step in range(120):
+        size = 1.0 + max(0, step - 60)
+        history.add_loss(step, size, {first: sign * 0.1, second: size})
+    finding = RULES["diverging_loss"]().check(history)
+    assert finding is not None and (finding.severity == Severity.INFO) == silent
+
+
 def test_a_heavy_tail_near_convergence_is_no_spike() -> None:
     """Small batches of a nearly converged run, with log-normal losses, raise no spike."""
     rng = np.random.default_rng(3)
