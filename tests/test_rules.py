@@ -565,6 +565,17 @@ def test_an_unused_head_informs_only() -> None:
     assert run([RULES["unchanged_weights"]()], edit)[0][1].severity == Severity.WARNING
 
 
+def test_a_rate_of_zero_for_longer_than_there_was_one_is_heard() -> None:
+    """A schedule that ends after 30 of 200 steps is heard once it was 0 for 100; one that ends 60 steps before the run, or restarts, is not."""
+    rule = [RULES["unchanged_weights"]()]
+    ended = run(rule, fact("lr", 0.0, since=30), steps=200)
+    assert [(f.severity, f.step, f.causes[0].name) for _, f in ended] == [(Severity.WARNING, 30, "learning rate schedule")]
+    assert 130 <= ended[0][0] <= 145
+    assert run(rule, fact("lr", 0.0, since=140), steps=200) == []
+    assert run(rule, fact("lr", 0.0, until=20), steps=200) == []
+    assert [f.causes[0].name for _, f in run(rule, fact("lr", 0.0), steps=200)] == ["learning rate is zero"]
+
+
 def test_a_head_that_no_longer_runs_informs_only() -> None:
     """A matrix whose module ran and has stopped running is a line of information, as one that never ran; cut off while it runs it is an alarm."""
     rule, cut = [RULES["unchanged_weights"]()], both(at("grad_norm", 6, NAN, since=60), at("update_norm", 6, 0.0, since=60))
