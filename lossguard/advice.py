@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -29,6 +30,9 @@ FLOURISHES = 0.5  # of the first losses; our own choice, as for a bottleneck
 NEAR = 1.5  # times the best: batches differ; our own choice
 CONVERGED = 0.05  # of the first losses: below, all is well however low the best was
 FAMILIES_WITHOUT_ORDER = frozenset({"adversarial", "reinforcement"})
+ACTORS = frozenset({"policy", "actor", "pi", "pg", "surrogate"})  # words in the names of a loss's terms
+CRITICS = frozenset({"value", "critic", "vf", "qf", "entropy"})
+MAKERS, JUDGES = frozenset({"generator", "gen", "g"}), frozenset({"discriminator", "disc", "d", "critic"})
 
 
 P = ParamSpec("P")
@@ -167,9 +171,24 @@ def listing(names: Iterable[str], most: int = 3) -> str:
 
 def informational(history: History) -> bool:
     """Loss curves of this run have no order: several optimizers, an adversarial or reinforcement loss (detectors A, machinery 4),
-    a loss that other trainable networks make as well, such as a judge of its own optimizer, or moving targets."""
+    a loss that other trainable networks make as well, such as a judge of its own optimizer, terms named after a policy and its
+    critic or after a generator and its discriminator, or moving targets."""
     others = history.optimizers > 1 or bool(history.notes.get("loss_of_others"))
-    return others or history.loss_family in FAMILIES_WITHOUT_ORDER or moving_targets(history)
+    return others or history.loss_family in FAMILIES_WITHOUT_ORDER or opposed(history) or moving_targets(history)
+
+
+@once
+def opposed(history: History) -> bool:
+    """The loss's terms are named after both sides of a game, as good as a declaration: what one side owes depends on the other.
+    A policy's term must have been negative: one that learns from given moves owes a likelihood, which has an order."""
+
+    def named(after: frozenset[str]) -> set[str]:
+        return {name for name in history.terms if after & set(re.findall("[a-z]+", name.lower()))}
+
+    makers, judges, actors, critics = (named(after) for after in (MAKERS, JUDGES, ACTORS, CRITICS))
+    if len(makers | judges) > 1 and makers and judges:
+        return True
+    return len(actors | critics) > 1 and bool(critics) and any(bool((history.term(name) < 0).any()) for name in actors)
 
 
 @once

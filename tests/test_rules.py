@@ -439,6 +439,20 @@ def test_curves_without_order_inform_only(name: str, words: dict[str, Any]) -> N
     assert {f.severity for _, f in run([RULES[name]()], ILL[name][0], **words)} == {Severity.INFO}
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "sign", "silent"),
+    [("policy_loss", "value_loss", -1, True), ("policy", "value", 1, False), ("loss/generator", "loss/critic", 1, True), ("class", "value", -1, False)],
+)
+def test_terms_named_after_a_game_inform_only(first: str, second: str, sign: int, silent: bool) -> None:
+    """Terms named after a policy and its critic, or a generator and its judge, declare a loss without order; a policy that learns a likelihood does not."""
+    history = new_history(loss_family="unknown")
+    for step in range(120):
+        size = 1.0 + max(0, step - 60)
+        history.add_loss(step, size, {first: sign * 0.1, second: size})
+    finding = RULES["diverging_loss"]().check(history)
+    assert finding is not None and (finding.severity == Severity.INFO) == silent
+
+
 def test_a_heavy_tail_near_convergence_is_no_spike() -> None:
     """Small batches of a nearly converged run, with log-normal losses, raise no spike."""
     rng = np.random.default_rng(3)
@@ -549,6 +563,27 @@ def test_an_unused_head_informs_only() -> None:
     finding = RULES["unchanged_weights"]().check(history)
     assert finding is not None and finding.severity == Severity.INFO
     assert run([RULES["unchanged_weights"]()], edit)[0][1].severity == Severity.WARNING
+
+
+def test_a_rate_of_zero_for_longer_than_there_was_one_is_heard() -> None:
+    """A schedule that ends after 30 of 200 steps is heard once it was 0 for 100; one that ends 60 steps before the run, or restarts, is not."""
+    rule = [RULES["unchanged_weights"]()]
+    ended = run(rule, fact("lr", 0.0, since=30), steps=200)
+    assert [(f.severity, f.step, f.causes[0].name) for _, f in ended] == [(Severity.WARNING, 30, "learning rate schedule")]
+    assert 130 <= ended[0][0] <= 145
+    assert run(rule, fact("lr", 0.0, since=140), steps=200) == []
+    assert run(rule, fact("lr", 0.0, until=20), steps=200) == []
+    assert [f.causes[0].name for _, f in run(rule, fact("lr", 0.0), steps=200)] == ["learning rate is zero"]
+
+
+def test_a_head_that_no_longer_runs_informs_only() -> None:
+    """A matrix whose module ran and has stopped running is a line of information, as one that never ran; cut off while it runs it is an alarm."""
+    rule, cut = [RULES["unchanged_weights"]()], both(at("grad_norm", 6, NAN, since=60), at("update_norm", 6, 0.0, since=60))
+    cut = both(cut, at("weight_norm", 6, 1.5, since=60))
+    cut = both(cut, lambda t, v, f: f.__setitem__("no_gradient", (6,) if t >= 60 else ()))
+    rests = both(cut, at("activation_rms", 8, NAN, since=60))
+    assert [f.severity for _, f in run(rule, rests)] == [Severity.INFO]
+    assert [f.severity for _, f in run(rule, cut)] == [Severity.WARNING]
 
 
 def test_weight_growth_is_heard_without_grace() -> None:

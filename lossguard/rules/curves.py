@@ -205,7 +205,8 @@ class DivergingLoss:
     initialisation or structure.
     Do: divide the learning rate by 10 and warm up over 100 steps or more; clip the gradient norm; check the sign of the loss; look at 20
     samples with their labels; batches of 32 or more.
-    False alarm: losses without order (several optimizers, adversarial, reinforcement) are information only. A curriculum that grows
+    False alarm: losses without order (several optimizers, adversarial, reinforcement, declared or by the names of the loss's terms: a
+    policy and its critic, a generator and its discriminator) are information only. A curriculum that grows
     harder, or a term whose weight grows (KL annealing), rises by design: ``DivergingLoss(rise=1.0)`` or mute it.
     """
 

@@ -21,8 +21,9 @@ class UnchangedWeights:
 
     Law: static: parameters in no optimizer, or an optimizer of another model. Running: exact zeros of the update over 20 applied steps
     while the weight norm stays the same bit for bit; no step at all for 4 times as long as ever before, with gradients that arrive;
-    steps of which 2 % are left when the iteration ends; steps without any gradient. Parts of the model that do not run (unused heads,
-    experts that nothing is routed to) are information only; gradients that are tiny beside others are left to vanishing_gradient, silent
+    steps of which 2 % are left when the iteration ends; steps without any gradient; a learning rate of 0 in all groups for as many steps
+    as it was not (100 to 1000). Parts of the model that do not run (unused heads, heads of an
+    earlier task, experts that nothing is routed to) are information only; gradients that are tiny beside others are left to vanishing_gradient, silent
     ReLU layers to dead_relu.
 
     Why: parameters not given to the optimizer, or an optimizer built from a copy; optimizer.step() not called; detach() or no_grad()
@@ -31,8 +32,8 @@ class UnchangedWeights:
     Do: build the optimizer from model.parameters() after any copy or .to(); look for detach() after the layer named; keep float32 master
     weights; set requires_grad_(False) where it is meant.
     False alarm: frozen parameters, resting optimizers, accumulation, unused branches and master weights (an optimizer that holds copies
-    which are written back) are told apart. A learning rate of 0 for all groups is not judged; one for a group that began with it, or was
-    led there by a schedule, is information.
+    which are written back) are told apart. The end of a schedule, and a warm-up's first step, may have a learning rate of 0 for all groups; one
+    for a group that began with it, or was led there by a schedule, is information.
     """
 
     diagnosis: ClassVar[str] = "unchanged_weights"
@@ -47,6 +48,7 @@ class UnchangedWeights:
     patient: int = 128  # samples without a step that even accumulation does not explain; our own choice
     most: float = 0.5  # share of matrices without gradient that warns though it is unknown whether they ran; our own choice
     undone: float = 0.02  # of an update that is left when its step ends; our own choice, Lookahead keeps half of it, Reptile a tenth
+    rateless: tuple[int, int] = (100, 1000)  # least and most steps at a rate of 0, as many as there were with one; our own choice, a schedule's last steps
     spacing: float = 1e-6  # of a weight: lr times gradient below it may round to 0 in float32, whose spacing is 1.2e-7; our own choice
     proof: int = 3  # samples in which parameters in no optimizer stand still, before a strange optimizer is held to be a mistake
     tiny: float = 1e-5  # gradient over the largest; the limit of vanishing_gradient
@@ -60,7 +62,7 @@ class UnchangedWeights:
         if not history.samples:
             return None
         static = self._static(history) or self._never_stepped(history) or self._stopped(history)
-        return static or self._void(history) or self._undone(history) or self._still(history)
+        return static or self._void(history) or self._undone(history) or self._rateless(history) or self._still(history)
 
     def _static(self, history: History) -> Finding | None:
         missing = tuple(history.notes.get("missing_from_optimizer") or ())
@@ -168,6 +170,28 @@ class UnchangedWeights:
         message = f"each step's update is undone before the step ends: at most {number(rest)} of it is left"
         return Finding(self.diagnosis, Severity.WARNING, int(history.steps(n)[0]), "weights", message, evidence, causes, remedies)
 
+    def _rateless(self, history: History) -> Finding | None:
+        """Every learning rate has been 0 for longer than there was any: what runs on computes for nothing."""
+        rates, steps = history.fact("lr"), history.steps()
+        if not rates.size or rates[-1] != 0.0 or converged(history):
+            return None
+        able = np.flatnonzero(~(rates == 0.0))
+        last = int(steps[able[-1]]) if able.size else int(steps[0]) - 1
+        if not bool((history.fact("stepped", rates.size - (int(able[-1]) + 1 if able.size else 0)) == 1.0).any()):
+            return None  # no optimizer steps anyway
+        over, least = history.step - last, int(np.clip(last + 1, *self.rateless))
+        if over < least:
+            return None
+        peak = history.lr_peak
+        look = Remedy(f"look at the schedule, and at its number of steps: epochs are no batches; the learning rate was {number(peak)}", {"lr": peak})
+        cause = Cause("learning rate schedule", 0.9, f"it led the learning rate from {number(peak)} to 0 by step {last + 1}")
+        if not peak > 0:
+            cause, look = Cause("learning rate is zero", 0.9, "it was never above 0"), Remedy("give the optimizer a learning rate above 0", {"lr": 1e-3})
+        causes, remedies = ranked([(cause, [look])])
+        evidence = (Evidence("steps at a learning rate of 0", float(over), float(least)),)
+        message = f"the learning rate of all groups has been 0 for {over} steps"
+        return Finding(self.diagnosis, Severity.WARNING, last + 1, "learning rate", message, evidence, causes, remedies)
+
     def _still(self, history: History) -> Finding | None:
         n = stretch(history, self.span, self.least)
         if reach(history, "update_norm", n)[0] > 0.0:
@@ -230,9 +254,9 @@ class UnchangedWeights:
         owner = np.array([p.optimizer for p in history.params])
         if history.optimizers > 1 and all(bool(still[able & (owner == o)].all()) for o in set(owner[still])) and not still[able].all():
             return Severity.INFO
-        ran = {u.name for u in history.units}
-        none = without_gradient(history) | ~np.isfinite(self._newest(history))
         n = stretch(history, self.span, self.least)
+        ran = _running(history, n)
+        none = without_gradient(history) | ~np.isfinite(self._newest(history))
         unused = [bool(none[i] or self._newest(history)[i] == 0) and (history.params[i].name.rpartition(".")[0] not in ran or _passed_over(history, i, n))
                   for i in np.flatnonzero(still).tolist()]  # fmt: skip
         return Severity.INFO if all(unused) and still.sum() < self.most * able.sum() else Severity.WARNING
@@ -281,6 +305,15 @@ class UnchangedWeights:
             return cause, tries[0]
         remedy = Remedy(f"check the optimizer's group of {name}: its lr, and who restores its weights", {"unfreeze": True, "parameter": name})
         return Cause("frozen by mistake", 0.5, f"{name} has a gradient of {number(float(gradient))} and no update"), remedy
+
+
+def _running(history: History, n: int) -> set[str]:
+    """The modules that ran, less those whose outputs were seen once and not in the newer half of n samples: a head of an earlier task."""
+    rests = np.zeros(len(history.units), dtype=np.bool_)
+    outputs = np.isfinite(history.born("activation_rms"))[: rests.size]
+    if outputs.size:
+        rests[: outputs.size] = outputs & ~history.seen("activation_rms", max(1, n // 2)).any(axis=0)[: outputs.size]
+    return {u.name for u, rest in zip(history.units, rests.tolist(), strict=True) if not rest}
 
 
 def _passed_over(history: History, site: int, n: int) -> bool:
