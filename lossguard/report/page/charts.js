@@ -1,6 +1,7 @@
 // The two charts. Drawn anew for a theme, a scale, a signal or a range of steps; they share their steps.
+const data = JSON.parse($("data").textContent);
 const several = data.runs.length > 1;
-const view = { scale: "linear", run: 0, signal: null, shows: "worst", range: null, rows: null, width: undefined };
+const view = { scale: "linear", run: 0, signal: null, shows: "worst", range: null, rows: null, shared: 1, width: undefined };
 const SYMBOLS = { info: "circle", warning: "triangle-up", error: "square", halt: "octagon" };
 const LIGHT = {
   sequence: ["#f3f7ee", "#c9e4c5", "#7fc6bd", "#3a97b4", "#2a5f9e", "#1d2b6b"],
@@ -47,7 +48,7 @@ function colourOf(run, k) { return k === 0 ? token("run-" + run) : token("term-"
 const alpha = (hex, a) => hex + Math.round(a * 255).toString(16).padStart(2, "0");
 
 const there = (values, i) => i >= 0 && i < values.length && values[i] !== null;
-const lone = (values) => values.map((_, i) => (there(values, i - 1) || there(values, i + 1) ? 0 : 6)); // a point without neighbours has no line to be seen by
+const lone = (values) => values.map((v, i) => (there(values, i - 1) || there(values, i + 1) ? null : v)); // a point without neighbours has no line to be seen by
 
 function curveTraces(run, r) {
   const traces = [];
@@ -61,7 +62,9 @@ function curveTraces(run, r) {
     }
     const text = x.map((_, i) => `<b>${name}</b> ${say(curve.middle[i])}` + (curve.exact ? `<br>step ${curve.first[i]}`
       : `<br>${say(curve.low[i])} to ${say(curve.high[i])}<br>steps ${curve.first[i]} to ${curve.last[i]}`) + (curve.flags[i] ? `<br><b>${flagNames(curve.flags[i])}</b>` : ""));
-    traces.push({ x, y: curve.middle, mode: "lines+markers", line: { width: k === 0 ? 1.7 : 1.2, color: colour }, marker: { size: lone(curve.middle), color: colour, opacity: 1 }, text, hoverinfo: "text", connectgaps: false });
+    traces.push({ x, y: curve.middle, mode: "lines", line: { width: k === 0 ? 1.7 : 1.2, color: colour }, text, hoverinfo: "text", connectgaps: false });
+    const points = lone(curve.middle);
+    if (points.some((v) => v !== null)) traces.push({ x, y: points, mode: "markers", marker: { size: 6, color: colour, opacity: 1 }, text, hoverinfo: "text" });
   });
   const v = run.validation;
   if (v.steps.length) {

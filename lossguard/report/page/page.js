@@ -12,7 +12,7 @@ function scaleOf(grid, numbers) {
     const c = Math.log10(grid.centre);
     return { to, low: c - 2.5, high: c + 2.5, colours: ramp("band"), ends: ["≤ 3e-6", "≥ 0.3"], middle: "1e-3" };
   }
-  const seen = Array.from(numbers.high, to).filter((v) => v > -60).sort((a, b) => a - b);
+  const seen = Float64Array.from(numbers.high, to).filter((v) => v > -60).sort();
   const low = seen.length ? seen[Math.floor(0.02 * seen.length)] : -1, high = seen.length ? seen[seen.length - 1] : 1;
   const wide = high - low < 0.5 ? 0.25 : 0;
   return { to, low: low - wide, high: high + wide, colours: ramp("sequence"), ends: [(low > seen[0] ? "≤ " : "") + say(10 ** (low - wide)), say(10 ** (high + wide))] };
@@ -23,6 +23,18 @@ function pick(grid, low, high) {
   if (view.shows === "high" || grid.scale !== "band") return high;
   const far = (v) => (v > 0 ? Math.abs(Math.log10(v / grid.centre)) : 60);
   return far(low) > far(high) ? low : high;
+}
+
+// The least, the greatest and the flags of neighbouring rows in one column.
+function cellOf(grid, numbers, row, count, c) {
+  const C = grid.first.length;
+  let i = row * C + c, low = numbers.low[i], high = numbers.high[i], flags = numbers.flags[i];
+  for (const end = Math.min(row + count, grid.rows.length) * C; (i += C) < end;) {
+    flags |= numbers.flags[i];
+    if (!(low <= numbers.low[i]) && !Number.isNaN(numbers.low[i])) low = numbers.low[i];
+    if (!(high >= numbers.high[i]) && !Number.isNaN(numbers.high[i])) high = numbers.high[i];
+  }
+  return [low, high, flags];
 }
 
 function edges(grid) {
@@ -37,25 +49,27 @@ async function drawHeat() {
   if (!grid) return;
   const numbers = ready.get(grid.block) || (await numbersOf(grid)), scale = scaleOf(grid, numbers), { axis, layout } = base();
   const R = grid.rows.length, C = grid.first.length, z = [];
+  const rows = view.rows || [R - 0.5, -0.5], height = Math.min(640, Math.max(170, 20 * R + 52));
+  const shared = view.shared = Math.ceil(Math.abs(rows[0] - rows[1]) / (height - 52)); // rows that share a line: more than there are pixels would hide each other
   const top = scale.low + (scale.high - scale.low) / RAMP; // the scale's last piece is for what is not finite
-  for (let r = 0; r < R; r++) {
-    const row = new Float64Array(C).fill(NaN);
+  for (let first = 0; first < R; first += shared) {
+    const line = new Float64Array(C).fill(NaN);
     for (let c = 0; c < C; c++) {
-      const i = r * C + c, low = numbers.low[i];
-      if (numbers.flags[i]) row[c] = top;
-      else if (!Number.isNaN(low)) row[c] = Math.min(scale.high, Math.max(scale.low, scale.to(pick(grid, low, numbers.high[i]))));
+      const [low, high, flags] = cellOf(grid, numbers, first, shared, c);
+      if (flags) line[c] = top;
+      else if (!Number.isNaN(low)) line[c] = Math.min(scale.high, Math.max(scale.low, scale.to(pick(grid, low, high))));
     }
-    z.push(row);
+    z.push(line);
   }
+  const bounds = [...z.map((_, k) => k * shared - 0.5), R - 0.5];
   const colours = [...scale.colours.map(([at, colour]) => [at * RAMP, colour]), [GAP, scale.colours.at(-1)[1]], [GAP, token("lost")], [1, token("lost")]];
-  const traces = [{ type: "heatmap", x: edges(grid), y: grid.rows.map((_, i) => i), z, zmin: scale.low, zmax: top, colorscale: colours, showscale: false, hoverinfo: "none", hoverongaps: false, name: "cells" }];
+  const traces = [{ type: "heatmap", x: edges(grid), y: bounds, z, zmin: scale.low, zmax: top, colorscale: colours, showscale: false, hoverinfo: "none", hoverongaps: false, name: "cells" }];
   const marks = data.runs[view.run].marks.filter((m) => grid.rows.includes(m.row));
   if (marks.length) traces.push({ type: "scatter", mode: "markers+text", x: marks.map((m) => m.step), y: marks.map((m) => grid.rows.indexOf(m.row)), text: marks.map((m) => m.id), textfont: { color: token("surface"), size: 10 },
     customdata: marks.map((m) => m.id), name: "marks", hovertext: marks.map((m) => `<b>${escapeText(m.diagnosis)}</b>, step ${m.step}<br>${fold(m.text)}<br><i>click for its story</i>`), hoverinfo: "text",
     marker: { size: marks.map((m) => (m.severity === "warning" ? 21 : 17)), opacity: 1, symbol: marks.map((m) => SYMBOLS[m.severity]), color: marks.map((m) => token(m.severity)), line: { width: 1.5, color: token("surface") } } });
   const lost = brokenRows(grid, numbers), thick = Math.max(0.5, R / 200);
   layout.shapes = (R > 60 ? lost : []).slice(0, 200).map(({ row }) => ({ type: "rect", xref: "paper", x0: -0.008, x1: -0.001, y0: row - thick, y1: row + thick, fillcolor: token("lost"), line: { width: 0 } }));
-  const rows = view.rows || [R - 0.5, -0.5], height = Math.min(640, Math.max(170, 20 * R + 52));
   const space = Math.max(1, Math.ceil((Math.abs(rows[0] - rows[1]) * 14) / (height - 52))), ticks = [];
   for (let r = Math.max(0, Math.ceil(rows[1])); r <= Math.min(R - 1, rows[0]); r += space) ticks.push(r);
   Object.assign(layout, {
@@ -72,9 +86,9 @@ async function drawHeat() {
 async function tip(event) {
   const point = event.points.find((p) => p.data.name === "cells"), box = $("tip");
   if (!point) return void (box.hidden = true);
-  const grid = gridOf(), numbers = await numbersOf(grid), [r, c] = point.pointNumber, i = r * grid.first.length + c;
-  const [low, high, flag] = [numbers.low[i], numbers.high[i], numbers.flags[i]], name = document.createElement("b");
-  name.textContent = grid.rows[r];
+  const grid = gridOf(), numbers = await numbersOf(grid), [line, c] = point.pointNumber, r = line * view.shared, end = Math.min(r + view.shared, grid.rows.length) - 1;
+  const [low, high, flag] = cellOf(grid, numbers, r, view.shared, c), name = document.createElement("b");
+  name.textContent = end > r ? `${grid.rows[r]} to ${grid.rows[end]}` : grid.rows[r];
   const values = [flagNames(flag), Number.isNaN(low) ? "" : low === high ? say(low) : `${say(low)} to ${say(high)}`].filter(Boolean).join(", ");
   box.replaceChildren(name, document.createElement("br"), values, document.createElement("br"), grid.first[c] === grid.last[c] ? `step ${grid.first[c]}` : `steps ${grid.first[c]} to ${grid.last[c]}`);
   box.hidden = false;
@@ -101,7 +115,7 @@ function heatWords(grid, scale, lost) {
   strip.style.background = `linear-gradient(90deg, ${scale.colours.map((c) => c[1]).join(",")})`;
   bar.append(scale.ends[0], strip, scale.ends[1]);
   $("legend").replaceChildren(bar, ...(scale.middle ? [`middle: ${scale.middle}`] : []), span(`background:${token("lost")}`, grid.flagged ? "NaN or infinite" : "NaN or infinite: none", "swatch"), span(`background:${token("unseen")}`, "not measured", "swatch"));
-  $("heat-note").textContent = `${grid.rows.length} rows. ` + (grid.most > 1 ? `A cell holds up to ${grid.most} sampled steps and shows ${$("shows").selectedOptions[0].textContent} of them.` : "Each column is one sampled step.")
+  $("heat-note").textContent = `${grid.rows.length} rows. ` + (view.shared > 1 ? `${view.shared} neighbours share a line, which shows the worst of them; zoom in to part them. ` : "") + (grid.most > 1 ? `A cell holds up to ${grid.most} sampled steps and shows ${$("shows").selectedOptions[0].textContent} of them.` : "Each column is one sampled step.")
     + (lost.length ? ` Not finite in ${lost.length} row${lost.length > 1 ? "s" : ""}, first in ${grid.rows[lost[0].row]}, step${lost[0].step === lost[0].last ? ` ${lost[0].step}` : `s ${lost[0].step} to ${lost[0].last}`}.` : "");
   $("shows").disabled = grid.most <= 1;
 }
@@ -219,12 +233,15 @@ async function begin() {
   if (least > 0 && most / least > 100) { view.scale = "log"; document.querySelector("input[value=log]").checked = true; }
   lossKey();
   wire();
-  await loadLibrary();
+  if (view.signal) numbersOf(gridOf()).catch(() => {}); // meanwhile; a failure is told where the numbers are drawn
+  await library;
   document.querySelectorAll(".chart .wait").forEach((p) => p.remove());
   await drawLoss();
+  performance.mark("lossguard-loss");
   listen($("loss"));
   if (view.signal) { await drawHeat(); listen($("heat")); }
   document.documentElement.dataset.drawn = "yes";
+  requestAnimationFrame(() => setTimeout(() => performance.mark("lossguard-drawn"))); // behind the frame that shows both charts
 }
 
 let kept = null;
