@@ -109,8 +109,9 @@ def _ending(folder: Path, segments: list[int]) -> Story:
         story.header, story.facts, story.coverage, story.ended = {**lines[0], "time": story.header.get("time", lines[0].get("time"))}, {}, {}, False
         found.update({(f.diagnosis, f.step): f for f in sinks.heard(lines) if f.step < until})
         story.events += [line for line in lines if line["kind"] == "event" and line["step"] <= until]
-        if lines[-1]["kind"] == "summary":
-            story.facts, story.coverage, story.ended = lines[-1].get("facts", {}), lines[-1].get("coverage", {}), True
+        for line in lines:
+            if line["kind"] == "summary":
+                story.facts, story.coverage, story.ended = line.get("facts", {}), line.get("coverage", {}), True
     story.findings = list(found.values())
     return story
 

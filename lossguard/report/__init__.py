@@ -62,6 +62,7 @@ def page(runs: Sequence[Run], script: str) -> str:
         "facts": markup.facts(runs),
         "index": markup.index(runs),
         "stories": markup.stories(runs),
+        "done": markup.done(runs),
         "coverage": markup.coverage(runs),
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "data": drawn.json(),

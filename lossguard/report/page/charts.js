@@ -116,6 +116,30 @@ function markTraces(marks) {
     hovertext: marks.map((m) => `<b>${escapeText(m.diagnosis)}</b> ${m.severity}, step ${m.step}` + (m.last > m.step ? ` to ${m.last}` : "") + `<br>${fold(m.text)}<br><i>click for its story</i>`), hoverinfo: "text" });
   return traces;
 }
+// What was done to the run stands in a row at the foot, so that findings keep the top.
+const EVENTS = {
+  skip: { symbol: "x", size: 9, colour: "done", sign: "✕", words: "updates left out" },
+  cut: { symbol: "triangle-down", size: 13, colour: "done", sign: "▼", words: "learning rate cut" },
+  rollback: { symbol: "arrow-bar-left", size: 14, colour: "done", sign: "↶", words: "rolled back" },
+  load: { symbol: "arrow-bar-left", size: 14, colour: "done", sign: "⤓", words: "loaded from a checkpoint" },
+  saved: { symbol: "diamond", size: 8, colour: "muted", sign: "◆", words: "checkpoint" },
+  resumed: { symbol: "arrow-bar-right", size: 13, colour: "muted", sign: "⇥", words: "resumed" },
+  stall: { symbol: "hourglass", size: 15, colour: "done", sign: "⧗", words: "stood still" },
+};
+const FOOT = 0.035;
+function eventTraces() {
+  const events = data.runs.flatMap((run, r) => run.events.map((e) => ({ ...e, run: r }))), traces = [];
+  for (const e of events) {
+    if (e.to !== null && e.to < e.first) traces.push({ x: [e.to, e.first], y: [FOOT, FOOT], line: { width: 2, color: token("done"), dash: "dot" } });
+    else if (e.last > e.first) traces.push({ x: [e.first, e.last], y: [FOOT, FOOT], line: { width: 6, color: alpha(token("done"), 0.35) } });
+  }
+  for (const t of traces) Object.assign(t, { yaxis: "y2", mode: "lines", hoverinfo: "skip" });
+  if (events.length) traces.push({
+    x: events.map((e) => (e.first + e.last) / 2), y: events.map(() => FOOT), yaxis: "y2", mode: "markers", name: "events", cliponaxis: false,
+    marker: { symbol: events.map((e) => EVENTS[e.kind].symbol), size: events.map((e) => EVENTS[e.kind].size), opacity: 1, color: events.map((e) => token(EVENTS[e.kind].colour)), line: { width: 1, color: token("surface") } },
+    hovertext: events.map((e) => `<b>${several ? "AB"[e.run] + " " : ""}${EVENTS[e.kind].words}</b>, ${e.when}<br>${fold(e.text)}`), hoverinfo: "text" });
+  return traces;
+}
 const escapeText = (s) => s.replace(/&/g, "&amp;").replace(/</g, "&lt;");
 const fold = (s) => escapeText(s).replace(/(.{1,58})(\s|$)/g, "$1<br>").replace(/<br>$/, "");
 
@@ -131,7 +155,8 @@ function lossRange(log) {
   if (low > high) return log ? [-1, 1] : [0, 1];
   if (log) { low = Math.log10(low); high = Math.log10(high); } else if (low >= 0 && low < 0.35 * high) low = 0;
   const span = high - low || Math.abs(high) || 1, marks = data.runs.some((r) => r.marks.length);
-  return [low - (low === 0 && !log ? 0.02 : 0.06) * span, high + (marks ? 0.24 : 0.06) * span];
+  const foot = data.runs.some((r) => r.events.length) ? 0.1 : low === 0 && !log ? 0.02 : 0.06;
+  return [low - foot * span, high + (marks ? 0.24 : 0.06) * span];
 }
 
 function logTicks([low, high]) {
@@ -142,8 +167,9 @@ function logTicks([low, high]) {
 
 function drawLoss() {
   const log = view.scale === "log", marks = placedMarks(), { axis, layout } = base();
-  const traces = [...data.runs.flatMap(curveTraces), ...markTraces(marks)];
+  const traces = [...data.runs.flatMap(curveTraces), ...eventTraces(), ...markTraces(marks)];
   const lines = marks.map((m) => ({ type: "line", xref: "x", yref: "paper", x0: m.step, x1: m.step, y0: 0, y1: m.y, line: { color: token(m.severity), width: 1, dash: "dot" }, layer: "below" }));
+  lines.push(...data.runs.flatMap((r) => r.events.filter((e) => e.kind === "resumed").map((e) => ({ type: "line", xref: "x", yref: "paper", x0: e.first, x1: e.first, y0: 0, y1: 1, line: { color: token("muted"), width: 1, dash: "dash" }, layer: "below" }))));
   Object.assign(layout, {
     margin: { l: narrow() ? 46 : leftMargin() > 110 ? 62 : leftMargin(), r: narrow() ? 8 : 14, t: 8, b: 40 }, shapes: [...data.runs.flatMap(brokenShapes), ...lines],
     xaxis: { ...axis, range: shownSteps(), showgrid: false, title: { ...axis.title, text: "step" }, ticks: "outside", exponentformat: "none", nticks: narrow() ? 5 : 10 },
@@ -164,5 +190,9 @@ function lossKey() {
     if (run.validation.steps.length) add(several ? "" : "dot", several ? `border-color:${token("run-" + r)};border-top-style:dashed` : `background:${token("validation")}`, p + "validation loss");
   });
   if (data.runs.some((r) => r.curves[0] && r.curves[0].flags.some(Boolean))) add("block", `background:${token("lost")}`, "loss is NaN or infinite");
+  for (const [kind, e] of Object.entries(EVENTS)) if (data.runs.some((r) => r.events.some((v) => v.kind === kind))) {
+    add("sign", `color:${token(e.colour)}`, e.words);
+    items.at(-1).firstChild.textContent = e.sign;
+  }
   $("loss-key").replaceChildren(...items);
 }

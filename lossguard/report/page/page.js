@@ -170,6 +170,7 @@ function listen(chart) {
   chart.on("plotly_click", (event) => {
     const point = event.points.find((p) => p.data.name === "marks");
     if (point) tell(point.customdata);
+    else if (event.points.some((p) => p.data.name === "events")) $("done-title").scrollIntoView();
   });
 }
 
