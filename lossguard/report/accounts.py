@@ -14,9 +14,15 @@ from lossguard.findings import Finding, Severity
 from lossguard.report.happened import Event
 from lossguard.report.reading import Run
 
-SIGNS = {"skip": ("✕", "Left out"), "cut": ("↓", "Rate cut"), "rollback": ("↶", "Rolled back"), "load": ("⤓", "Loaded"), "saved": ("◆", "Saved"),
-         "unfit": ("◇", "Not saved"), "resumed": ("⇥", "Resumed"), "stall": ("⧗", "Stood still"), "note": ("•", "Noted")}  # fmt: skip
-SHOWN = 12  # events of one kind that are listed at once; the rest unfolds
+WORDS = {"skip": "Left out", "cut": "Rate cut", "rollback": "Rolled back", "load": "Loaded", "saved": "Saved", "unfit": "Not saved", "resumed": "Resumed",
+         "stall": "Stood still", "note": "Noted"}  # fmt: skip
+SIGNS = {  # the shapes that stand on the curve, in a square of 16
+    "skip": "M3 5l2-2 3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3z", "cut": "M2 4h12l-6 10z", "rollback": "M2 2h2v12h-2zM4 8l10-6v12z",
+    "load": "M2 2h2v12h-2zM4 8l10-6v12z", "saved": "M8 3l5 5-5 5-5-5z", "unfit": "M8 3l5 5-5 5-5-5zM8 6l-2 2 2 2 2-2z",
+    "resumed": "M12 2h2v12h-2zM12 8l-10-6v12z", "stall": "M3 2h10l-10 12h10z", "note": "M8 6a2 2 0 1 0 .01 0z",
+}  # fmt: skip
+SHOWN = {"saved": 3, "note": 6}  # newest events of a kind that are listed at once; the rest unfolds
+MOST = 20  # of any other kind
 CODE = ("called at", "instead")  # rows of a culprit that are set as code
 RANKS = 6  # ranks that are named; our own choice, one line
 
@@ -26,17 +32,21 @@ def done(run: Run) -> str:
     listed: dict[str, list[Event]] = {}
     for event in run.events:
         listed.setdefault(event.kind, []).append(event)
-    open_ones = {id(e) for events in listed.values() for e in events[-SHOWN:]}
+    open_ones = {id(e) for kind, events in listed.items() for e in events[-SHOWN.get(kind, MOST) :]}
     first = "".join(_event(e) for e in run.events if id(e) in open_ones)
     rest = [e for e in run.events if id(e) not in open_ones]
     more = f'<details><summary>{len(rest):,} earlier ones</summary><ul class="events">{"".join(map(_event, rest))}</ul></details>' if rest else ""
     return f'<ul class="events">{first}</ul>{more}' if run.events else ""
 
 
+def sign(kind: str) -> str:
+    """The shape of a kind of event."""
+    return f'<svg class="sign sign-{kind}" viewBox="0 0 16 16" aria-hidden="true"><path d="{SIGNS[kind]}" fill-rule="evenodd"/></svg>'
+
+
 def _event(event: Event) -> str:
-    sign, word = SIGNS[event.kind]
     return (
-        f'<li class="event-{event.kind}"><i aria-hidden="true">{sign}</i> <b>{word}</b> <span class="at">{escape(event.when)}</span> '
+        f'<li class="event-{event.kind}">{sign(event.kind)} <b>{WORDS[event.kind]}</b> <span class="at">{escape(event.when)}</span> '
         f"<span>{escape(event.text)}</span></li>"
     )
 

@@ -67,9 +67,7 @@ def done(runs: Sequence[Run]) -> str:
     for k, run in enumerate(runs):
         name = f'<h3 class="run-name">{_tag(k)}{escape(run.label)}</h3>' if len(runs) > 1 else ""
         parts.append(f"<div>{name}{accounts.done(run) or '<p class=small>Nothing.</p>'}{accounts.stalls(run)}</div>")
-    return (
-        f'<section class="card" aria-labelledby="done-title">\n<h2 id="done-title">What was done</h2>\n<div class="coverage">{"".join(parts)}</div>\n</section>'
-    )
+    return f'<section class="card" aria-labelledby="done-title">\n<h2 id="done-title">Events</h2>\n<div class="coverage">{"".join(parts)}</div>\n</section>'
 
 
 def index(runs: Sequence[Run]) -> str:
@@ -114,7 +112,8 @@ def _coverage(run: Run) -> str:
 def _story(finding: Finding, name: str, run: Run) -> str:
     severity = finding.severity.label
     summary = DIAGNOSES[finding.diagnosis][1] if finding.diagnosis in DIAGNOSES else ""
-    again = f", {finding.count} times until step {finding.last_step:,}" if finding.count > 1 and finding.last_step is not None else ""
+    until = f" until step {finding.last_step:,}" if finding.last_step is not None and finding.last_step > finding.step else ""
+    again = f", {finding.count} times{until}" if finding.count > 1 else ""
     return f"""<article class="story sev-{severity}" id="f{name}" tabindex="-1" aria-labelledby="t{name}">
 <header><b class="badge">{name}</b><h3 id="t{name}">{escape(finding.diagnosis)}</h3>
 <span class="severity"><i aria-hidden="true">{SHAPES[severity]}</i> {severity}</span>

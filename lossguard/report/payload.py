@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from lossguard.findings import Finding
 from lossguard.host.history import Array
+from lossguard.report import accounts
 from lossguard.report.downsample import Curve, Grid
 from lossguard.report.happened import Event
 from lossguard.report.reading import Run, measures, observed_rows
@@ -48,6 +49,7 @@ def key(run: int, several: bool, number: int) -> str:
 def make(runs: Sequence[Run]) -> Payload:
     """Everything that is drawn, of one run or two."""
     payload = Payload()
+    payload.data["signs"] = {kind: accounts.SIGNS[kind] for kind in DRAWN}
     payload.data["runs"] = [_run(run, k, len(runs) > 1, payload.blocks) for k, run in enumerate(runs)]
     return payload
 

@@ -27,6 +27,9 @@ CURVES = {
 CURED = ("cured by", "seen in the cool-down")  # how the note of a finding begins that the recovery ladder has dealt with
 SPARED = ("the update",)  # and of one whose updates were left out
 GOOD = ("learning", "done")  # states that need nobody's attention
+SAME = {"diverging_loss": ("diverging",), "overfitting": ("overfitting", "overfitting begins"), "loss_plateau": ("flat", "bottleneck"),
+        "constant_loss": ("flat", "bottleneck"), "learning_bottleneck": ("flat", "bottleneck"), "validation_mismatch": ("validation mismatch",),
+        "oscillating_validation": ("oscillating validation",)}  # fmt: skip  # diagnosis -> readings of the curves that say the same
 MENDED = ("learning", "done", "flat", "too early", "overfitting begins", "bottleneck")  # in which what was dealt with is no trouble any more
 QUIET = ("flat", "too early", "bottleneck", "overfitting begins")  # states that a run may rightly end in
 
@@ -72,16 +75,28 @@ def headline(run: Run) -> Headline:
         stopped = bool(run.facts.get("halted")) and run.steps <= finding.step + 64
         head = f"{'Stopped' if stopped else 'Lost'} at step {finding.step:,}: {summary}."
     else:
-        curve, link = CURVES[run.state]
         once = finding.count == 1 and finding.last_step in (None, finding.step)
         since = f"at step {finding.step:,}" if once else "from the first step on" if finding.step == 0 else f"from step {finding.step:,} on"
-        head = f"{curve}, {link} {since} {summary}."
+        head = _sentence(run.state, finding.diagnosis, since, summary)
     then = f"Seen in {finding.where}. " if finding.where != "loss" else ""
     if finding.causes:
         then += f"Most likely: {finding.causes[0].name}. "
     if finding.remedies:
         then += f"Try: {finding.remedies[0].text}."
     return Headline("lost" if lost else "ill", "Lost" if lost else "Needs attention", head, then + rest)
+
+
+def _sentence(state: str, diagnosis: str, since: str, summary: str) -> str:
+    """How the curve reads, and what was found; one of them where they say the same.
+
+    >>> _sentence("diverging", "diverging_loss", "from step 9 on", "the loss rises"), _sentence("flat", "dead_relu", "at step 9", "units are silent")
+    ('From step 9 on the loss rises.', 'The loss no longer falls, and at step 9 units are silent.')
+    """
+    if state in SAME.get(diagnosis, ()):
+        words = summary if "since the start" in summary else f"{since} {summary}"
+        return f"{words[0].upper()}{words[1:]}."
+    curve, link = CURVES[state]
+    return f"{curve}, {link} {since} {summary}."
 
 
 def _mended(run: Run, finding: Finding) -> Headline:

@@ -17,18 +17,27 @@ const shownSteps = () => view.range || whole();
 const narrow = () => window.innerWidth < 720;
 const config = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
 
-// Long names: their leading parts become letters, numbers stay, and what is still too long is cut in the middle.
-function short(name) {
-  const room = narrow() ? 13 : 24, parts = name.split(".");
-  for (let i = 0; i < parts.length - 1 && parts.join(".").length > room; i++) if (!/^\d/.test(parts[i])) parts[i] = parts[i][0] || "";
-  const n = parts.join(".");
-  return n.length <= room ? n : n.slice(0, Math.ceil(room * 0.5)) + "…" + n.slice(1 - Math.floor(room * 0.5));
+// Long names: their leading parts become letters, in all rows alike, numbers stay, and what is still too long is cut in the middle.
+const shortened = new Map(); // by grid and room
+function shortNames(grid) {
+  const room = narrow() ? 13 : 30, key = grid.block + room;
+  if (shortened.has(key)) return shortened.get(key);
+  const cut = new Set(), letter = (part) => (/^\d/.test(part) ? part : part[0] || "");
+  for (const name of grid.rows) {
+    const parts = name.split(".");
+    for (let i = 0; i < parts.length - 1 && parts.join(".").length > room; i++) { cut.add(i + parts[i]); parts[i] = letter(parts[i]); }
+  }
+  shortened.set(key, grid.rows.map((name) => {
+    const parts = name.split("."), n = parts.map((part, i) => (i < parts.length - 1 && cut.has(i + part) ? letter(part) : part)).join(".");
+    return n.length <= room ? n : n.slice(0, Math.ceil(room * 0.5)) + "…" + n.slice(1 - Math.floor(room * 0.5));
+  }));
+  return shortened.get(key);
 }
 
 // Both charts leave the same room for their labels where that is little, so that steps stand under steps.
 function leftMargin() {
   const grid = data.runs[view.run].grids.find((g) => g.signal === view.signal);
-  return 22 + 6.4 * Math.max(6, ...(grid ? grid.rows.map((n) => short(n).length) : []));
+  return 22 + 6.4 * (grid ? shortNames(grid) : []).reduce((most, n) => Math.max(most, n.length), 6);
 }
 
 function base() {
@@ -118,13 +127,13 @@ function markTraces(marks) {
 }
 // What was done to the run stands in a row at the foot, so that findings keep the top.
 const EVENTS = {
-  skip: { symbol: "x", size: 9, colour: "done", sign: "✕", words: "updates left out" },
-  cut: { symbol: "triangle-down", size: 13, colour: "done", sign: "▼", words: "learning rate cut" },
-  rollback: { symbol: "arrow-bar-left", size: 14, colour: "done", sign: "↶", words: "rolled back" },
-  load: { symbol: "arrow-bar-left", size: 14, colour: "done", sign: "⤓", words: "loaded from a checkpoint" },
-  saved: { symbol: "diamond", size: 8, colour: "muted", sign: "◆", words: "checkpoint" },
-  resumed: { symbol: "arrow-bar-right", size: 13, colour: "muted", sign: "⇥", words: "resumed" },
-  stall: { symbol: "hourglass", size: 15, colour: "done", sign: "⧗", words: "stood still" },
+  skip: { symbol: "x", size: 9, colour: "done", words: "updates left out" },
+  cut: { symbol: "triangle-down", size: 13, colour: "done", words: "learning rate cut" },
+  rollback: { symbol: "arrow-bar-left", size: 14, colour: "done", words: "rolled back" },
+  load: { symbol: "arrow-bar-left", size: 14, colour: "done", words: "loaded from a checkpoint" },
+  saved: { symbol: "diamond", size: 8, colour: "muted", words: "checkpoint" },
+  resumed: { symbol: "arrow-bar-right", size: 13, colour: "muted", words: "resumed" },
+  stall: { symbol: "hourglass", size: 15, colour: "done", words: "stood still" },
 };
 const FOOT = 0.035;
 function eventTraces() {
@@ -135,7 +144,7 @@ function eventTraces() {
   }
   for (const t of traces) Object.assign(t, { yaxis: "y2", mode: "lines", hoverinfo: "skip" });
   if (events.length) traces.push({
-    x: events.map((e) => (e.first + e.last) / 2), y: events.map(() => FOOT), yaxis: "y2", mode: "markers", name: "events", cliponaxis: false,
+    x: events.map((e) => (e.first + e.last) / 2), y: events.map((e) => (e.kind === "resumed" ? 2.4 : 1) * FOOT), yaxis: "y2", mode: "markers", name: "events", cliponaxis: false,
     marker: { symbol: events.map((e) => EVENTS[e.kind].symbol), size: events.map((e) => EVENTS[e.kind].size), opacity: 1, color: events.map((e) => token(EVENTS[e.kind].colour)), line: { width: 1, color: token("surface") } },
     hovertext: events.map((e) => `<b>${several ? "AB"[e.run] + " " : ""}${EVENTS[e.kind].words}</b>, ${e.when}<br>${fold(e.text)}`), hoverinfo: "text" });
   return traces;
@@ -191,8 +200,8 @@ function lossKey() {
   });
   if (data.runs.some((r) => r.curves[0] && r.curves[0].flags.some(Boolean))) add("block", `background:${token("lost")}`, "loss is NaN or infinite");
   for (const [kind, e] of Object.entries(EVENTS)) if (data.runs.some((r) => r.events.some((v) => v.kind === kind))) {
-    add("sign", `color:${token(e.colour)}`, e.words);
-    items.at(-1).firstChild.textContent = e.sign;
+    add("sign", "", e.words);
+    items.at(-1).firstChild.innerHTML = `<svg class="sign sign-${kind}" viewBox="0 0 16 16" aria-hidden="true"><path d="${data.signs[kind]}" fill-rule="evenodd"/></svg>`;
   }
   $("loss-key").replaceChildren(...items);
 }

@@ -75,7 +75,7 @@ async function drawHeat() {
   Object.assign(layout, {
     height, margin: { l: leftMargin(), r: narrow() ? 8 : 14, t: 6, b: 40 }, plot_bgcolor: token("unseen"),
     xaxis: { ...axis, range: shownSteps(), showgrid: false, title: { ...axis.title, text: "step" }, ticks: "outside", exponentformat: "none", nticks: narrow() ? 5 : 10 },
-    yaxis: { ...axis, range: rows, showgrid: false, tickvals: ticks, ticktext: ticks.map((r) => escapeText(short(grid.rows[r]))), tickfont: { color: token("muted"), size: 11 } },
+    yaxis: { ...axis, range: rows, showgrid: false, tickvals: ticks, ticktext: ticks.map((r) => escapeText(shortNames(grid)[r])), tickfont: { color: token("muted"), size: 11 } },
   });
   $("heat").style.height = height + "px";
   heatWords(grid, scale, lost);
