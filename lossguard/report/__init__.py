@@ -69,7 +69,7 @@ def page(runs: Sequence[Run], script: str) -> str:
         "library": _block("library", payload.compressed(script.encode())),
         "unpack": _asset("unpack.js"),
         "blocks": "\n".join(_block(name, text) for name, text in drawn.blocks.items()),
-        "script": "\n".join(_asset(name) for name in ("charts.js", "page.js")),
+        "script": "\n".join(_asset(name) for name in ("charts.js", "keys.js", "page.js")),
     }
     html = _asset("page.html")
     pieces = html.split("{{")

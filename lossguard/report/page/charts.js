@@ -171,7 +171,7 @@ function lossRange(log) {
 function logTicks([low, high]) {
   const every = Math.max(1, Math.ceil((high - low) / 7)), steps = high - low > 2.5 ? [1] : high - low > 1 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9], values = [];
   for (let e = Math.floor(low); e <= high; e += every) for (const m of steps) if (Math.log10(m) + e >= low && Math.log10(m) + e <= high) values.push(m * 10 ** e);
-  return { tickvals: values, ticktext: values.map((v) => say(Number(v.toPrecision(2)))) };
+  return { tickvals: values, ticktext: values.map((v) => (v >= 1e4 ? v.toExponential().replace("e+", "e") : say(Number(v.toPrecision(2))))) };
 }
 
 function drawLoss() {
@@ -187,7 +187,17 @@ function drawLoss() {
   });
   const values = data.runs.flatMap((r) => r.curves.flatMap((c) => (c.low || c.middle).filter((v) => v !== null && v <= 0)));
   $("loss-note").textContent = log && values.length ? "Losses of 0 or below cannot stand on a logarithmic scale and are not shown; the linear scale shows them." : "";
+  $("loss").setAttribute("aria-label", data.runs.map(lossWords).join(" "));
   return Plotly.react("loss", traces, layout, config);
+}
+
+// The curve for those who cannot see it.
+function lossWords(run, r) {
+  const curve = run.curves[0], named = several ? `Run ${"AB"[r]}, ${run.label}: ` : "";
+  if (!curve) return `${named}no loss was recorded.`;
+  const known = curve.middle.filter((v) => v !== null), least = (curve.low || curve.middle).reduce((a, v) => (v !== null && v < a ? v : a), Infinity), broken = curve.flags.findIndex(Boolean);
+  return `${named}the loss over ${run.steps} steps, ` + (known.length ? `from ${say(known[0])} to ${say(known.at(-1))}, least ${say(least)}` : "never finite")
+    + (broken < 0 ? "" : `, not finite ${curve.exact ? `at step ${curve.first[broken]}` : `from step ${curve.first[broken]} on`} for the first time`) + `; ${run.marks.length} findings, told below.`;
 }
 
 function lossKey() {

@@ -80,21 +80,32 @@ async function drawHeat() {
   $("heat").style.height = height + "px";
   heatWords(grid, scale, lost);
   await Plotly.react("heat", traces, layout, config);
+  placeCursor();
+  if ($("heat-table").open) fillTable();
 }
 
 // What a cell holds, told where the pointer is: texts for all cells would cost more than the drawing.
 async function tip(event) {
   const point = event.points.find((p) => p.data.name === "cells"), box = $("tip");
   if (!point) return void (box.hidden = true);
-  const grid = gridOf(), numbers = await numbersOf(grid), [line, c] = point.pointNumber, r = line * view.shared, end = Math.min(r + view.shared, grid.rows.length) - 1;
-  const [low, high, flag] = cellOf(grid, numbers, r, view.shared, c), name = document.createElement("b");
-  name.textContent = end > r ? `${grid.rows[r]} to ${grid.rows[end]}` : grid.rows[r];
+  const grid = gridOf(), [line, c] = point.pointNumber;
+  showTip(cellWords(grid, await numbersOf(grid), line * view.shared, c), event.event.clientX, event.event.clientY);
+}
+
+// A cell in words: its rows, its numbers, its steps.
+function cellWords(grid, numbers, r, c) {
+  const end = Math.min(r + view.shared, grid.rows.length) - 1, [low, high, flag] = cellOf(grid, numbers, r, view.shared, c);
   const values = [flagNames(flag), Number.isNaN(low) ? "" : low === high ? say(low) : `${say(low)} to ${say(high)}`].filter(Boolean).join(", ");
-  box.replaceChildren(name, document.createElement("br"), values, document.createElement("br"), grid.first[c] === grid.last[c] ? `step ${grid.first[c]}` : `steps ${grid.first[c]} to ${grid.last[c]}`);
+  return [end > r ? `${grid.rows[r]} to ${grid.rows[end]}` : grid.rows[r], values || "not measured", grid.first[c] === grid.last[c] ? `step ${grid.first[c]}` : `steps ${grid.first[c]} to ${grid.last[c]}`];
+}
+
+function showTip([head, ...rest], x, y) {
+  const box = $("tip"), name = document.createElement("b");
+  name.textContent = head;
+  box.replaceChildren(name, ...rest.flatMap((words) => [document.createElement("br"), words]));
   box.hidden = false;
-  const at = event.event;
-  box.style.left = Math.max(4, Math.min(window.innerWidth - box.offsetWidth - 8, at.clientX + 14)) + "px";
-  box.style.top = Math.max(4, at.clientY - box.offsetHeight - 12) + "px";
+  box.style.left = Math.max(4, Math.min(window.innerWidth - box.offsetWidth - 8, x + 14)) + "px";
+  box.style.top = Math.max(4, y - box.offsetHeight - 12) + "px";
 }
 
 // The rows that hold a number that is not finite, the earliest first.
@@ -118,6 +129,7 @@ function heatWords(grid, scale, lost) {
   $("heat-note").textContent = `${grid.rows.length} rows. ` + (view.shared > 1 ? `${view.shared} neighbours share a line, which shows the worst of them; zoom in to part them. ` : "") + (grid.most > 1 ? `A cell holds up to ${grid.most} sampled steps and shows ${$("shows").selectedOptions[0].textContent} of them.` : "Each column is one sampled step.")
     + (lost.length ? ` Not finite in ${lost.length} row${lost.length > 1 ? "s" : ""}, first in ${grid.rows[lost[0].row]}, step${lost[0].step === lost[0].last ? ` ${lost[0].step}` : `s ${lost[0].step} to ${lost[0].last}`}.` : "");
   $("shows").disabled = grid.most <= 1;
+  $("heat").setAttribute("aria-label", `${grid.title}: ${$("heat-note").textContent} Arrow keys go from cell to cell, plus and minus zoom, 0 shows all.`);
 }
 
 // ---- controls
@@ -209,6 +221,7 @@ function wire() {
   $("run").addEventListener("change", () => { chooseRun(Number($("run").value)); redraw(drawLoss, drawHeat); });
   $("signal").addEventListener("change", () => { view.signal = $("signal").value; view.rows = null; redraw(drawLoss, drawHeat); });
   $("shows").addEventListener("change", () => { view.shows = $("shows").value; redraw(drawHeat); });
+  wireKeys();
   let waiting = null, width = window.innerWidth;
   window.addEventListener("resize", () => { if (window.innerWidth !== width) { width = window.innerWidth; clearTimeout(waiting); waiting = setTimeout(() => redraw(drawLoss, drawHeat), 150); } });
   let before = null; // on paper: light, as wide as a page
