@@ -1,7 +1,7 @@
 // The two charts. Drawn anew for a theme, a scale, a signal or a range of steps; they share their steps.
 const data = JSON.parse($("data").textContent);
 const several = data.runs.length > 1;
-const view = { scale: "linear", run: 0, signal: null, shows: "worst", range: null, rows: null, shared: 1, width: undefined };
+const view = { scale: "linear", run: 0, signal: null, shows: "worst", range: null, rows: null, shared: 1, columns: [], width: undefined };
 const SYMBOLS = { info: "circle", warning: "triangle-up", error: "square", halt: "octagon" };
 const LIGHT = {
   sequence: ["#f3f7ee", "#c9e4c5", "#7fc6bd", "#3a97b4", "#2a5f9e", "#1d2b6b"],
@@ -17,19 +17,33 @@ const shownSteps = () => view.range || whole();
 const narrow = () => window.innerWidth < 720;
 const config = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
 
-// Long names: their leading parts become letters, in all rows alike, numbers stay, and what is still too long is cut in the middle.
+// How many leading parts all names share; they are told once.
+function sharedParts(grid) {
+  const first = grid.rows[0].split(".");
+  let n = grid.rows.length > 1 ? first.length - 1 : 0;
+  for (const name of grid.rows) {
+    const parts = name.split(".");
+    n = Math.min(n, parts.length - 1);
+    while (n && parts.slice(0, n).some((part, i) => part !== first[i])) n--;
+  }
+  return n;
+}
+
+// Long names: what all share is left out, leading parts become letters, in all rows alike, numbers stay, and what is still too long is cut behind the last number.
 const shortened = new Map(); // by grid and room
 function shortNames(grid) {
-  const room = narrow() ? 13 : 30, key = grid.block + room;
+  const room = narrow() ? 14 : 30, key = grid.block + room;
   if (shortened.has(key)) return shortened.get(key);
+  const shared = sharedParts(grid), rows = grid.rows.map((name) => name.split(".").slice(shared).join("."));
   const cut = new Set(), letter = (part) => (/^\d/.test(part) ? part : part[0] || "");
-  for (const name of grid.rows) {
+  for (const name of rows) {
     const parts = name.split(".");
     for (let i = 0; i < parts.length - 1 && parts.join(".").length > room; i++) { cut.add(i + parts[i]); parts[i] = letter(parts[i]); }
   }
-  shortened.set(key, grid.rows.map((name) => {
+  shortened.set(key, rows.map((name) => {
     const parts = name.split("."), n = parts.map((part, i) => (i < parts.length - 1 && cut.has(i + part) ? letter(part) : part)).join(".");
-    return n.length <= room ? n : n.slice(0, Math.ceil(room * 0.5)) + "…" + n.slice(1 - Math.floor(room * 0.5));
+    const head = Math.min(room - 4, Math.max(Math.ceil(room / 2), n.search(/\d\D*$/) + 1));
+    return n.length <= room ? n : n.slice(0, head) + "…" + n.slice(head + 1 - room);
   }));
   return shortened.get(key);
 }

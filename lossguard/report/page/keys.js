@@ -22,19 +22,20 @@ function leaveCursor() {
   placeCursor();
 }
 
+const groupOf = (column) => view.columns.findIndex(([, until]) => column < until);
 const clamp = (v, low, high) => Math.max(low, Math.min(high, v));
 
 function moveCursor(down, right) {
   const grid = gridOf(), shared = view.shared, last = grid.rows.length - 1, [from, to] = shownSteps();
   if (cursor.on) {
     cursor.row = clamp(Math.floor(cursor.row / shared) * shared + down * shared, 0, Math.floor(last / shared) * shared);
-    cursor.column = clamp(cursor.column + right, 0, grid.first.length - 1);
+    cursor.column = view.columns[clamp(groupOf(cursor.column) + right, 0, view.columns.length - 1)][0];
   } else { // where the eye begins: the upper left cell of what is shown
     cursor.on = true;
     cursor.row = Math.floor(clamp(Math.ceil(view.rows ? view.rows[1] : 0), 0, last) / shared) * shared;
     cursor.column = clamp(grid.last.findIndex((s) => s >= from), 0, grid.first.length - 1);
   }
-  const bounds = edges(grid), begin = bounds[cursor.column], end = bounds[cursor.column + 1];
+  const bounds = edges(grid), [begin, end] = view.columns[groupOf(cursor.column)].map((c) => bounds[c]);
   if (view.rows && (cursor.row < view.rows[1] || cursor.row > view.rows[0])) {
     const by = cursor.row < view.rows[1] ? cursor.row - 0.5 - view.rows[1] : cursor.row + shared - 0.5 - view.rows[0];
     view.rows = [view.rows[0] + by, view.rows[1] + by];
@@ -62,11 +63,11 @@ async function placeCursor() {
   if (box.hidden) return;
   cursor.row = Math.floor(clamp(cursor.row, 0, grid.rows.length - 1) / view.shared) * view.shared;
   cursor.column = clamp(cursor.column, 0, grid.first.length - 1);
-  const bounds = edges(grid), { xaxis, yaxis, _size } = full, inside = (v, axis) => clamp(v, 0, axis._length);
-  const [x0, x1] = [bounds[cursor.column], bounds[cursor.column + 1]].map((v) => _size.l + inside(xaxis.d2p(v), xaxis));
+  const bounds = edges(grid), columns = view.columns[groupOf(cursor.column)], { xaxis, yaxis, _size } = full, inside = (v, axis) => clamp(v, 0, axis._length);
+  const [x0, x1] = columns.map((c) => _size.l + inside(xaxis.d2p(bounds[c]), xaxis));
   const [y0, y1] = [cursor.row - 0.5, Math.min(cursor.row + view.shared, grid.rows.length) - 0.5].map((v) => _size.t + inside(yaxis.d2p(v), yaxis));
   Object.assign(box.style, { left: x0 + "px", top: y0 + "px", width: Math.max(2, x1 - x0) + "px", height: Math.max(2, y1 - y0) + "px" });
-  const words = cellWords(grid, await numbersOf(grid), cursor.row, cursor.column), place = box.getBoundingClientRect();
+  const words = cellWords(grid, await numbersOf(grid), cursor.row, columns), place = box.getBoundingClientRect();
   $("heat-say").textContent = words.join(", ");
   showTip(words, place.right, place.top);
 }
