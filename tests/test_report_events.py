@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_every_left_out_update_is_told_once(rows):
     events = happened.skips(counts)
     assert sum(e.count for e in events) == nans + spikes
     assert len(events) <= happened.SKIPS
-    assert all(a.last < b.first for a, b in zip(events, events[1:]))
+    assert all(a.last < b.first for a, b in pairwise(events))
 
 
 def test_skips_stand_where_they_happened(tmp_path):

@@ -199,7 +199,7 @@ function listen(chart) {
   if (chart.id === "heat") {
     chart.on("plotly_hover", tip);
     chart.on("plotly_unhover", () => { $("tip").hidden = true; });
-    window.addEventListener("scroll", () => { $("tip").hidden = true; }, { passive: true });
+    window.addEventListener("scroll", () => { if (cursor.on) placeCursor(); else $("tip").hidden = true; }, { passive: true });
   }
   chart.on("plotly_doubleclick", () => zoom("all"));
   chart.on("plotly_click", (event) => {
