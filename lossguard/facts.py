@@ -20,6 +20,7 @@ def of(guard: Guard, policy: Policy) -> dict[str, Any]:
     """The facts of a guard's run so far; host values only, nothing waits."""
     parameters = list(guard.model.parameters())
     devices = sorted({str(p.device) for p in parameters})
+    good = guard.last_good
     halting = [f.step for f in guard.findings if policy.halts(f)]
     return {
         "lossguard": getattr(sys.modules.get("lossguard"), "__version__", ""),
@@ -34,6 +35,9 @@ def of(guard: Guard, policy: Policy) -> dict[str, Any]:
         "verdict": guard.verdict,
         "memory": guard.memory,
         "skipped": guard.skipped,
+        "cures": [asdict(cure) for cure in guard.recovery.cures],
+        "culprits": guard.culprits,
+        "last_good": None if good is None else good._asdict(),
         "halted": bool(halting),
         "ended": time.time(),
     }

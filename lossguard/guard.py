@@ -231,11 +231,6 @@ class Guard(Keeper, Teller, Phased):
         if ending is not None:
             self._overdue, self._quiet = ending, 0
 
-    def note(self, event: str) -> None:
-        """A line in the run's record, such as a signal; nothing without a record."""
-        if self._record:
-            self._faults.watch(self._record.event, self.steps, event)
-
     def pause(self) -> AbstractContextManager[None]:
         """``with guard.pause():`` around what is meant to take long, such as an evaluation: ``stalled_training`` leaves it out."""
         return self._watchdog.pause()

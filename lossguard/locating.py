@@ -93,6 +93,11 @@ class Locator:
         return None if culprit is None else culprit.to_dict()
 
     @property
+    def culprits(self) -> list[dict[str, Any]]:
+        """What was found so far, in plain types, each with the diagnosis and the step of its finding."""
+        return [{"diagnosis": name, "step": step, **culprit.to_dict()} for (name, step), (culprit, _) in self._found.items() if culprit is not None]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the copy and of the batches kept alive."""
         if self._keepsake is None:

@@ -27,12 +27,16 @@ _STEP = re.compile(r'"(?:first|step)":(\d+)')
 class Story:
     """What a record says besides its samples.
 
-    header: how the run began. facts, coverage: how it ended; empty where it was killed or written by an older version.
+    header: how the run began. findings: as they stood at its end, or as they were heard. events: what else happened, as the lines of
+    the record. resumed: the steps at which it was taken up again. facts, coverage: how it ended; empty where it was killed or
+    written by an older version.
     losses: (steps, 2) of step and loss. terms: the loss's named parts, as long. validations: (n, 2) of step and loss.
     """
 
     header: Mapping[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
     facts: Mapping[str, Any] = field(default_factory=dict)
     coverage: Mapping[str, Any] = field(default_factory=dict)
     ended: bool = False
@@ -54,13 +58,14 @@ class Reader:
     story: Story = field(default_factory=Story)
 
     def __iter__(self) -> Iterator[Sample]:
-        self.story = _ending(self.folder)
+        segments = _segments(self.folder / "rows.jsonl") if (self.folder / "rows.jsonl").exists() else []
+        self.story = _ending(self.folder, segments)
         steps: list[Array] = []
         totals: list[Array] = []
         terms: dict[str, list[tuple[int, Array]]] = {}
         validations: list[tuple[float, float]] = []
         count = 0
-        for line, until in _rows(self.folder):
+        for line, until in _rows(self.folder, segments):
             kind = line["kind"]
             if kind == "losses":
                 kept = max(0, min(len(line["total"]), until - line["first"]))
@@ -87,19 +92,32 @@ class Reader:
         self.story.validations = np.array(validations, dtype=np.float64).reshape(-1, 2)
 
 
-def _ending(folder: Path) -> Story:
-    story = Story(findings=sinks.findings(folder))
+def _ending(folder: Path, segments: list[int]) -> Story:
+    """The lines of ``findings.jsonl``: those of the last run and, where it was resumed, of what it goes on from."""
+    parts: list[list[dict[str, Any]]] = []
     for line in sinks.read(folder):
         if line["kind"] == "header":
-            story.header, story.facts, story.coverage, story.ended = line, {}, {}, False
-        elif line["kind"] == "summary":
-            story.facts, story.coverage, story.ended = line.get("facts", {}), line.get("coverage", {}), True
+            parts.append([])
+        if parts:
+            parts[-1].append(line)
+    if len(parts) != len(segments):  # one of the files was cut, or put together by hand: what goes on from what is not known
+        segments = [0] * (len(parts) - 1) + [FOREVER]
+    living = [(lines, until) for lines, until in zip(parts, segments) if until > 0]
+    story, found = Story(), dict[tuple[str, int], Finding]()
+    story.resumed = [until for _, until in living if until < FOREVER]
+    for lines, until in living:
+        story.header, story.facts, story.coverage, story.ended = {**lines[0], "time": story.header.get("time", lines[0].get("time"))}, {}, {}, False
+        found.update({(f.diagnosis, f.step): f for f in sinks.heard(lines) if f.step < until})
+        story.events += [line for line in lines if line["kind"] == "event" and line["step"] <= until]
+        for line in lines:
+            if line["kind"] == "summary":
+                story.facts, story.coverage, story.ended = line.get("facts", {}), line.get("coverage", {}), True
+    story.findings = list(found.values())
     return story
 
 
-def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def _rows(folder: Path, segments: list[int]) -> Iterator[tuple[dict[str, Any], int]]:
     """The lines of the last run with the step at which another took over from theirs."""
-    segments = _segments(folder / "rows.jsonl") if (folder / "rows.jsonl").exists() else []
     number = -1
     for line in sinks.read(folder, "rows"):
         if line.get("kind") == "header":

@@ -18,7 +18,7 @@ Several ranks climb together, at the step at which all of them would have halted
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +114,7 @@ class Calls(NamedTuple):
 
     drop: Callable[[], None]  # forget what is under way from the device
     begin: Callable[[], None]  # call :meth:`Recovery.begin`
-    note: Callable[[str], None]  # a line in the record
+    note: Callable[..., None]  # a line in the record, and its details
 
 
 @dataclass
@@ -256,7 +256,7 @@ class Recovery:
         self._absorb(finding, note, cure.step)
         words = f"{finding.diagnosis} at step {finding.step} {note}"
         logger.warning("lossguard: %s", words)
-        self.guard.note(words)
+        self.guard.note(words, cure=asdict(cure))
 
     def _absorb(self, finding: Finding, note: str, step: int) -> None:
         """What was found so far is past; the rules look at what comes as if nothing had been found."""

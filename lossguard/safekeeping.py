@@ -117,10 +117,10 @@ class Keeper:
         """Judge what was recorded."""
         raise NotImplementedError
 
-    def note(self, event: str) -> None:
-        """A line in the run's record, such as a signal; nothing without a record."""
+    def note(self, event: str, **details: Any) -> None:
+        """A line in the run's record, such as a signal; nothing without a record. details: the same for programs, in plain types."""
         if self._record:
-            self._faults.watch(self._record.event, self.steps, event)
+            self._faults.watch(self._record.event, self.steps, event, **details)
 
     @property
     def last_good(self) -> Checkpoint | None:
@@ -130,7 +130,7 @@ class Keeper:
     def saved(self, checkpoint: str | Path) -> None:
         """The run's checkpoint was written there: a halt names the newest one from before its finding."""
         self._checkpoints.saved(self.steps, checkpoint)
-        self.note(f"saved {checkpoint}")
+        self.note(f"saved {checkpoint}", saved=str(checkpoint))
 
     def safe_to_save(self, *, together: bool | None = None) -> Soundness:
         """Whether the state is fit to be saved: no finding that ends the run is known, and every weight, saved buffer and
@@ -211,7 +211,7 @@ class Keeper:
         good = self.last_good
         known = f"; the last good one is {good.path}, after {good.after_steps} steps" if good else ""
         logger.warning("lossguard: %s: %s%s", what, sound, known)
-        self.note(f"{what}: {sound}")
+        self.note(f"{what}: {sound}", unfit=list(sound.reasons))
 
     def _asks_others(self, together: bool | None) -> bool:
         if together and self._unison is None:

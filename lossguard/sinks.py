@@ -10,7 +10,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,9 +73,9 @@ class Record:
         facts = {k: plain(v) for k, v in sample.facts.items() if isinstance(v, (int, float, str))}
         self._write("rows", {"kind": "sample", "step": sample.step, "facts": facts, "values": values})
 
-    def event(self, step: int, what: str) -> None:
-        """Something that happened to the run, such as a signal."""
-        self._write("findings", {"kind": "event", "step": step, "what": what, "time": time.time()})
+    def event(self, step: int, what: str, **details: Any) -> None:
+        """Something that happened to the run after so many steps, such as a signal. details: the same for programs, in plain types."""
+        self._write("findings", {"kind": "event", "step": step, "what": what, "time": time.time(), **details})
 
     def close(self) -> None:
         """Close the files."""
@@ -120,16 +120,21 @@ def read(folder: str | Path, name: str = "findings") -> Iterator[dict[str, Any]]
 
 def findings(folder: str | Path) -> list[Finding]:
     """The events of a record's last run: as they stood at its end, or as they were heard if it was killed."""
-    heard: list[Finding] = []
-    for line in read(folder):
+    return heard(read(folder))
+
+
+def heard(lines: Iterable[Mapping[str, Any]]) -> list[Finding]:
+    """The events that lines of ``findings`` tell of, from the last header on."""
+    known: list[Finding] = []
+    for line in lines:
         if line["kind"] == "header":
-            heard = []
+            known = []
         elif line["kind"] == "finding":
             new = Finding.from_dict(line)
-            heard = [f for f in heard if (f.diagnosis, f.step) != (new.diagnosis, new.step)] + [new]
+            known = [f for f in known if (f.diagnosis, f.step) != (new.diagnosis, new.step)] + [new]
         elif line["kind"] == "summary":
-            heard = [Finding.from_dict(f) for f in line["findings"]]
-    return heard
+            known = [Finding.from_dict(f) for f in line["findings"]]
+    return known
 
 
 def _close(file: IO[str]) -> None:

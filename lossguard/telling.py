@@ -51,6 +51,11 @@ class Teller:
         return self._skipping.counts
 
     @property
+    def culprits(self) -> list[dict[str, Any]]:
+        """The operations that ``locate=`` has named, in plain types, each with the diagnosis and the step of its finding."""
+        return self._locator.culprits
+
+    @property
     def history(self) -> History:
         """What has arrived from the device so far, as rules see it; to be read only."""
         return self._history

@@ -45,7 +45,7 @@ LAYERS = [
     ),
     ("culprit/", "locating.py"),
     ("snapshot.py", "recovery_rates.py", "recovery.py"),
-    ("record.py", "facts.py", "explain.py", "scalars.py", "trackers/"),
+    ("record.py", "beside.py", "facts.py", "explain.py", "scalars.py", "trackers/"),
     ("report/",),
     ("telling.py", "phases.py"),
     ("guard.py",),

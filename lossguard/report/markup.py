@@ -9,7 +9,7 @@ from typing import Any
 
 from lossguard import explain
 from lossguard.findings import DIAGNOSES, Evidence, Finding, number
-from lossguard.report import words
+from lossguard.report import accounts, words
 from lossguard.report.payload import key, place
 from lossguard.report.reading import Run
 
@@ -55,8 +55,19 @@ def stories(runs: Sequence[Run]) -> str:
         told = "".join(_story(f, key(k, len(runs) > 1, n), run) for n, f in enumerate(run.findings, 1))
         told = told or '<p class="none">No finding: every rule looked, and none had anything to say.</p>'
         name = f'<h3 class="run-name">{_tag(k)}{escape(run.label)}</h3>' if len(runs) > 1 else ""
-        parts.append(f"<div>{name}{told}</div>")
+        parts.append(f"<div>{name}{told}{accounts.ranks(run)}</div>")
     return "".join(parts)
+
+
+def done(runs: Sequence[Run]) -> str:
+    """What was done to the runs and what befell them; nothing where nothing was."""
+    if not any(run.events for run in runs):
+        return ""
+    parts = []
+    for k, run in enumerate(runs):
+        name = f'<h3 class="run-name">{_tag(k)}{escape(run.label)}</h3>' if len(runs) > 1 else ""
+        parts.append(f"<div>{name}{accounts.done(run) or '<p class=small>Nothing.</p>'}{accounts.stalls(run)}</div>")
+    return f'<section class="card" aria-labelledby="done-title">\n<h2 id="done-title">Events</h2>\n<div class="coverage">{"".join(parts)}</div>\n</section>'
 
 
 def index(runs: Sequence[Run]) -> str:
@@ -101,7 +112,8 @@ def _coverage(run: Run) -> str:
 def _story(finding: Finding, name: str, run: Run) -> str:
     severity = finding.severity.label
     summary = DIAGNOSES[finding.diagnosis][1] if finding.diagnosis in DIAGNOSES else ""
-    again = f", {finding.count} times until step {finding.last_step:,}" if finding.count > 1 and finding.last_step is not None else ""
+    until = f" until step {finding.last_step:,}" if finding.last_step is not None and finding.last_step > finding.step else ""
+    again = f", {finding.count} times{until}" if finding.count > 1 else ""
     return f"""<article class="story sev-{severity}" id="f{name}" tabindex="-1" aria-labelledby="t{name}">
 <header><b class="badge">{name}</b><h3 id="t{name}">{escape(finding.diagnosis)}</h3>
 <span class="severity"><i aria-hidden="true">{SHAPES[severity]}</i> {severity}</span>
@@ -109,10 +121,11 @@ def _story(finding: Finding, name: str, run: Run) -> str:
 <p class="lede">{escape(summary[:1].upper() + summary[1:])}{"." if summary else ""}</p>
 <p class="seen"><code>{escape(finding.where)}</code> {escape(finding.message)}</p>
 {_note(finding)}
+{accounts.culprit(finding, run)}
 <div class="columns">{_section("Measured", [_evidence(e) for e in finding.evidence], "ul")}
 {_section("Likely causes", [_cause(c.name, c.confidence, c.because) for c in finding.causes], "ul")}
 {_section("What to do", [f"{escape(r.text)}{_change(r.change)}" for r in finding.remedies], "ol")}
-{_section("What followed", [_consequence(f) for f in finding.consequences], "ul")}</div>
+{_section("What followed", [_consequence(f) for f in finding.consequences], "ul")}{accounts.left(finding, run)}</div>
 {_foot(finding, name, run)}</article>"""
 
 

@@ -14,10 +14,14 @@ import numpy.typing as npt
 
 from lossguard.findings import Finding
 from lossguard.host.history import Array
+from lossguard.report import accounts
 from lossguard.report.downsample import Curve, Grid
+from lossguard.report.happened import Event
 from lossguard.report.reading import Run, measures, observed_rows
 from lossguard.rules import RULES
 
+DRAWN = ("skip", "cut", "rollback", "load", "saved", "resumed", "stall")  # events that stand on the curve
+CHECKPOINTS = 100  # of a run that are drawn; our own choice, more would touch each other
 ROUNDING = 12  # bits of a float32's mantissa that are rounded away in heat maps: 11 stay, a relative error of 1 / 4096
 
 
@@ -45,6 +49,7 @@ def key(run: int, several: bool, number: int) -> str:
 def make(runs: Sequence[Run]) -> Payload:
     """Everything that is drawn, of one run or two."""
     payload = Payload()
+    payload.data["signs"] = {kind: accounts.SIGNS[kind] for kind in DRAWN}
     payload.data["runs"] = [_run(run, k, len(runs) > 1, payload.blocks) for k, run in enumerate(runs)]
     return payload
 
@@ -62,8 +67,16 @@ def _run(run: Run, k: int, several: bool, blocks: dict[str, str]) -> dict[str, A
         "curves": [{"name": name, **_curve(curve)} for name, curve in run.curves.items()],
         "validation": {"steps": [int(s) for s in run.validations[:, 0]], "values": _floats(run.validations[:, 1])},
         "marks": [_mark(f, key(k, several, n), run) for n, f in enumerate(run.findings, 1)],
+        "events": [{"kind": e.kind, "first": e.first, "last": e.last, "when": e.when, "text": e.text, "to": e.to} for e in _drawn(run.events)],
         "grids": grids,
     }
+
+
+def _drawn(events: Sequence[Event]) -> list[Event]:
+    """Those that stand on the curve; of very many checkpoints evenly spread ones and the newest, as all are listed below."""
+    saved = [e for e in events if e.kind == "saved"]
+    kept = {id(e) for e in saved[:: max(1, -(-len(saved) // CHECKPOINTS))] + saved[-1:]}
+    return [e for e in events if e.kind in DRAWN and (e.kind != "saved" or id(e) in kept)]
 
 
 def _curve(curve: Curve) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from lossguard import verdict
+from lossguard import aftermath, beside, verdict
 from lossguard.device.signals import SIGNALS
 from lossguard.findings import Finding
 from lossguard.host.history import PER_PARAMETER, Array, History, Mask, Param
 from lossguard.record import Reader
+from lossguard.report import happened
 from lossguard.report.downsample import Curve, Grid, envelope
+from lossguard.report.happened import Event
 
 LOSS_BUCKETS = 1500  # points of a curve: more than a screen has columns
 GRID_BUCKETS = 240  # columns of a heat map, at least half of them used: a cell stays wide enough to be pointed at
@@ -61,6 +64,10 @@ class Run:
     ended: bool = False
     span: tuple[float, float] = (np.nan, np.nan)  # the first and the last finite loss, each a median of a twentieth of the run
     window: str = ""  # what is missing where only the newest part of a run was at hand
+    events: list[Event] = field(default_factory=list)
+    halts: list[tuple[Path, Mapping[str, Any]]] = field(default_factory=list)  # folders left behind, and their verdicts
+    stalls: list[beside.Dump] = field(default_factory=list)
+    ranks: dict[int, list[Finding]] = field(default_factory=dict)  # what other ranks found
 
 
 def measures() -> list[Measure]:
@@ -75,23 +82,50 @@ def from_record(folder: str | Path, label: str | None = None) -> Run:
     reader = Reader(Path(folder))
     run = Run(label or Path(folder).resolve().name)
     history = History(losses=1, samples=1)
+    counts: list[tuple[int, int, int]] = []
     for sample in reader:
         if len(reader.params) != len(history.params):
             history.params = [Param(name, 1, kind) for name, kind in reader.params]
         history.add_sample(sample)
         _take(run, history, 0, sample.step)
+        counts += _left_out(history, [sample.step])
     story = reader.story
     run.facts = {**{k: v for k, v in story.header.items() if k not in ("kind", "schema")}, **story.facts}
     run.coverage, run.findings, run.ended = story.coverage, story.findings, story.ended
     run.validations = story.validations
+    run.events = [*happened.skips(counts), *happened.of_record(story.events, story.resumed)]
+    _look_beside(run, Path(folder))
     _name(run, reader.params, reader.units)
     _draw(run, story.losses[:, 0].astype(np.int64), story.losses[:, 1], story.terms)
     return run
 
 
+def _look_beside(run: Run, folder: Path) -> None:
+    """Folders of halts, dumps of standstills and the records of other ranks."""
+    began = float(run.facts.get("time") or 0.0)
+    root = folder.resolve().parent if re.fullmatch(r"rank\d+", folder.resolve().name) else folder  # all ranks' halts lie in one place
+    run.halts = [(path, known) for path, known in aftermath.verdicts(root) if "finding" in known]
+    run.stalls = beside.stalls(folder, began)
+    run.ranks = beside.ranks(folder)
+    run.events += [Event("stall", d.step, d.step, f"no step ended for long; every thread's stack stands below, and in {d.name}") for d in run.stalls]
+    run.events.sort(key=lambda event: event.first)
+
+
+def _left_out(history: History, steps: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The counters of left out updates at the newest samples, where a gate counts."""
+    rows = len(steps)
+    totals, spikes, seen = history.last("total_skips", rows), history.last("spike_skips", rows), history.seen("total_skips", rows)
+    if not seen.size:
+        return []
+    spiked = np.nansum(spikes, axis=1) if spikes.size else np.zeros(rows)
+    return [(step, int(np.nansum(totals[k])), int(spiked[k])) for k, step in enumerate(steps) if seen[k].any()]
+
+
 def from_history(history: History, facts: Mapping[str, Any], label: str) -> Run:
     """The window that a guard holds."""
     run = Run(label, dict(facts), validations=history.validations()[:, :2], ended=True)
+    run.events = [*happened.skips(_left_out(history, history.steps().tolist())), *map(happened.cure, facts.get("cures", ()))]
+    run.events.sort(key=lambda event: event.first)
     for k, step in enumerate(history.steps().tolist()):
         _take(run, history, k, step)
     _name(run, [(p.name, p.kind) for p in history.params], [(u.name, u.kind) for u in history.units])

@@ -24,7 +24,13 @@ CURVES = {
     "not a number": ("The loss is not a finite number", "and"),
     "too early": ("The run is too short for its curve to be read", "and"),
 }
+CURED = ("cured by", "seen in the cool-down")  # how the note of a finding begins that the recovery ladder has dealt with
+SPARED = ("the update",)  # and of one whose updates were left out
 GOOD = ("learning", "done")  # states that need nobody's attention
+SAME = {"diverging_loss": ("diverging",), "overfitting": ("overfitting", "overfitting begins"), "loss_plateau": ("flat", "bottleneck"),
+        "constant_loss": ("flat", "bottleneck"), "learning_bottleneck": ("flat", "bottleneck"), "validation_mismatch": ("validation mismatch",),
+        "oscillating_validation": ("oscillating validation",)}  # fmt: skip  # diagnosis -> readings of the curves that say the same
+MENDED = ("learning", "done", "flat", "too early", "overfitting begins", "bottleneck")  # in which what was dealt with is no trouble any more
 QUIET = ("flat", "too early", "bottleneck", "overfitting begins")  # states that a run may rightly end in
 
 
@@ -39,17 +45,28 @@ class Headline:
 
 
 def main_finding(run: Run) -> Finding | None:
-    """The gravest finding from a warning up; of several one that does not follow from another, and of these the earliest."""
+    """The gravest finding from a warning up; of several one that was not dealt with and does not follow from another, and of these the earliest."""
     loud = [f for f in run.findings if f.severity >= Severity.WARNING]
     follows = {c.diagnosis for f in loud for c in f.consequences if c.diagnosis != f.diagnosis}
-    return min(loud, key=lambda f: (-f.severity, f.diagnosis in follows, f.step)) if loud else None
+    return min(loud, key=lambda f: (f.note.startswith((*CURED, *SPARED)), -f.severity, f.diagnosis in follows, f.step)) if loud else None
+
+
+def stood_still(run: Run) -> int | None:
+    """The step after which no other came, where the run said so before it was killed."""
+    last = run.stalls[-1].step if run.stalls else None
+    return last if last is not None and not run.ended and run.steps <= last + 1 else None
 
 
 def headline(run: Run) -> Headline:
     """The verdict on a run."""
     finding = main_finding(run)
+    stuck = stood_still(run)
+    if stuck is not None and (finding is None or finding.severity < Severity.HALT):
+        return Headline("lost", "Lost", f"The run stood still after step {stuck:,}, and was killed.", "Where each thread stood is told below.")
     if finding is None:
         return _silent(run)
+    if run.state in MENDED and finding.note.startswith((*CURED, *SPARED)):
+        return _mended(run, finding)
     summary = DIAGNOSES[finding.diagnosis][1] if finding.diagnosis in DIAGNOSES else finding.diagnosis.replace("_", " ")
     more = sum(f.severity >= Severity.WARNING for f in run.findings) - 1
     rest = f" {_count(more, 'more finding')} below." if more else ""
@@ -58,16 +75,40 @@ def headline(run: Run) -> Headline:
         stopped = bool(run.facts.get("halted")) and run.steps <= finding.step + 64
         head = f"{'Stopped' if stopped else 'Lost'} at step {finding.step:,}: {summary}."
     else:
-        curve, link = CURVES[run.state]
         once = finding.count == 1 and finding.last_step in (None, finding.step)
         since = f"at step {finding.step:,}" if once else "from the first step on" if finding.step == 0 else f"from step {finding.step:,} on"
-        head = f"{curve}, {link} {since} {summary}."
+        head = _sentence(run.state, finding.diagnosis, since, summary)
     then = f"Seen in {finding.where}. " if finding.where != "loss" else ""
     if finding.causes:
         then += f"Most likely: {finding.causes[0].name}. "
     if finding.remedies:
         then += f"Try: {finding.remedies[0].text}."
     return Headline("lost" if lost else "ill", "Lost" if lost else "Needs attention", head, then + rest)
+
+
+def _sentence(state: str, diagnosis: str, since: str, summary: str) -> str:
+    """How the curve reads, and what was found; one of them where they say the same.
+
+    >>> _sentence("diverging", "diverging_loss", "from step 9 on", "the loss rises"), _sentence("flat", "dead_relu", "at step 9", "units are silent")
+    ('From step 9 on the loss rises.', 'The loss no longer falls, and at step 9 units are silent.')
+    """
+    if state in SAME.get(diagnosis, ()):
+        words = summary if "since the start" in summary else f"{since} {summary}"
+        return f"{words[0].upper()}{words[1:]}."
+    curve, link = CURVES[state]
+    return f"{curve}, {link} {since} {summary}."
+
+
+def _mended(run: Run, finding: Finding) -> Headline:
+    """All that was found has been dealt with, and the curve is sound."""
+    cures = [f"a {e.kind}" if e.kind != "load" else "a checkpoint" for e in run.events if e.kind in ("cut", "rollback", "load")]
+    left_out = sum(e.count for e in run.events if e.kind == "skip")
+    done = [f"was cured by {cures[0]}" if len(cures) == 1 else f"was cured {len(cures)} times"] if cures else []
+    done += [f"had {_count(left_out, 'update')} left out"] if left_out else []
+    sentence = f"{CURVES[run.state][0]}; the run {' and '.join(done) or 'was spared'} because of {finding.diagnosis}, first at step {finding.step:,}."
+    then = f"Most likely: {finding.causes[0].name}. " if finding.causes else ""
+    then += f"To need no cure: {finding.remedies[0].text}." if finding.remedies else ""
+    return Headline("note", "Cured" if cures else "Spared", sentence, then)
 
 
 def _silent(run: Run) -> Headline:
@@ -86,10 +127,14 @@ def _silent(run: Run) -> Headline:
 def short(run: Run) -> str:
     """A run in a few words, to stand beside another."""
     finding = main_finding(run)
+    if stood_still(run) is not None and (finding is None or finding.severity < Severity.HALT):
+        return f"stood still after step {stood_still(run):,}"
     if finding is None:
         return {"learning": "is healthy", "too early": "is too short to be read"}.get(run.state, f"has no finding ({run.state})")
     if finding.severity is Severity.HALT:
         return f"is lost at step {finding.step:,} ({finding.diagnosis})"
+    if run.state in MENDED and finding.note.startswith((*CURED, *SPARED)):
+        return f"was {'cured' if finding.note.startswith(CURED) else 'spared'} of {finding.diagnosis}"
     return f"is ill from step {finding.step:,} on ({finding.diagnosis})"
 
 
@@ -112,6 +157,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Steps", f"{run.steps:,}"),
         ("Sampled", f"{run.samples:,} steps" + (f", every {known['every']}" if known.get("every") else "")),
         ("Loss", f"{number(run.span[0])} → {last}" if np.isfinite(run.span[0]) else ""),
+        ("Left out", _left_out(run)),
+        ("Cured", _cured(run)),
+        ("Last good state", _last_good(run)),
+        ("Resumed", ", ".join(e.when for e in run.events if e.kind == "resumed")),
         ("Began", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)) if began else ""),
         ("Took", duration(ended - began) if began and ended else ""),
         ("Parameters", f"{known['tensors']:,} tensors, {', '.join(known.get('dtypes', []))}" if known.get("tensors") else ""),
@@ -119,6 +168,24 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Versions", ", ".join(f"{n} {known[k]}" for k, n in (("torch", "torch"), ("python", "Python"), ("lossguard", "lossguard")) if known.get(k))),
     ]
     return [(name, value) for name, value in pairs if value]
+
+
+def _left_out(run: Run) -> str:
+    counts = {name: n for name, n in run.facts.get("skipped", {}).items() if n}
+    total = sum(counts.values()) or sum(e.count for e in run.events if e.kind == "skip")
+    return _count(total, "update") + (f" ({', '.join(counts)})" if counts else "") if total else ""
+
+
+def _cured(run: Run) -> str:
+    kinds = [e.kind for e in run.events if e.kind in ("cut", "rollback", "load")]
+    factor = [c["factor"] for c in run.facts.get("cures", ())][-1:]
+    rate = f"; learning rate × {factor[0]:g}" if factor and factor[0] != 1.0 else ""
+    return ", ".join(_count(kinds.count(kind), kind) for kind in dict.fromkeys(kinds)) + rate if kinds else ""
+
+
+def _last_good(run: Run) -> str:
+    good = run.facts.get("last_good")
+    return f"{good['path']}, after {good['after_steps']:,} steps" if good else ""
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,5 @@
 "use strict";
-// Compressed blocks of the page, unpacked when they are needed.
-const data = JSON.parse(document.getElementById("data").textContent);
+// Compressed blocks of the page, unpacked when they are needed; the plotting library at once, while the rest of the page is still read.
 const $ = (id) => document.getElementById(id);
 
 async function unpack(name) {
@@ -9,11 +8,21 @@ async function unpack(name) {
   return new Response(packed.body.pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 }
 
+// As a file of its own, so that the browser compiles it beside what else is done here.
 async function loadLibrary() {
+  const address = URL.createObjectURL(new Blob([await unpack("library")], { type: "text/javascript;charset=utf-8" }));
   const script = document.createElement("script");
-  script.textContent = new TextDecoder().decode(await unpack("library"));
-  document.head.append(script);
+  await new Promise((done, refuse) => {
+    script.onload = done;
+    script.onerror = () => refuse(new Error("the plotting library could not be read"));
+    script.src = address;
+    document.head.append(script);
+  });
+  URL.revokeObjectURL(address);
 }
+
+const library = loadLibrary().then(() => performance.mark("lossguard-library"));
+library.catch(() => {}); // told where the charts are drawn
 
 // A grid's numbers: low and high (the same where a bucket holds one sample), and flags: 1 NaN, 2 +Inf, 4 -Inf. By site, then bucket.
 const unpacked = new Map(), ready = new Map(); // promises of numbers, and the numbers once they are there
