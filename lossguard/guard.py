@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from lossguard import actions, arguments, batches, cluster, exits, facts, place, resume, watching
 from lossguard.aftermath import Aftermath
+from lossguard.config import Configured, configurable
 from lossguard.device.recorder import Recorder
+from lossguard.device.spikes import Limit
 from lossguard.device.taps import Taps
 from lossguard.faults import Faults
 from lossguard.findings import Finding, Severity, check_names
@@ -44,7 +46,7 @@ from lossguard.watchdog import Watchdog
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
 
-class Guard(Keeper, Teller, Phased):
+class Guard(Configured, Keeper, Teller, Phased):
     """Watches one training run.
 
     model: any ``nn.Module``. optimizers: one ``torch.optim.Optimizer`` or a list. every: interval, in steps, of the
@@ -80,6 +82,7 @@ class Guard(Keeper, Teller, Phased):
     []
     """
 
+    @configurable
     def __init__(
         self,
         model: nn.Module,
@@ -88,7 +91,7 @@ class Guard(Keeper, Teller, Phased):
         every: int = 10,
         dense: int = DENSE,
         halt: Iterable[str] | Severity | str | None = Severity.HALT,
-        skip: Iterable[str] | Mapping[str, Any] = (),
+        skip: Iterable[str] | Mapping[str, Limit | None] = (),
         skip_by: str = "found_inf",
         mute: Iterable[str] = (),
         rules: Iterable[Rule] = (),
