@@ -50,7 +50,7 @@ class Guard(Configured, Keeper, Teller, Phased):
     """Watches one training run.
 
     model: any ``nn.Module``. optimizers: one ``torch.optim.Optimizer`` or a list. every: interval, in steps, of the
-    costly signals; the first ``dense`` steps are all sampled. halt: diagnosis names, or a ``Severity`` and above, that
+    costly signals. dense: how many first steps are all sampled. halt: diagnosis names, or a ``Severity`` and above, that
     raise ``TrainingHalted``; None for never. skip: diagnoses whose update is left out on the device
     (``nonfinite_gradient``, ``exploding_gradient``). skip_by: ``"found_inf"`` (fused optimizers), or ``"restore"``: the others
     too, for a copy of weights and optimizer state. mute: diagnosis names not to report. rules: rule objects that
@@ -70,7 +70,8 @@ class Guard(Configured, Keeper, Teller, Phased):
     compiled: look into what ``torch.compile`` makes, at the price of a second compilation and of other rounding in sampled
     steps where the compiler fuses.
 
-    Raises ``ValueError`` for arguments that cannot work, and says what to do.
+    Raises ``ValueError`` for arguments that cannot work, and says what to do. Keywords may also stand in a file
+    (:meth:`from_config`), or in the environment, which goes before the code: ``LOSSGUARD_EVERY=20``.
 
     >>> model = torch.nn.Linear(4, 2); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> with Guard(model, optimizer) as guard:

@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("-m", "--module", action="store_true", help="TARGET is a module, as in python -m")
     options.add_argument("--termination-log", type=Path, help="where the pod's termination message goes (default: /dev/termination-log if it exists)")
     options.add_argument("--linger", type=float, default=LINGER, help="seconds until a teardown that hangs after a halt is ended (default: %(default)s)")
-    options.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options for every Guard of the script (python -m lossguard config prints one)")
+    options.add_argument(
+        "--config", type=Path, metavar="FILE", help="a TOML file of options for every Guard of the script (python -m lossguard config prints one)"
+    )
     options.add_argument("target", help="a script, a folder or zip file with __main__.py, or a module")
     return options
 
