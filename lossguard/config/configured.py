@@ -41,8 +41,8 @@ def configurable(init: Init) -> Init:
         settings = sources.outside(known)
         with blamed(settings):
             held = merged(known, keywords, settings)
-            if any(s.name == "record" for s in settings) and args:
-                held["record"] = untaken(held["record"], args[0])
+            if any(s.name == "record" for s in settings):
+                held["record"] = untaken(held["record"], args[0] if args else keywords.get("model"))
             init(self, *args, **held)
         for name, (value, where) in newest(settings).items():
             code = keywords.get(name, known[name].default)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lossguard.findings import Severity, check_names
+from lossguard.findings import DIAGNOSES, Severity, check_names
 
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")  # in an environment variable
 NONE = "none"  # TOML has no null
@@ -117,8 +117,9 @@ def nearest(name: object, known: Iterable[str], what: str, where: object) -> Val
     unknown key 'evry' in run.toml; did you mean 'every'? known: dense, every
     """
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return ValueError(f"unknown {what} {name!r} in {where}; {f'did you mean {near[0]!r}? ' if near else ''}known: {', '.join(known)}")
+    folded = {one.casefold(): one for one in known}
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
+    return ValueError(f"unknown {what} {name!r} in {where}; {f'did you mean {folded[near[0]]!r}? ' if near else ''}known: {', '.join(known)}")
 
 
 # ---- plain values
@@ -149,9 +150,13 @@ def _none(value: Any, where: Where, base: Any) -> None:
 def _severity(value: Any, where: Where, base: Any) -> Severity:
     if isinstance(value, Severity):
         return value
-    if value not in [s.label for s in Severity]:
-        raise Unfit
-    return Severity.parse(value)
+    labels = [s.label for s in Severity]
+    if value in labels:
+        return Severity.parse(value)
+    near = difflib.get_close_matches(value, labels, 1, 0.7) if isinstance(value, str) else []
+    if near and value not in DIAGNOSES:
+        raise ValueError(f"{where}: unknown severity {value!r}; did you mean {near[0]!r}? known: {', '.join(labels)}")
+    raise Unfit
 
 
 def _names(value: Any, where: Where, base: Any) -> frozenset[str]:
@@ -180,8 +185,10 @@ def _number_of(kind: type[int] | type[float]) -> Callable[[str], Any]:
     return read
 
 
-def _list_of(text: str) -> list[str]:
-    return [] if text.lower() == NONE else [name.strip() for name in text.split(",") if name.strip()]
+def _list_of(text: str) -> str | list[str]:
+    """Names between commas; a single one stays a text, since it may be a severity."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return names[0] if len(names) == 1 and text.lower() != NONE else [name for name in names if name.lower() != NONE]
 
 
 # ---- tables and lists
@@ -275,19 +282,13 @@ def _none_of(text: str) -> None:
         raise Unfit
 
 
-def _label_of(text: str) -> str:
-    if text not in [s.label for s in Severity]:
-        raise Unfit
-    return text
-
-
 NAMES = Iterable[str]
 KINDS: dict[Any, Kind] = {  # the narrower before the wider
     type(None): Kind(f"{NONE!r}", _none, _none_of),
     bool: Kind("true or false", _only(bool), _bool_of),
     int: Kind("an integer", _only(int), _number_of(int)),
     float: Kind("a number", _number, _number_of(float)),
-    Severity: Kind("a severity (" + ", ".join(s.label for s in Severity) + ")", _severity, _label_of),
+    Severity: Kind("a severity (" + ", ".join(s.label for s in Severity) + ")", _severity),
     NAMES: Kind("a list of diagnoses", _names, _list_of),
     Path: Kind("a path", _only(str, Path), str),
     str: Kind("a text", _only(str), str),

@@ -51,7 +51,7 @@ def page(cls: Any) -> str:
             plain.append(f"{about}\n{_comment(f'{option.name} = {shown(option.default)}')}")
             about = _comment(f"{option.name} with settings, in the place of the list above")
         (tables if example.startswith("[") else plain).append(f"{about}\n{_comment(example, wrap=False)}")
-    return "\n\n".join([_comment(HEAD), "[lossguard]", *plain, *tables])
+    return "\n\n".join([_comment(HEAD, wrap=False), "[lossguard]", *plain, *tables])
 
 
 def rule(name: str) -> str:

@@ -118,7 +118,7 @@ def toml(path: str | Path) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise ValueError(f"cannot read {path}: Python 3.10 needs tomli for TOML files; pip install tomli") from error
     try:
-        tables: dict[str, Any] = parser.loads(Path(path).read_text(encoding="utf-8"))
+        tables: dict[str, Any] = parser.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"no options can be read from {path} ({error.strerror}); give a TOML file, python -m lossguard config prints one") from error
     except ValueError as error:
