@@ -10,7 +10,6 @@ import dataclasses
 import inspect
 import re
 import textwrap
-import types
 import typing
 from typing import Any
 
@@ -26,43 +25,50 @@ in the environment: LOSSGUARD_CONFIG=FILE
 on the command line: python -m lossguard run --config FILE script.py
 or in code: Guard.from_config(model, optimizer, FILE)
 Single values may stand in the environment as well, and go before the file: LOSSGUARD_EVERY=20"""
-# What a table of a file may hold, where no signature says it.
-EXAMPLES = {
-    "exit_codes": "exit_codes = { nonfinite_loss = 9 }",
-    "trackers": 'trackers = { csv = "run.csv", tensorboard = "runs/7" }',
-    "skip": "[lossguard.skip.exploding_gradient]\ntimes = 32.0",
-    "rules": "[lossguard.rules.update_ratio_low]   # all fields of a rule: python -m lossguard config update_ratio_low\nratio = 1e-6",
-}
+EXAMPLES = {"exit_codes": "exit_codes = { nonfinite_loss = 9 }", "trackers": 'trackers = { csv = "run.csv", tensorboard = "runs/7" }'}
+KEYS = {"skip": "exploding_gradient", "rules": "update_ratio_low"}  # which of a table's tables is shown
+UNTOLD = "'none'"  # words of a kind that holds nothing else
 
 
 def page(cls: Any) -> str:
     """Every option of the class that a file can hold; tables come last, as TOML wants it."""
-    told = meanings(cls)
-    plain, tables = [], []
+    told, nested = meanings(cls), tables(cls)
+    plain, behind = [], []
     for option in sources.options(cls.__init__).values():
-        if option.kind is None or option.kind.words == "'none'":
+        if option.kind is None or option.kind.words == UNTOLD:
             continue
         about = _comment(f"{told[option.name]} [{option.kind.words}]")
-        example = EXAMPLES.get(option.name, "")
-        nested = _dataclass(cls, option.name)
-        if option.name not in EXAMPLES:
-            example = _table(f"lossguard.{option.name}", nested) if nested else f"{option.name} = {shown(option.default)}"
-        elif "[" in example[:1] and option.kind.text is not None:
-            plain.append(f"{about}\n{_comment(f'{option.name} = {shown(option.default)}')}")
-            about = _comment(f"{option.name} with settings, in the place of the list above")
-        (tables if example.startswith("[") else plain).append(f"{about}\n{_comment(example, wrap=False)}")
-    return "\n\n".join([_comment(HEAD, wrap=False), "[lossguard]", *plain, *tables])
+        if option.name not in nested or (option.default == () and option.kind.text):
+            plain.append(f"{about}\n# {EXAMPLES.get(option.name, f'{option.name} = {shown(option.default)}')}")
+            about = f"# {option.name} with settings, in the place of the list above"
+        if option.name in nested:
+            head, fields = nested[option.name]
+            asked = KEYS["rules"] if option.name == "rules" else option.name
+            first = next(line for line in _fields(fields) if line.partition(" = ")[2][0].isdigit())
+            behind.append(f"{about}\n# [{head}]   # all fields: python -m lossguard config {asked}\n# {first}")
+    return "\n\n".join([_comment(HEAD, wrap=False), "[lossguard]", *plain, *behind])
 
 
-def rule(name: str) -> str:
-    """The table of a rule's fields; ``ValueError`` for an unknown diagnosis.
+def table(cls: Any, name: str) -> str:
+    """All fields of a rule, by its diagnosis, or of another option of the class that is a table; ``ValueError`` for an unknown name.
 
-    >>> print(rule("constant_loss").splitlines()[1])
-    [lossguard.rules.constant_loss]
+    >>> from lossguard import Guard
+    >>> print(table(Guard, "recover").splitlines()[1])
+    [lossguard.recover]
     """
-    if name not in RULES:
-        raise nearest(name, RULES, "diagnosis", "the rules")
-    return f"{_comment(explain.sections(RULES[name])[''])}\n{_table(f'lossguard.rules.{name}', RULES[name], mark='# ')}"
+    known = {diagnosis: (f"lossguard.rules.{diagnosis}", fields) for diagnosis, fields in RULES.items() if dataclasses.is_dataclass(fields)} | tables(cls)
+    if name not in known:
+        raise nearest(name, known, "table", "the options")
+    head, fields = known[name]
+    about = _comment(explain.sections(fields)[""])
+    return "\n".join([about, f"[{head}]", *(f"# {line}" for line in _fields(fields))])
+
+
+def tables(cls: Any) -> dict[str, tuple[str, Any]]:
+    """Options that are tables of a dataclass's fields: option -> (the table's head, the dataclass)."""
+    hints = typing.get_type_hints(inspect.unwrap(cls.__init__))
+    found = {name: fields for name, hint in hints.items() if (fields := _dataclass(hint)) is not None} | {"rules": RULES[KEYS["rules"]]}
+    return {name: (".".join(["lossguard", name, *([KEYS[name]] if name in KEYS else [])]), fields) for name, fields in found.items()}
 
 
 def meanings(cls: Any) -> dict[str, str]:
@@ -82,21 +88,18 @@ def meanings(cls: Any) -> dict[str, str]:
     return {name: meaning.strip().rstrip(".") for name, meaning in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def _table(head: str, cls: Any, mark: str = "") -> str:
-    """The fields of a dataclass that a file can hold."""
-    lines = [f"[{head}]"]
+def _fields(cls: Any) -> list[str]:
+    """The fields of a dataclass that a file can hold, each with what it means."""
     hints = typing.get_type_hints(cls)
-    for name, default, why in explain.fields(cls):
-        if (kind := kind_of(hints[name])) is not None and kind.words != "'none'" and default is not dataclasses.MISSING:
-            lines.append(f"{mark}{name} = {shown(default)}" + (f"  # {why}" if why else ""))
-    return "\n".join(lines)
+    told = [(name, default, why) for name, default, why in explain.fields(cls) if (kind := kind_of(hints[name])) is not None and kind.words != UNTOLD]
+    return [f"{name} = {shown(default)}" + (f"  # {why}" if why else "") for name, default, why in told]
 
 
-def _dataclass(cls: Any, name: str) -> Any:
-    """The dataclass that an argument's hint speaks of, or None."""
-    hint = typing.get_type_hints(inspect.unwrap(cls.__init__))[name]
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return next((m for m in members if dataclasses.is_dataclass(m)), None)
+def _dataclass(hint: Any) -> Any:
+    """The dataclass that a hint speaks of, alone, beside others or in a mapping; None without one."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    return next((found for member in typing.get_args(hint) if (found := _dataclass(member)) is not None), None)
 
 
 def _comment(text: str, *, wrap: bool = True) -> str:

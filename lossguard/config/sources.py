@@ -114,16 +114,20 @@ def switched_off() -> bool:
 def toml(path: str | Path) -> dict[str, Any]:
     """A TOML file's tables; ``ValueError`` for one that is missing or broken."""
     try:
-        parser = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"cannot read {path}: Python 3.10 needs tomli for TOML files; pip install tomli") from error
-    try:
-        tables: dict[str, Any] = parser.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        tables: dict[str, Any] = parser().loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"no options can be read from {path} ({error.strerror}); give a TOML file, python -m lossguard config prints one") from error
     except ValueError as error:
         raise ValueError(f"{path} is no TOML file: {error}; python -m lossguard config prints one") from error
     return tables
+
+
+def parser() -> Any:
+    """The module that reads TOML: Python's own, from 3.11 on."""
+    try:
+        return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    except ModuleNotFoundError as error:
+        raise ImportError("Python 3.10 needs tomli to read a TOML file; pip install tomli") from error
 
 
 def _check(written: str, name: str, known: Options, what: str, where: object, spelled: Callable[[str], str]) -> Option:
