@@ -91,6 +91,7 @@ def test_a_guard_that_is_switched_off_watches_nothing(monkeypatch, caplog, tmp_p
     assert guard.coverage.not_observed == {"everything": "switched off by LOSSGUARD=off"}
     assert (guard.configured, repr(guard)) == ({"LOSSGUARD": "off"}, "<lossguard.Guard switched off by LOSSGUARD=off>")
     assert isinstance(guard, Guard)
+    assert not guard._recorder.banks  # no memory on the model's device
     assert not (tmp_path / "run").exists()
     assert threading.active_count() == threads
 
@@ -102,6 +103,21 @@ def test_a_switched_off_guard_lets_a_sick_run_go_on(off):
         train(model, optimizer, guard, batches(ill=3))
     assert guard.steps == 12
     assert guard.safe_to_save()
+
+
+def test_a_switched_off_guard_asks_no_other_rank(off):
+    """Among several ranks a guard that is switched off makes no group, votes on nothing and has no thread: it cannot hang a job."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model, optimizer = network()
+        with Guard(model, optimizer, agree=True, stall=True) as guard:
+            train(model, optimizer, guard)
+            assert guard.safe_to_save(together=True)
+        assert (guard._agreement, guard._unison, guard._watchdog._thread) == (None, None, None)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 CALLS = {
@@ -126,7 +142,7 @@ CALLS = {
     "safe_to_save": lambda guard, path: guard.safe_to_save(),
     "saving": lambda guard, path: guard.saving(path / "b.pt").__enter__(),
     "veto": lambda guard, path: guard.veto(None, guard.safe_to_save()),
-    "from_config": lambda guard, path: Guard.from_config(guard.model, guard.optimizers, {"every": 20}),
+    "from_config": lambda guard, path: Guard.from_config(guard.model, guard.optimizers, {"trackers": {"csv": str(path / "run.csv")}}, every=3),
 }
 
 

@@ -87,6 +87,8 @@ class Configured:
         Traceback (most recent call last):
         ValueError: unknown key 'mutes' in the mapping; did you mean 'mute'? known: ...
         """
+        if sources.switched_off():
+            return cls(model, optimizers, **overrides)  # no file is read, no tracker made
         known = sources.options(_init_of(cls))
         settings = [s for s in sources.written(source, known) if s.name not in overrides]
         with blamed(settings):

@@ -1,7 +1,7 @@
 """A guard that is switched off: ``LOSSGUARD=off`` in the environment. Every call is taken, nothing is watched, nothing attached.
 
-It is made as any guard, so that it has all parts, but opens no step, has no halt, no vote, no thread and no record, and is
-closed when it is made. What a checkpoint of an earlier, guarded run holds is kept for the next one.
+It is made as any guard, so that it has all parts, but without a halt, a vote, a thread or a record, and is closed, with all
+taken off, when it is made. What a checkpoint of an earlier, guarded run holds is kept for the next one.
 """
 
 from __future__ import annotations
@@ -65,9 +65,6 @@ class Idle:
 
     def _keep(self) -> None:
         self._fatal, self._checkpoints, self._unison = None, Checkpoints(), None
-
-    def _open_step(self) -> None:
-        """No step is opened, so nothing is attached and no memory taken."""
 
     def _show(self, inputs: Any, targets: Any, *, handed: bool) -> None:
         """A loader's batches pass."""
