@@ -386,9 +386,10 @@ def test_one_variable_speaks_to_all_guards(monkeypatch, tmp_path, parts):
     """Two networks that train together under one LOSSGUARD_RECORD have a record each; a guard that comes after another continues it."""
     monkeypatch.setenv("LOSSGUARD_RECORD", str(tmp_path / "run"))
     other = nn.Linear(4, 2)
-    with Guard(*parts) as one, Guard(other, torch.optim.SGD(other.parameters(), lr=0.01), halt=None) as two:
+    with Guard(model=parts[0], optimizers=parts[1]) as one, Guard(other, torch.optim.SGD(other.parameters(), lr=0.01), halt=None) as two:
         train(one)
         train(two, ill=3)
+    assert two.configured["record"] == f'"{tmp_path}/run/guard2" (LOSSGUARD_RECORD)'
     assert [f.diagnosis for f in findings(tmp_path / "run")] == []
     assert [f.diagnosis for f in findings(tmp_path / "run" / "guard2")] == ["nonfinite_gradient"]
     with Guard(*parts) as third:

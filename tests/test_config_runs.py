@@ -214,6 +214,8 @@ def test_wrong_calls_stay_wrong_when_off(off, monkeypatch):
         Guard(model, optimizer, evry=3)
     with pytest.raises(ValueError, match=r"expected a torch.nn.Module"):
         Guard(optimizer, model)
+    with Guard(model=model, optimizers=optimizer, every=3) as guard:
+        assert guard.model is model
     monkeypatch.setenv("LOSSGUARD", "offf")
     with pytest.raises(ValueError, match=r"LOSSGUARD must be 'on' or 'off', got 'offf'; unset it"):
         Guard(model, optimizer)

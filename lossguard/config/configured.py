@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -35,7 +36,8 @@ def configurable(init: Init) -> Init:
         if off:
             logger.warning("lossguard: switched off by LOSSGUARD=off, nothing is watched")
             self.configured[sources.SWITCH] = "off"
-            init(self, *args, **{name: value for name, value in keywords.items() if name not in known}, **QUIET)
+            needed = {name: value for name, value in keywords.items() if name not in known or known[name].default is inspect.Parameter.empty}
+            init(self, *args, **needed, **QUIET)
             self.close()
             return
         settings = sources.outside(known)
@@ -44,7 +46,8 @@ def configurable(init: Init) -> Init:
             if any(s.name == "record" for s in settings):
                 held["record"] = untaken(held["record"], args[0] if args else keywords.get("model"))
             init(self, *args, **held)
-        for name, (value, where) in newest(settings).items():
+        for name, (written, where) in newest(settings).items():
+            value = held["record"] if name == "record" else written
             code = keywords.get(name, known[name].default)
             instead = "" if isinstance(value, Mapping) or shown(code) == shown(value) else f", in the place of {shown(code)}"
             self.configured[name] = f"{shown(value)} ({where})"
