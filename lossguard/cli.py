@@ -1,4 +1,4 @@
-"""``python -m lossguard``: demo, explain, findings of a record, report, run, launch, replay. Arguments flow in, text flows out."""
+"""``python -m lossguard``: demo, explain, findings of a record, report, config, run, launch, replay. Arguments flow in, text flows out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lossguard import __version__, explain, replay, report, sinks
+from lossguard.config import sample
+from lossguard.guard import Guard
 from lossguard.launch import run, wrap
 
 
@@ -39,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     again.add_argument("--step", required=True, metavar="MODULE:FUNCTION", help="called with the Bundle; gives the loss, or a dict of tensors")
     again.add_argument("--locate", action="store_true", help="name the operation that made the first non-finite value, in the forward or the backward pass")
     again.add_argument("--once", type=Path, help=argparse.SUPPRESS)
+    options_ = commands.add_parser("config", help="print a TOML file of all options with their defaults, to start from")
+    options_.add_argument("name", nargs="?", help="a diagnosis, for the fields of its rule, or recover, for those of the ladder")
     commands.add_parser("run", help="run a script so that a halt ends it with its exit code: run [--module] TARGET ...")
     commands.add_parser("launch", help="run a launcher and end with the code that its workers halted with: launch -- torchrun ...")
     options = parser.parse_args(given)
@@ -49,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.once:
                 return replay.once(options.folder, options.step, options.once, locate=options.locate)
             return replay.main(options.folder, options.step, locate=options.locate)
+        if options.command == "config":
+            print(sample.page(Guard) if options.name is None else sample.table(Guard, options.name))
+            return 0
         if options.command == "report":
             print(f"wrote {report.of_folders(options.folder, options.compare, options.output)}")
             return 0

@@ -32,6 +32,7 @@ def of(guard: Guard, policy: Policy) -> dict[str, Any]:
         "tensors": len(parameters),
         "steps": guard.steps,
         "every": guard.every,
+        "configured": guard.configured,
         "verdict": guard.verdict,
         "memory": guard.memory,
         "skipped": guard.skipped,

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from lossguard import actions, arguments, batches, cluster, exits, facts, place, resume, watching
 from lossguard.aftermath import Aftermath
+from lossguard.config import Configured, configurable
 from lossguard.device.recorder import Recorder
+from lossguard.device.spikes import Limit
 from lossguard.device.taps import Taps
 from lossguard.faults import Faults
 from lossguard.findings import Finding, Severity, check_names
@@ -44,11 +46,11 @@ from lossguard.watchdog import Watchdog
 LAG = 8  # steps between recording and judging on an accelerator: more than the host ever runs ahead, so nothing waits
 
 
-class Guard(Keeper, Teller, Phased):
+class Guard(Configured, Keeper, Teller, Phased):
     """Watches one training run.
 
     model: any ``nn.Module``. optimizers: one ``torch.optim.Optimizer`` or a list. every: interval, in steps, of the
-    costly signals; the first ``dense`` steps are all sampled. halt: diagnosis names, or a ``Severity`` and above, that
+    costly signals. dense: how many first steps are all sampled. halt: diagnosis names, or a ``Severity`` and above, that
     raise ``TrainingHalted``; None for never. skip: diagnoses whose update is left out on the device
     (``nonfinite_gradient``, ``exploding_gradient``). skip_by: ``"found_inf"`` (fused optimizers), or ``"restore"``: the others
     too, for a copy of weights and optimizer state. mute: diagnosis names not to report. rules: rule objects that
@@ -68,7 +70,8 @@ class Guard(Keeper, Teller, Phased):
     compiled: look into what ``torch.compile`` makes, at the price of a second compilation and of other rounding in sampled
     steps where the compiler fuses.
 
-    Raises ``ValueError`` for arguments that cannot work, and says what to do.
+    Raises ``ValueError`` for arguments that cannot work, and says what to do. Keywords may also stand in a file
+    (:meth:`from_config`), or in the environment, which goes before the code: ``LOSSGUARD_EVERY=20``.
 
     >>> model = torch.nn.Linear(4, 2); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> with Guard(model, optimizer) as guard:
@@ -80,6 +83,7 @@ class Guard(Keeper, Teller, Phased):
     []
     """
 
+    @configurable
     def __init__(
         self,
         model: nn.Module,
@@ -88,7 +92,7 @@ class Guard(Keeper, Teller, Phased):
         every: int = 10,
         dense: int = DENSE,
         halt: Iterable[str] | Severity | str | None = Severity.HALT,
-        skip: Iterable[str] | Mapping[str, Any] = (),
+        skip: Iterable[str] | Mapping[str, Limit | None] = (),
         skip_by: str = "found_inf",
         mute: Iterable[str] = (),
         rules: Iterable[Rule] = (),

@@ -154,6 +154,11 @@ class Recovery:
         votes = 2 if self.agreement is not None else 1  # samples until all ranks know what one has found; one more for the sample itself
         self._settle = self.lag + ((patience + votes) * self.every if self.ladder.settle is None else self.ladder.settle)
 
+    def join(self, *things: Any) -> None:
+        """These belong to the state as well, such as a trainer's schedulers; nothing without a ladder."""
+        if self.ladder is not None:
+            self.state = replace(self.state, also=(*self.state.also, *things))
+
     # ---- snapshots
 
     def _before_step(self) -> None:
@@ -313,7 +318,7 @@ class Recovery:
         return why
 
     def _warn_of_schedulers(self) -> None:
-        if self.ladder is not None and not self.ladder.also and any(hasattr(o.step, "_wrapped_by_lr_sched") for o in self.state.optimizers):
+        if self.ladder is not None and not self.state.also and any(hasattr(o.step, "_wrapped_by_lr_sched") for o in self.state.optimizers):
             logger.warning("lossguard: a scheduler drives the learning rate and is no part of the snapshots; give Ladder(also=[scheduler])")
 
     # ---- state

@@ -42,7 +42,8 @@ class Skipping:
         if by not in WAYS:
             raise ValueError(f"unknown skip_by {by!r}; expected 'found_inf' (fused optimizers) or 'restore' (any other, for a copy of weights and state)")
         self.names = check_names(skip, "skip", gate.SKIPPABLE) if skip else frozenset()
-        limit = _limit(skip) if "exploding_gradient" in self.names else None
+        setting = _limit(skip)
+        limit = setting if "exploding_gradient" in self.names else None
         self.gates: list[gate.Gate] = []
         self._buffers: Buffers | None = None
         self._skipped: deque[int] = deque(maxlen=REMEMBERED)
@@ -138,7 +139,11 @@ class Skipping:
 
 
 def _limit(skip: Iterable[str] | Mapping[str, Any]) -> Limit:
-    given = skip.get("exploding_gradient") if isinstance(skip, Mapping) else None
+    settings = dict(skip) if isinstance(skip, Mapping) else {}
+    given = settings.pop("exploding_gradient", None)
+    for name, setting in settings.items():
+        if setting not in (None, Limit()):
+            raise ValueError(f"skip= gives {name} a setting, {setting!r}, and only exploding_gradient has any; give None")
     if given is not None and not isinstance(given, Limit):
         raise ValueError(f"skip= gives exploding_gradient the setting {given!r}; expected a lossguard.device.spikes.Limit, or None for the usual one")
     return given or Limit()

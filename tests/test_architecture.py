@@ -48,6 +48,7 @@ LAYERS = [
     ("record.py", "beside.py", "facts.py", "explain.py", "scalars.py", "trackers/"),
     ("report/",),
     ("telling.py", "phases.py"),
+    ("config/",),
     ("guard.py",),
     ("integrations/", "demo.py", "replay.py", "launch/"),
     ("__init__.py", "__main__.py", "cli.py"),

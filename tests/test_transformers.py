@@ -657,6 +657,30 @@ def test_engines_that_hide_gradients_are_named(caplog):
     callback.guard.close()
 
 
+def test_the_environment_goes_before_the_callbacks_keywords(monkeypatch, tmp_path, caplog):
+    """Variables and their file reach the Trainer's guard, each once; what the Trainer answers itself stays its own."""
+    (tmp_path / "run.toml").write_text(f"mute = ['dead_relu']\ntrackers = {{ csv = '{tmp_path}/run.csv' }}\n")
+    monkeypatch.setenv("LOSSGUARD_CONFIG", str(tmp_path / "run.toml"))
+    monkeypatch.setenv("LOSSGUARD_EVERY", "2")
+    with caplog.at_level(logging.INFO, "lossguard"):
+        callback = train(Plain(), vectors(), LossGuardCallback(every=5, dense=0), max_steps=6)
+    guard = callback.guard
+    assert (guard.every, guard.dense, guard._muted, guard.steps, guard._explicit) == (2, 0, {"dead_relu"}, 6, True)
+    assert [line for line in caplog.messages if "every" in line] == ["lossguard: every = 2 by LOSSGUARD_EVERY, in the place of 5"]
+    assert [line.split(",")[0] for line in (tmp_path / "run.csv").read_text().splitlines()] == ["step", "0", "2", "4"]
+
+
+def test_a_callback_is_switched_off(monkeypatch):
+    """With LOSSGUARD=off the Trainer trains as without a callback: same weights, nothing attached, no halt."""
+    plain, watched = Plain(), Plain()
+    watched.load_state_dict(plain.state_dict())
+    trainer(plain, vectors(poison=40), max_steps=6).train()
+    monkeypatch.setenv("LOSSGUARD", "off")
+    callback = train(watched, vectors(poison=40), LossGuardCallback(every=1, halt="warning"), max_steps=6)
+    assert (callback.findings, callback.guard.closed, callback.halted) == ([], True, None)
+    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+
+
 def test_it_pickles():
     """The callback goes to other processes as its keywords."""
     assert pickle.loads(pickle.dumps(LossGuardCallback(every=3)))._keywords == {"every": 3}

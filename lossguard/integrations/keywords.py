@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Collection, Iterable
+from typing import Any
 
+from lossguard.config import Kept
 from lossguard.guard import Guard
 
 
@@ -20,3 +22,13 @@ def check(given: Iterable[str], own: Collection[str], answered: Collection[str])
             near = difflib.get_close_matches(keyword, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join([*own, *known])}"
             raise TypeError(f"unknown keyword {keyword!r}; {hint}")
+
+
+def mute(keywords: dict[str, Any], diagnosis: str) -> None:
+    """Mute what this trainer would be wronged by, besides what the keywords mute, and whatever a file or the environment mutes instead.
+
+    >>> keywords = {"mute": {"dead_relu"}}; mute(keywords, "unchanged_weights"); sorted(keywords["mute"])
+    ['dead_relu', 'unchanged_weights']
+    """
+    given = keywords.get("mute", ())
+    keywords["mute"] = Kept([given, diagnosis] if isinstance(given, str) else [*given, diagnosis])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from lossguard.findings import Finding
 from lossguard.guard import Guard
 from lossguard.integrations import keywords as keywords_
 from lossguard.integrations.lightning_checkpoints import Vetoes
-from lossguard.recovery import Ladder
 from lossguard.scalars import chosen
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -93,10 +91,9 @@ class LossGuardCallback(Callback):
             state = self.guard.state_dict()
         automatic = pl_module.automatic_optimization
         keywords = {"accumulate": _micro_batches(trainer), **self._keywords} if automatic else dict(self._keywords)
-        if isinstance(ladder := keywords.get("recover"), Ladder):  # the Trainer's schedulers belong to what is taken back
-            keywords["recover"] = replace(ladder, also=(*ladder.also, *(c.scheduler for c in trainer.lr_scheduler_configs)))
         # In manual optimisation clipping comes before Lightning's hooks, as in a plain loop: there the guard's own hooks see more.
         self.guard = Guard(pl_module, trainer.optimizers, scaler=_scaler(trainer), phases="explicit" if automatic else "hooks", **keywords)
+        self.guard.recovery.join(*(c.scheduler for c in trainer.lr_scheduler_configs))  # they belong to what is taken back
         self._vetoes = Vetoes(trainer, self.guard)
         self._clock, self._logged, self._logs = {}, None, True
         if state:

@@ -120,7 +120,7 @@ class LossGuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         keywords = dict(self._keywords)
         if hidden := HIDING.get(engine(trainer.accelerator)):
             logger.warning("lossguard: %s", hidden)
-            keywords["mute"] = {*keywords.get("mute", ()), "unchanged_weights"}  # its optimizer holds copies, and none of the model's own
+            keywords_.mute(keywords, "unchanged_weights")  # its optimizer holds copies, and none of the model's own
         self.guard = guard = Guard(model, optimizer, phases="explicit", **keywords)
         self.halted, self._logged, self._logs, self._asked = None, -1, True, (-1, None)
         self._resume(guard, state)

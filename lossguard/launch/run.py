@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader, SourcelessFileLoader
 from pathlib import Path
 
+from lossguard import config
 from lossguard.actions import TrainingHalted
 from lossguard.launch.manners import LINGER, exit_on_halt
 
@@ -27,14 +28,24 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("-m", "--module", action="store_true", help="TARGET is a module, as in python -m")
     options.add_argument("--termination-log", type=Path, help="where the pod's termination message goes (default: /dev/termination-log if it exists)")
     options.add_argument("--linger", type=float, default=LINGER, help="seconds until a teardown that hangs after a halt is ended (default: %(default)s)")
+    options.add_argument(
+        "--config", type=Path, metavar="FILE", help="a TOML file of options for every Guard of the script (python -m lossguard config prints one)"
+    )
     options.add_argument("target", help="a script, a folder or zip file with __main__.py, or a module")
     return options
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the target; returns 0, or the code of a halt, or 2 for a script that cannot be opened."""
+    """Run the target; returns 0, or the code of a halt, or 2 for a script or a --config that cannot be opened."""
     ours, theirs = _split(list(arguments))
     options = parser().parse_args(ours)
+    if options.config is not None:
+        try:
+            config.toml(options.config)
+        except ValueError as error:
+            sys.stderr.write(f"lossguard: {error}\n")
+            return 2
+        os.environ[config.FILE] = str(options.config.resolve())  # the script's workers read it too, wherever it goes
     start = _module if options.module else _script
     manners = exit_on_halt(termination_log=options.termination_log, linger=options.linger, hook=False)
     try:
@@ -49,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Ours up to the target, and theirs behind it. By hand: argparse would take a ``--`` of theirs for its own."""
-    taking = {"--termination-log", "--linger"}
+    taking = {"--termination-log", "--linger", "--config"}
     at = 0
     while at < len(arguments) and arguments[at].startswith("-"):
         at += 2 if arguments[at] in taking else 1
