@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lossguard import __version__, explain, replay, report, sinks
+from lossguard import __version__, explain, painting, replay, report, sinks
 from lossguard.launch import run, wrap
 
 
@@ -68,7 +68,8 @@ def _explain(name: str | None, markdown: bool) -> str:
 
 
 def _findings(folder: Path) -> str:
-    lines = [str(finding) for finding in sinks.findings(folder)]
+    text = painting.painted if painting.welcome(sys.stdout) else str
+    lines = [text(finding) for finding in sinks.findings(folder)]
     return "\n".join(lines) if lines else f"no findings in {folder}"
 
 

@@ -8,8 +8,9 @@ when it is made. On a cluster give trackers on one rank. Under Lightning and Hug
 
 from lossguard.trackers.csvfile import CSV
 from lossguard.trackers.feed import Feed, Tracker
+from lossguard.trackers.heartbeat import Heartbeat
 from lossguard.trackers.mlflow import MLflow
 from lossguard.trackers.tensorboard import TensorBoard
 from lossguard.trackers.wandb import WandB
 
-__all__ = ["CSV", "Feed", "MLflow", "TensorBoard", "Tracker", "WandB"]
+__all__ = ["CSV", "Feed", "Heartbeat", "MLflow", "TensorBoard", "Tracker", "WandB"]
