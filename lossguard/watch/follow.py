@@ -19,7 +19,7 @@ from lossguard.watch import screen
 from lossguard.watch.job import Job
 from lossguard.watch.run import shared
 
-BUDGET = 1 << 24  # bytes of a record read between two drawings: about a third of a second; a long one is seen to be read
+BUDGET = 1 << 20  # bytes of a record read between two drawings, a fraction of a second: a long one is seen to be read
 PLAIN_WIDTH = 100  # columns of drawings where no terminal says its own
 
 
@@ -39,7 +39,8 @@ def main(folder: Path, *, once: bool, interval: float) -> int:
     except KeyboardInterrupt:
         pass  # the way to end it
     if job.lead is not None:
-        console.print(screen.frame(job, whole=once or not console.is_terminal))
+        plain = not console.is_terminal
+        console.print(screen.Screen(job, whole=plain), soft_wrap=plain)
     return 0
 
 
@@ -48,7 +49,7 @@ def _live(job: Job, console: Console, interval: float) -> None:
     with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             job.read(BUDGET)
-            live.update(screen.frame(job), refresh=True)
+            live.update(screen.Screen(job, lines=console.height), refresh=True)
             if job.over:
                 return
             if not job.behind:

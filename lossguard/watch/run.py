@@ -122,7 +122,7 @@ class Run:
         self._validations: list[tuple[int, float, float, float]] = []
         self._beginning: list[tuple[int, float]] = []
         self._history = History(losses=WINDOW, samples=1)
-        self._kinds: list[str] = []
+        self._matrix: Mask = np.zeros(0, dtype=np.bool_)  # which parameters are matrices
         self._begun = False  # a header stands before the next line
 
     def _take(self, line: Mapping[str, Any]) -> None:
@@ -130,7 +130,7 @@ class Run:
         if kind == "header":
             self._begun = True
         elif kind == "parameters":
-            self._kinds = list(line["kinds"])
+            self._matrix = np.array([kind == "matrix" for kind in line["kinds"]], dtype=np.bool_)
         elif kind in ("losses", "sample", "validation"):
             step = int(line["first"] if kind == "losses" else line["step"])
             if self._begun:
@@ -173,7 +173,7 @@ class Run:
         for name in SIGNALS:
             signal, reduce = SCALARS[name]
             places, numbers = found.get(signal, (np.zeros(0, np.intp), np.zeros(0)))
-            if signal == "update_ratio":
+            if signal == "update_ratio" and len(numbers):
                 numbers = numbers[self._with_ratio(places, values)]
             if len(numbers):
                 with np.errstate(all="ignore"):
@@ -181,13 +181,12 @@ class Run:
 
     def _with_ratio(self, places: Sites, values: Mapping[str, tuple[Sites, Array]]) -> Mask:
         """Matrices, if there are any. Weights that are still all zero have no ratio, however sound their update."""
-        if not places.size:
-            return np.zeros(0, dtype=np.bool_)
         (weights, norms), (updates, moved) = values["weight_norm"], values["update_norm"]
-        empty = np.intersect1d(weights[norms == 0.0], updates[np.isfinite(moved)])
-        known = ~np.isin(places, empty)
-        matrix = known & np.array([p < len(self._kinds) and self._kinds[p] == "matrix" for p in places.tolist()], dtype=np.bool_)
-        return np.asarray(matrix if matrix.any() else known, dtype=np.bool_)
+        known = np.ones(places.size, dtype=np.bool_)
+        if (norms == 0.0).any():
+            known = ~np.isin(places, np.intersect1d(weights[norms == 0.0], updates[np.isfinite(moved)]))
+        matrix = known & self._matrix[places] if places.size and places.max() < self._matrix.size else known
+        return matrix if matrix.any() else known
 
     def _cut(self, start: int) -> None:
         """A run took over at this step: what came from there on is done anew."""

@@ -6,11 +6,12 @@ Nothing here reads a file or a key. Text from a record is shown as it is, withou
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Sequence
 from itertools import groupby
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from lossguard.findings import Finding, Severity
@@ -30,22 +31,23 @@ SHARES = ("dead_fraction_largest",)  # drawn between 0 and 1
 
 
 class Screen:
-    """A job as it stands now. whole: every finding in full, whatever the height and the width, as a file or a pipe gets it."""
+    """A job as it stands now. lines: how many it may take; None for every finding. whole: no line is cut, as a pipe or a file gets them."""
 
-    def __init__(self, job: Job, *, whole: bool = False) -> None:
-        self.job, self.whole = job, whole
+    def __init__(self, job: Job, *, lines: int | None = None, whole: bool = False) -> None:
+        self.job, self.lines, self.whole = job, lines, whole
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         ink, width = ink_of(console), options.max_width
-        rows = [*_head(self.job, ink), *_curves(self.job, width, ink)]
-        room = None if self.whole else max(FEWEST, (options.height or console.height) - len(rows) - 3)
-        for row in [*rows, *_ranks(self.job), *findings(self.job, room)]:
+        rows = [*_head(self.job, ink), *_curves(self.job, width, ink), *_ranks(self.job)]
+        room = None if self.lines is None else max(FEWEST, self.lines - len(rows) - 1)
+        for row in [*rows, *findings(self.job, room)]:
+            row.no_wrap = True
             if self.whole:
-                yield Text(row.plain.rstrip(), no_wrap=True, overflow="ignore") if not row.spans else _unbroken(row)
-            else:
-                row.no_wrap = True
-                row.truncate(width, overflow="ellipsis" if ink.cut == "…" else "crop")
-                yield row
+                row.rstrip()
+            elif len(row) > width:
+                row.truncate(width - len(ink.cut))
+                row.append(ink.cut)
+            yield row
 
 
 def ink_of(console: Console) -> Ink:
@@ -146,19 +148,19 @@ def _curves(job: Job, width: int, ink: Ink) -> list[Text]:
     newest = Series()
     for step, value in list(lead.window)[-NEWEST:]:
         newest.add(step, value)
-    if newest and len(lead.window) < lead.step:
-        rows += [_spark(f"newest {min(NEWEST, len(lead.window))}", newest, bars, (list(lead.window)[-NEWEST:][0][0], lead.step), ink)]
-    rows += [_spark(clean(name), series, bars, steps, ink) for name, series in list(lead.terms.items())[:TERMS]]
+    if newest and lead.step > 2 * NEWEST:  # else the first chart shows them as well
+        rows += _spark(f"newest {NEWEST}", newest, bars, (lead.step - NEWEST + 1, lead.step), ink)
+    for name, series in list(lead.terms.items())[:TERMS]:
+        rows += _spark(clean(name), series, bars, steps, ink)
     if len(lead.terms) > TERMS:
         rows.append(Text(f"{'':<{LABEL}}and {len(lead.terms) - TERMS} more terms of the loss", style="dim"))
     if lead.validation:
-        rows.append(_spark("validation", lead.validation, bars, steps, ink))
-        if lead.best is not None and lead.validation.newest is not None and lead.best[0] != lead.validation.newest[0]:
-            rows[-1].append(f" best at {lead.best[0]}", style="dim")
+        best = "" if lead.best is None else f"best {short(lead.best[1])} at {lead.best[0]}"
+        rows += _spark("validation", lead.validation, bars, steps, ink, beside=best)
     for name, label in SIGNALS.items():
         if lead.signals[name]:
-            rows.append(_spark(label, lead.signals[name], bars, steps, ink, name))
-    return [*rows, *_marks(lead, ink), Text()]
+            rows += _spark(label, lead.signals[name], bars, steps, ink, name)
+    return [*rows, *_marks(lead, width, ink), Text()]
 
 
 def _chart(label: str, series: Series, bars: int, steps: tuple[int, int], ink: Ink) -> list[Text]:
@@ -168,15 +170,16 @@ def _chart(label: str, series: Series, bars: int, steps: tuple[int, int], ink: I
     drawn = chart(series.columns(bars, *steps), TALL, _bounds(series), ink)
     beside = [short(series.high), f"now {short(series.newest[1])}" if series.newest else "", "", short(series.low)]
     beside[2] = "(log scale)" if logarithmic(series.low, series.high) else ""
-    return [_assembled(label if i == 0 else "", bar, number, ink) for i, (bar, number) in enumerate(zip(drawn, beside))]
+    return [_assembled(label if i == 0 else "", bar, number, ink) for i, (bar, number) in enumerate(zip(drawn, [*beside, ""]))]
 
 
-def _spark(label: str, series: Series, bars: int, steps: tuple[int, int], ink: Ink, name: str = "") -> Text:
+def _spark(label: str, series: Series, bars: int, steps: tuple[int, int], ink: Ink, name: str = "", beside: str = "") -> list[Text]:
     bounds = (0.0, 1.0) if name in SHARES else _bounds(series)
-    (drawn,) = chart(series.columns(bars, *steps), 1, bounds, ink)
+    drawn, *marks = chart(series.columns(bars, *steps), 1, bounds, ink)
     now = _shown(name, series.newest[1]) if series.newest else ""
     low, high = _shown(name, series.low), _shown(name, series.high)
-    return _assembled(label, drawn, f"{now:<9}" + ("" if math.isnan(series.low) else low if low == high else f"{low}..{high}"), ink)
+    beside = beside or ("" if math.isnan(series.low) else low if low == high else f"{low}..{high}")
+    return [_assembled(label, drawn, f"{now:<9}{beside}", ink), *(_assembled("", row, "", ink) for row in marks)]
 
 
 def _bounds(series: Series) -> tuple[float, float] | None:
@@ -190,21 +193,22 @@ def _assembled(label: str, drawn: str, numbers: str, ink: Ink) -> Text:
     return row.append(f"  {numbers}")
 
 
-def _marks(lead: Run, ink: Ink) -> list[Text]:
+def _marks(lead: Run, width: int, ink: Ink) -> list[Text]:
     """What the marks in the drawings stand for."""
-    rows = []
+    told = []
     drawn = {"loss": lead.losses, "validation": lead.validation, **lead.terms, **{label: lead.signals[name] for name, label in SIGNALS.items()}}
     for label, series in drawn.items():
         if series.lost:
             times = "once" if series.lost == 1 else f"{series.lost} times, first"
-            rows.append(f"{clean(label)} {times} at step {series.first_lost}")
-    return [Text.assemble((f"{ink.nan} not a number, {ink.infinite} infinite: ", "red"), "; ".join(rows))] if rows else []
+            told.append(f"{clean(label)} {times} at step {series.first_lost}")
+    text = f"{ink.nan} not a number, {ink.infinite} infinite: {'; '.join(told)}"
+    return [Text(row, style="red") for row in textwrap.wrap(text, width)] if told else []
 
 
 def _ranks(job: Job) -> list[Text]:
     """Which ranks there are and how far each is."""
     there = {rank: run for rank, run in job.ranks.items() if run.exists}
-    if len(there) < 2 and 0 in there or not there:
+    if not there or list(there) == [0]:
         return []
     steps = {rank: run.step for rank, run in there.items()}
     low, high = min(steps.values()), max(steps.values())
@@ -269,14 +273,3 @@ def _speed(job: Job) -> list[str]:
 def _clock(lead: Run) -> str:
     began = float(lead.header.get("time", 0.0))
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(began)) if began else ""
-
-
-def _unbroken(row: Text) -> Text:
-    row.no_wrap, row.overflow = True, "ignore"
-    row.rstrip()
-    return row
-
-
-def frame(job: Job, *, whole: bool = False) -> Group:
-    """The job as it stands now, for a console."""
-    return Group(Screen(job, whole=whole))

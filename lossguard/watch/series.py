@@ -1,7 +1,7 @@
 """A series of any length in bounded memory, and the bars that show it. Numbers by step flow in, short texts flow out.
 
 Means of stretches of steps are drawn. The least, the greatest and every non-finite number are kept beside them, exactly: a
-stretch with a NaN or an infinity is marked as such, whatever else it holds.
+stretch with a NaN or an infinity is marked as such, in place of its bar where it holds nothing else, in a row of its own where it does.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Series:
     >>> series = Series()
     >>> for step in range(8):
     ...     series.add(step, float("nan") if step == 5 else float(8 - step))
-    >>> spark(series.columns(8, 0, 7))
-    '█▇▆▅▄N▂▁'
+    >>> chart(series.columns(8, 0, 7), 1)
+    ['█▇▆▅▄N▂▁']
     >>> series.low, series.high, series.lost, series.first_lost
     (1.0, 8.0, 1, 5)
     """
@@ -129,8 +129,8 @@ class Series:
                 held.setdefault(column, Bucket()).join(self._buckets[key])
         shown = [Column(held[c].mean, held[c].flags) if c in held else Column() for c in range(width)]
         for c in range(1, max(held, default=0)):
-            if c not in held and shown[c - 1].mean is not None and not shown[c - 1].flags:
-                shown[c] = shown[c - 1]
+            if c not in held:
+                shown[c] = Column(shown[c - 1].mean)
         return shown
 
     def _halve(self) -> None:
@@ -161,12 +161,15 @@ def logarithmic(low: float, high: float) -> bool:
 
 
 def chart(columns: Sequence[Column], height: int, bounds: tuple[float, float] | None = None, ink: Ink = Ink()) -> list[str]:
-    """Bars, ``height`` rows of them, the topmost first. A column with a non-finite number is a mark from top to bottom.
+    """Bars, ``height`` rows of them, the topmost first, and a row of marks beneath where bars are drawn over non-finite numbers.
 
-    bounds: the numbers at the bottom and at the top; without them the least and the greatest of the columns.
+    A column with nothing but non-finite numbers is a mark from top to bottom. bounds: the numbers at the bottom and at the
+    top; without them the least and the greatest of the columns.
 
-    >>> chart([Column(0.0), Column(1.0), Column(2.0, flags=INFINITE)], 2)
-    [' ▁∞', '▁█∞']
+    >>> chart([Column(0.0), Column(1.0), Column(flags=INFINITE)], 2)
+    [' █∞', '▁█∞']
+    >>> chart([Column(0.0), Column(1.0, flags=NAN), Column(2.0)], 1)
+    ['▁▄█', ' N ']
     """
     finite = [c.mean for c in columns if c.mean is not None]
     low, high = bounds or (min(finite, default=0.0), max(finite, default=0.0))
@@ -175,19 +178,17 @@ def chart(columns: Sequence[Column], height: int, bounds: tuple[float, float] | 
     levels = len(ink.bars) * height
     drawn: list[str] = []
     for column in columns:
-        if column.flags:
-            drawn.append((ink.nan if column.flags & NAN else ink.infinite) * height)
-        elif column.mean is None:
-            drawn.append(" " * height)
+        if column.mean is None:
+            drawn.append(_mark(column, ink) * height)
         else:
             share = 0.5 if not top > bottom else (scale(min(max(column.mean, low), high)) - bottom) / (top - bottom)
             drawn.append(_bar(1 + round(share * (levels - 1)), height, ink))
-    return ["".join(bar[row] for bar in drawn) for row in range(height)]
+    beneath = "".join(" " if column.mean is None else _mark(column, ink) for column in columns)
+    return ["".join(bar[row] for bar in drawn) for row in range(height)] + ([beneath] if beneath.strip() else [])
 
 
-def spark(columns: Sequence[Column], bounds: tuple[float, float] | None = None, ink: Ink = Ink()) -> str:
-    """One row of bars; see :func:`chart`."""
-    return chart(columns, 1, bounds, ink)[0]
+def _mark(column: Column, ink: Ink) -> str:
+    return ink.nan if column.flags & NAN else ink.infinite if column.flags else " "
 
 
 def _bar(level: int, height: int, ink: Ink) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lossguard.sinks import SCHEMA
 
+CHUNK = 1 << 20  # bytes held at once
 BLOCK = 1 << 16  # bytes at a file's end in which its newest losses are looked for first
 FARTHEST = 1 << 23  # and at most; a line of samples is far shorter
 _LOSSES = re.compile(rb'\{"kind":"losses","first":(\d+),"total":\[([^\]]*)\]')
@@ -44,10 +45,12 @@ class Tail:
         return max(0, self.size - self._offset)
 
     def look(self) -> bool:
-        """Whether the file is there; notices that it was begun anew. Reads nothing of it."""
+        """Whether the file is there; notices that it was begun anew. Reads nothing of it. ``ValueError`` where that is not allowed."""
         try:
             found = self.path.stat()
-        except OSError:
+        except PermissionError as error:
+            raise ValueError(f"{self.path} cannot be read ({error.strerror}); ask whoever runs the job for the right to") from None
+        except OSError:  # not there yet, or a far disk that does not answer now
             self.size = 0
             return False
         identity = found.st_dev, found.st_ino
@@ -58,28 +61,37 @@ class Tail:
         return True
 
     def read(self, budget: int | None = None) -> Iterator[dict[str, Any]]:
-        """The new lines, oldest first, of at most ``budget`` bytes. Raises ``ValueError`` for a newer schema."""
+        """The new lines, oldest first, of at most ``budget`` bytes. Raises ``ValueError`` for a newer schema, or where reading is not allowed."""
         if not self.look() or not self.behind:
             return
         wanted = self.behind if budget is None else min(self.behind, budget)
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            new = file.read(wanted)
+        while wanted > 0:
+            new = self._more(min(wanted, CHUNK))
+            if not new:
+                return
+            wanted -= len(new)
+            *lines, rest = (self._rest + new).split(b"\n")
+            self._rest = rest
+            for text in lines:
+                line = _parsed(text)
+                if line is None:
+                    continue
+                if line["kind"] == "header" and line.get("schema", 0) > SCHEMA:
+                    raise ValueError(f"{self.path} has schema {line['schema']}, this version reads up to {SCHEMA}; update lossguard")
+                yield line
+
+    def _more(self, count: int) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                new = file.read(count)
+        except PermissionError as error:
+            raise ValueError(f"{self.path} cannot be read ({error.strerror}); ask whoever runs the job for the right to") from None
+        except OSError:
+            return b""
         self._offset += len(new)
         self.consumed += len(new)
-        *lines, rest = new.split(b"\n")
-        if lines:
-            lines[0] = self._rest + lines[0]
-            self._rest = rest
-        else:
-            self._rest += rest
-        for text in lines:
-            line = _parsed(text)
-            if line is None:
-                continue
-            if line.get("kind") == "header" and line.get("schema", 0) > SCHEMA:
-                raise ValueError(f"{self.path} has schema {line['schema']}, this version reads up to {SCHEMA}; update lossguard")
-            yield line
+        return new
 
 
 def newest_loss(path: Path) -> tuple[int, float] | None:
