@@ -38,7 +38,7 @@ class Screen:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         ink, width = ink_of(console), options.max_width
-        rows = [*_head(self.job, ink), *_curves(self.job, width, ink), *_ranks(self.job)]
+        rows = [*_head(self.job, width, ink), *_curves(self.job, width, ink), *_ranks(self.job)]
         room = None if self.lines is None else max(FEWEST, self.lines - len(rows) - 1)
         for row in [*rows, *findings(self.job, room)]:
             row.no_wrap = True
@@ -125,7 +125,7 @@ def _row(step: int, word: str, style: str, said: str, ranks: Sequence[int]) -> T
     return Text.assemble((f"{step:>8}  ", "dim"), (f"{word:<8}", style), (where, "magenta"), said)
 
 
-def _head(job: Job, ink: Ink) -> list[Text]:
+def _head(job: Job, width: int, ink: Ink) -> list[Text]:
     lead = job.lead
     if lead is None:
         return [waiting(job)]
@@ -135,7 +135,10 @@ def _head(job: Job, ink: Ink) -> list[Text]:
     now = status(job)
     style = "green" if now in ("running", "over") else "bold red" if now.startswith(("halted", "stalled")) else "yellow"
     numbers = [f"step {lead.step}" if lead.step >= 0 else "no step yet", *_speed(job), f"verdict {clean(lead.verdict)}"]
-    return [title, Text.assemble((now, style), "   ", "   ".join(numbers))]
+    rows = textwrap.wrap("  ".join([now, *(part.replace(" ", "\0") for part in numbers)]), max(width, len(now)))
+    state = [Text(row.replace("\0", " ")) for row in rows]
+    state[0].stylize(style, 0, len(now))
+    return [title, *state]
 
 
 def _curves(job: Job, width: int, ink: Ink) -> list[Text]:
@@ -212,7 +215,7 @@ def _ranks(job: Job) -> list[Text]:
         return []
     steps = {rank: run.step for rank, run in there.items()}
     low, high = min(steps.values()), max(steps.values())
-    told = f"all at step {high}" if low == high else f"steps {low} to {high}, last {span('rank', [r for r, s in steps.items() if s == low])}"
+    told = f"step {high}" if low == high else f"steps {low} to {high}, last {span('rank', [r for r, s in steps.items() if s == low])}"
     sick = [rank for rank, run in there.items() if run.step >= 0 and not math.isfinite(run.loss)]
     row = Text.assemble((f"{span('rank', sorted(there))}", "magenta"), f": {told}")
     if sick:
@@ -267,7 +270,7 @@ def _shown(name: str, value: float) -> str:
 
 def _speed(job: Job) -> list[str]:
     speed = job.speed
-    return [] if speed is None else [f"{speed[0]:.3g} steps/s{' on average' if speed[1] else ''}"]
+    return [] if speed is None else [f"{speed[0]:.3g} steps/s{' (mean)' if speed[1] else ''}"]
 
 
 def _clock(lead: Run) -> str:

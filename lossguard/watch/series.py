@@ -169,7 +169,7 @@ def chart(columns: Sequence[Column], height: int, bounds: tuple[float, float] | 
     >>> chart([Column(0.0), Column(1.0), Column(flags=INFINITE)], 2)
     [' █∞', '▁█∞']
     >>> chart([Column(0.0), Column(1.0, flags=NAN), Column(2.0)], 1)
-    ['▁▄█', ' N ']
+    ['▁▅█', ' N ']
     """
     finite = [c.mean for c in columns if c.mean is not None]
     low, high = bounds or (min(finite, default=0.0), max(finite, default=0.0))

@@ -14,6 +14,8 @@ from typing import Any
 
 from lossguard.sinks import SCHEMA
 
+NOT_ALLOWED = "{} cannot be read ({}); ask whoever runs the job for the right to"
+HEAD = 96  # first bytes by which a file is known again
 CHUNK = 1 << 20  # bytes held at once
 BLOCK = 1 << 16  # bytes at a file's end in which its newest losses are looked for first
 FARTHEST = 1 << 23  # and at most; a line of samples is far shorter
@@ -38,6 +40,7 @@ class Tail:
         self.consumed, self.born, self.size, self.changed = 0, 0, 0, 0.0
         self._offset, self._rest = 0, b""
         self._identity: tuple[int, int] | None = None
+        self._head = b""  # the file's first bytes, with the time of the run in them: a disk gives a new file the old one's number again
 
     @property
     def behind(self) -> int:
@@ -49,13 +52,14 @@ class Tail:
         try:
             found = self.path.stat()
         except PermissionError as error:
-            raise ValueError(f"{self.path} cannot be read ({error.strerror}); ask whoever runs the job for the right to") from None
+            raise ValueError(NOT_ALLOWED.format(self.path, error.strerror)) from None
         except OSError:  # not there yet, or a far disk that does not answer now
             self.size = 0
             return False
         identity = found.st_dev, found.st_ino
-        if (self._identity is not None and identity != self._identity) or found.st_size < self._offset:
-            self._offset, self._rest = 0, b""
+        grown = found.st_size != self.size or found.st_mtime != self.changed
+        if self._offset and (identity != self._identity or found.st_size < self._offset or (grown and self._is_another())):
+            self._offset, self._rest, self._head = 0, b"", b""
             self.born += 1
         self._identity, self.size, self.changed = identity, found.st_size, found.st_mtime
         return True
@@ -81,17 +85,27 @@ class Tail:
                 yield line
 
     def _more(self, count: int) -> bytes:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self._offset)
-                new = file.read(count)
-        except PermissionError as error:
-            raise ValueError(f"{self.path} cannot be read ({error.strerror}); ask whoever runs the job for the right to") from None
-        except OSError:
-            return b""
+        new = self._bytes(self._offset, count)
+        if self._offset < HEAD:
+            self._head = (self._head + new)[:HEAD]
         self._offset += len(new)
         self.consumed += len(new)
         return new
+
+    def _is_another(self) -> bool:
+        first = self._bytes(0, len(self._head))
+        return bool(first) and first != self._head
+
+    def _bytes(self, begin: int, count: int) -> bytes:
+        """Bytes of the file; none where it cannot be read now. ``ValueError`` where that is not allowed."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(begin)
+                return file.read(count)
+        except PermissionError as error:
+            raise ValueError(NOT_ALLOWED.format(self.path, error.strerror)) from None
+        except OSError:
+            return b""
 
 
 def newest_loss(path: Path) -> tuple[int, float] | None:
