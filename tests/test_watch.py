@@ -412,7 +412,7 @@ def test_all_ranks_are_shown(tmp_path, plain, monkeypatch):
         run.guard.close()
     assert main(["watch", str(tmp_path)]) == 0
     text = plain()
-    assert "ranks 0-2: steps 57 to 59, last rank 2; loss not finite on ranks 1-2" in text
+    assert "ranks 0-2: steps 57 to 59, last rank 2\nloss not finite on ranks 1-2\n" in text
     assert len(re.findall(r"^ +40  halt +ranks 1-2  nonfinite_gradient", text, re.MULTILINE)) == 2  # as it came, and at the end
     assert "findings (1)" in text
 

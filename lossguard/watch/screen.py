@@ -9,6 +9,7 @@ import math
 import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -17,7 +18,7 @@ from rich.text import Text
 from lossguard.findings import Finding, Severity
 from lossguard.watch.job import QUIET, Job
 from lossguard.watch.run import SIGNALS, Run, shared
-from lossguard.watch.series import ASCII, Ink, Series, chart, logarithmic
+from lossguard.watch.series import ASCII, Ink, Series, chart, drawn_range, logarithmic
 
 LABEL = 15  # columns of a row's name
 NUMBERS = 28  # columns of a row's numbers
@@ -167,26 +168,24 @@ def _curves(job: Job, width: int, ink: Ink) -> list[Text]:
 
 
 def _chart(label: str, series: Series, bars: int, steps: tuple[int, int], ink: Ink) -> list[Text]:
-    """The series in several rows, its greatest number beside the first, its least beside the last."""
+    """The series in several rows; its greatest and its least number, and the newest, beside them."""
     if not series:
         return []
-    drawn = chart(series.columns(bars, *steps), TALL, _bounds(series), ink)
-    beside = [short(series.high), f"now {short(series.newest[1])}" if series.newest else "", "", short(series.low)]
-    beside[2] = "(log scale)" if logarithmic(series.low, series.high) else ""
-    return [_assembled(label if i == 0 else "", bar, number, ink) for i, (bar, number) in enumerate(zip(drawn, [*beside, ""]))]
+    columns = series.columns(bars, *steps)
+    drawn = chart(columns, TALL, None, ink)
+    now = f"now {short(series.newest[1])}" if series.newest else ""
+    beside = [f"max {short(series.high)}", now, "(log scale)" if logarithmic(*drawn_range(columns)) else "", f"min {short(series.low)}", ""]
+    return [_assembled(label if i == 0 else "", bar, number, ink) for i, (bar, number) in enumerate(zip(drawn, beside))]
 
 
 def _spark(label: str, series: Series, bars: int, steps: tuple[int, int], ink: Ink, name: str = "", beside: str = "") -> list[Text]:
-    bounds = (0.0, 1.0) if name in SHARES else _bounds(series)
-    drawn, *marks = chart(series.columns(bars, *steps), 1, bounds, ink)
+    """The series in one row, its newest number, and between which its numbers lie. The highest bar leaves a gap to the row above."""
+    bounds, low = (0.0, 1.0) if name in SHARES else None, replace(ink, bars=ink.bars[:-1])
+    drawn, *marks = chart(series.columns(bars, *steps), 1, bounds, low)
     now = _shown(name, series.newest[1]) if series.newest else ""
-    low, high = _shown(name, series.low), _shown(name, series.high)
-    beside = beside or ("" if math.isnan(series.low) else low if low == high else f"{low}..{high}")
+    least, most = _shown(name, series.low), _shown(name, series.high)
+    beside = beside or ("" if math.isnan(series.low) else least if least == most else f"{least}..{most}")
     return [_assembled(label, drawn, f"{now:<9}{beside}", ink), *(_assembled("", row, "", ink) for row in marks)]
-
-
-def _bounds(series: Series) -> tuple[float, float] | None:
-    return None if math.isnan(series.low) else (series.low, series.high)
 
 
 def _assembled(label: str, drawn: str, numbers: str, ink: Ink) -> Text:
@@ -217,11 +216,10 @@ def _ranks(job: Job) -> list[Text]:
     low, high = min(steps.values()), max(steps.values())
     told = f"step {high}" if low == high else f"steps {low} to {high}, last {span('rank', [r for r, s in steps.items() if s == low])}"
     sick = [rank for rank, run in there.items() if run.step >= 0 and not math.isfinite(run.loss)]
-    row = Text.assemble((f"{span('rank', sorted(there))}", "magenta"), f": {told}")
-    if sick:
-        row.append(f"; loss not finite on {span('rank', sick)}", style="bold red")
     ended = [rank for rank, run in there.items() if run.ended]
-    return [row.append(f"; over on {span('rank', ended)}" if ended and len(ended) < len(there) else "")]
+    over = f"; over on {span('rank', ended)}" if ended and len(ended) < len(there) else ""
+    rows = [Text.assemble((f"{span('rank', sorted(there))}", "magenta"), f": {told}{over}")]
+    return [*rows, Text(f"loss not finite on {span('rank', sick)}", style="bold red")] if sick else rows
 
 
 def span(word: str, numbers: Sequence[int]) -> str:

@@ -160,6 +160,12 @@ def logarithmic(low: float, high: float) -> bool:
     return bool(low > 0 and high / low > WIDE)
 
 
+def drawn_range(columns: Sequence[Column]) -> tuple[float, float]:
+    """The least and the greatest mean of the columns; 0 where there is none."""
+    means = [c.mean for c in columns if c.mean is not None]
+    return min(means, default=0.0), max(means, default=0.0)
+
+
 def chart(columns: Sequence[Column], height: int, bounds: tuple[float, float] | None = None, ink: Ink = Ink()) -> list[str]:
     """Bars, ``height`` rows of them, the topmost first, and a row of marks beneath where bars are drawn over non-finite numbers.
 
@@ -171,8 +177,7 @@ def chart(columns: Sequence[Column], height: int, bounds: tuple[float, float] | 
     >>> chart([Column(0.0), Column(1.0, flags=NAN), Column(2.0)], 1)
     ['▁▅█', ' N ']
     """
-    finite = [c.mean for c in columns if c.mean is not None]
-    low, high = bounds or (min(finite, default=0.0), max(finite, default=0.0))
+    low, high = bounds or drawn_range(columns)
     scale = math.log if logarithmic(low, high) else float
     bottom, top = scale(low), scale(high)
     levels = len(ink.bars) * height
