@@ -230,6 +230,19 @@ def test_a_record_begun_anew_is_followed(tmp_path):
         assert known(job.lead) == known(read(tmp_path).lead)
 
 
+def test_a_longer_record_in_the_same_place_is_another(finished, tmp_path):
+    """A record that was replaced by a longer one between two looks, in files with the same number on the disk, is no continuation of it."""
+    folder, _ = finished
+    Training(tmp_path, seed=3).steps(20).guard.close()
+    job = read(tmp_path)
+    for name in ("findings.jsonl", "rows.jsonl"):
+        number = (tmp_path / name).stat().st_ino
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+        assert (tmp_path / name).stat().st_ino == number
+    job.read()
+    assert known(job.lead) == known(read(folder).lead)
+
+
 def test_a_newer_record_is_refused(tmp_path):
     """A record of a newer schema is refused in words."""
     (tmp_path / "findings.jsonl").write_text(json.dumps({"kind": "header", "schema": 99}) + "\n")
