@@ -32,7 +32,7 @@ from lossguard import Guard
 from lossguard.cli import main
 from lossguard.record import Reader
 from lossguard.watch.job import Job
-from lossguard.watch.run import SIGNALS, Run
+from lossguard.watch.run import SIGNALS, Run, shared
 from lossguard.watch.series import ASCII, Series, chart
 from lossguard.watch.tail import Tail, newest_loss
 
@@ -243,6 +243,36 @@ def test_a_longer_record_in_the_same_place_is_another(finished, tmp_path):
     assert known(job.lead) == known(read(folder).lead)
 
 
+def test_the_speed_is_that_of_the_newest_steps(tmp_path):
+    """Steps a second are taken between the newest news, by the clock of the files; with too little seen, and after the run, over all of it."""
+    run, job = Training(tmp_path), Job(tmp_path)
+    began = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])["time"]
+    for steps, when in ((20, 5.0), (20, 7.0), (40, 11.0), (40, 200.0)):
+        run.steps(steps)
+        for name in ("rows", "findings"):
+            os.utime(tmp_path / f"{name}.jsonl", (began + when,) * 2)
+        job.read()
+        expected = {5.0: (4.0, True), 7.0: (10.0, False), 11.0: (10.0, False), 200.0: (80 / 193, False)}[when]
+        assert job.speed == (pytest.approx(expected[0], rel=1e-3), expected[1])
+    run.guard.close()
+    job.read()
+    assert job.speed == (pytest.approx(120 / (job.lead.facts["ended"] - began)), True)
+
+
+@needs_rich
+def test_a_long_record_is_seen_to_be_read(finished):
+    """While a long record is being read its share is said, and the run does not count as over."""
+    from lossguard.watch.screen import status
+
+    job, told = Job(finished[0]), []
+    while not told or job.behind:
+        job.read(20_000)
+        told.append(status(job))
+        assert job.over == (not job.behind)
+    shares = [int(word.split()[1]) for word in told[:-1]]
+    assert len(shares) > 3 and shares == sorted(shares) and told[-1] == "over"
+
+
 def test_a_newer_record_is_refused(tmp_path):
     """A record of a newer schema is refused in words."""
     (tmp_path / "findings.jsonl").write_text(json.dumps({"kind": "header", "schema": 99}) + "\n")
@@ -289,6 +319,7 @@ def test_no_nan_and_no_infinity_is_hidden(data):
         assert not math.isnan(value) or any(row[spot] == "N" for row in rows)
     span = max(1, count // buckets * 4) * width // count + 1
     assert all(any(abs(step * width // count - c) <= span for step in bad) for c in marked)
+    assert len(series._buckets) <= buckets
     assert series.lost == len(bad) and series.first_lost == min(bad, default=None)
 
 
@@ -444,6 +475,25 @@ def test_a_rank_that_never_ends_holds_nobody(tmp_path, plain, monkeypatch):
         os.utime(tmp_path / "rank1" / f"{name}.jsonl", (time.time() - 60,) * 2)
     assert main(["watch", str(tmp_path)]) == 0
     assert "over on rank 0" in plain()
+
+
+def test_a_thousand_ranks_are_looked_at_in_turn(finished, tmp_path):
+    """Of very many ranks some are read at each look, in turn, so that each is heard; the first of all at every look."""
+    folder, _ = finished
+    rows, told = ((folder / name).read_bytes() for name in ("rows.jsonl", "findings.jsonl"))
+    for rank in range(100):
+        place = tmp_path / f"rank{rank}" if rank else tmp_path
+        place.mkdir(exist_ok=True)
+        (place / "rows.jsonl").write_bytes(rows[-3000:])
+        (place / "findings.jsonl").write_bytes(told)
+    job, heard = Job(tmp_path), []
+    for _ in range(4):
+        job.read(1 << 20)
+        heard.append(sum(run.step == 199 for run in job.ranks.values()))
+        assert job.lead.rank == 0 and job.lead.step == 199
+    assert heard == [1 + 32, 1 + 64, 1 + 96, 100]
+    assert sum(run.step == 199 for run in read(tmp_path).ranks.values()) == 100
+    assert shared(job.ranks)[0][1] == list(range(100))
 
 
 @needs_rich
