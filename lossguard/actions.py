@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lossguard import exits
+from lossguard import exits, painting
 from lossguard.findings import Finding, Severity, check_names
 
 logger = logging.getLogger("lossguard")
@@ -76,5 +76,5 @@ def spared(finding: Finding, harmless: Collection[str], skipped: Collection[int]
 
 
 def log(finding: Finding) -> None:
-    """The finding in the log ``lossguard``, at the level of its severity."""
-    logger.log(LEVELS[finding.severity], "%s", finding)
+    """The finding in the log ``lossguard``, at the level of its severity; in colour on a terminal where no handler is configured."""
+    painting.emit(logger, LEVELS[finding.severity], finding)

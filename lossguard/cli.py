@@ -1,4 +1,4 @@
-"""``python -m lossguard``: demo, explain, findings of a record, report, config, run, launch, replay. Arguments flow in, text flows out."""
+"""``python -m lossguard``: demo, explain, findings of a record, watch, report, config, run, launch, replay. Arguments flow in, text flows out."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lossguard import __version__, explain, replay, report, sinks
+from lossguard import __version__, explain, painting, replay, report, sinks, watch
 from lossguard.config import sample
 from lossguard.guard import Guard
 from lossguard.launch import run, wrap
+
+WATCH = (
+    "Follows the record of a running job: the loss, a few signals, speed, verdict, and findings as they come, of all ranks. It reads "
+    "only what is new, waits for a record that is not there yet, and ends with the run. NaN is drawn as N. On a terminal it redraws the screen; "
+    "into a pipe or a file it writes plain lines. NO_COLOR is respected."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page.add_argument("--markdown", action="store_true", help="all pages as one Markdown document")
     show = commands.add_parser("findings", help="the findings in a run's record")
     show.add_argument("folder", type=Path, help="the folder given as Guard(record=...)")
+    live = commands.add_parser("watch", help="a running job's record, live: curves, findings, speed (needs rich); Ctrl-C ends it", description=WATCH)
+    live.add_argument("folder", type=Path, help="the folder given as Guard(record=...); it may not be there yet")
+    live.add_argument("--once", action="store_true", help="show the present state and end")
+    live.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (default: %(default)s)")
     html = commands.add_parser("report", help="the post-mortem page of a run's record, as one HTML file (needs plotly)")
     html.add_argument("folder", type=Path, help="the folder given as Guard(record=...)")
     html.add_argument("--compare", type=Path, metavar="OTHER", help="the record of a second run, to stand beside the first")
@@ -56,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "config":
             print(sample.page(Guard) if options.name is None else sample.table(Guard, options.name))
             return 0
+        if options.command == "watch":
+            return watch.main(options.folder, once=options.once, interval=options.interval)
         if options.command == "report":
             print(f"wrote {report.of_folders(options.folder, options.compare, options.output)}")
             return 0
@@ -75,7 +87,8 @@ def _explain(name: str | None, markdown: bool) -> str:
 
 
 def _findings(folder: Path) -> str:
-    lines = [str(finding) for finding in sinks.findings(folder)]
+    text = painting.painted if painting.welcome(sys.stdout) else str
+    lines = [text(finding) for finding in sinks.findings(folder)]
     return "\n".join(lines) if lines else f"no findings in {folder}"
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+from lossguard import notebook
+
 
 class Severity(IntEnum):
     """How grave a finding is; members compare in this order.
@@ -238,6 +240,9 @@ class Finding:
         again = f", {self.count} times until step {self.last_step}" if self.count > 1 else ""
         head = f"lossguard: {self.severity.label} {self.diagnosis} {self.when}{again}"
         return "\n".join([head] + [f"  {label:<10} {text}" for label, text in rows])
+
+    def _repr_html_(self) -> str:
+        return notebook.of_finding(self)
 
     @property
     def when(self) -> str:

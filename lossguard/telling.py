@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lossguard import verdict
+from lossguard import notebook, verdict
 from lossguard.coverage import Coverage, survey
 from lossguard.device.recorder import Recorder
 from lossguard.device.taps import Taps
@@ -75,6 +75,11 @@ class Teller:
     def memory(self) -> int:
         """Bytes the guard holds now, on devices and on the host; bounded, and reached after the first full window."""
         return sum(holder.nbytes for holder in self._holders)
+
+    def _repr_html_(self) -> str:
+        state, seen = "closed" if self.closed else "watching", self.coverage
+        about = f"lossguard.Guard: {type(self.model).__name__}, {len(self._recorder.roster.trained)} parameter tensors"
+        return notebook.of_guard(about, state, self.steps, self.verdict, self.findings, seen.observed, seen.not_observed)
 
     def __repr__(self) -> str:
         state, found = "closed" if self.closed else "watching", len(self.findings)

@@ -19,7 +19,7 @@ NAMES = [str(p.relative_to(ROOT)) for p in FILES]
 
 # From the inside out. A module may import from its own layer and from those before it; nobody imports what stands behind.
 LAYERS = [
-    ("findings.py",),
+    ("findings.py", "notebook.py", "painting.py"),
     ("device/",),
     ("host/",),
     ("rules/rule.py", "rules/judge.py"),
@@ -46,7 +46,7 @@ LAYERS = [
     ("culprit/", "locating.py"),
     ("snapshot.py", "recovery_rates.py", "recovery.py"),
     ("record.py", "beside.py", "facts.py", "explain.py", "scalars.py", "trackers/"),
-    ("report/",),
+    ("report/", "watch/"),
     ("telling.py", "phases.py"),
     ("config/",),
     ("guard.py",),
@@ -99,6 +99,9 @@ def test_order_of_imports(name):
 
 ALLOWED = {
     "findings.py": {"numpy": False, "torch": False},
+    "notebook.py": {"numpy": False, "torch": False},
+    "painting.py": {"numpy": False, "torch": False},
+    "watch/": {"numpy": True, "torch": False, "rich": True},
     "rules/": {"numpy": True, "torch": False},
     "advice.py": {"numpy": True, "torch": False},
     "obstacles.py": {"numpy": True, "torch": False},
@@ -118,9 +121,9 @@ ALLOWED = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_packages_of_others(name):
-    """Outside of integrations, trackers and the demo only torch and numpy are imported, and these only where they belong."""
+    """Outside of integrations, trackers, the demo and the live view only torch and numpy are imported, and these only where they belong."""
     foreign = {d.partition(".")[0] for d in imports(TREES[ROOT / name])} - set(sys.stdlib_module_names) - {"lossguard"}
-    if not name.startswith(("integrations/", "trackers/", "demo.py")):
+    if not name.startswith(("integrations/", "trackers/", "demo.py", "watch/")):
         assert foreign <= {"numpy", "torch"}, foreign
     for prefix, rights in ALLOWED.items():
         if name.startswith(prefix):

@@ -15,7 +15,7 @@ import pytest
 import lossguard
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = {"lightning", "transformers", "report", "tensorboard", "wandb", "mlflow", "demo", "bench", "all", "test"}
+EXTRAS = {"lightning", "transformers", "report", "watch", "tensorboard", "wandb", "mlflow", "demo", "bench", "all", "test"}
 
 
 @pytest.fixture(scope="module")

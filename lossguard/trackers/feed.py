@@ -88,5 +88,5 @@ def _a_tracker(given: Any) -> Tracker:
         raise ValueError("trackers= holds a SummaryWriter itself; give lossguard.trackers.TensorBoard(writer)")
     if callable(given) and not isinstance(given, type):
         return Function(given)
-    known = "TensorBoard(folder), WandB(run), MLflow(run_id), CSV(path) of lossguard.trackers, or a callable that takes (step, numbers)"
+    known = "TensorBoard(folder), WandB(run), MLflow(run_id), CSV(path), Heartbeat(every) of lossguard.trackers, or a callable that takes (step, numbers)"
     raise ValueError(f"trackers= holds {given!r}, which is no tracker; give {known}")
