@@ -290,7 +290,7 @@ class Reverse(torch.autograd.Function):
         return -ctx.weight * slope, None
 
 
-@program(healthy=True, bar=0.8, families=("second", "adversarial"))
+@program(healthy=True, bar=0.6, families=("second", "adversarial"))
 def digits_domain_adversarial(job: Job) -> float:
     """Labelled digits and unlabelled inverted ones; a domain head whose gradient is reversed: its loss goes up to log 2 and stays."""
     d = data.digits("image")

@@ -87,7 +87,7 @@ def convnet_polynomial_decay_by_batch(job: Job) -> float:
 
 
 @program(
-    expect={*FAST, *STILL}, cause="Adam's betas are swapped: 0.999 for the mean, 0.9 for the square", bar=0.95, families=("second", "momentum"),
+    expect={*FAST, *STILL}, cause="Adam's betas are swapped: 0.999 for the mean, 0.9 for the square", bar=0.98, families=("second", "momentum"),
     causes=("momentum too high", *RATE),
 )  # fmt: skip
 def convnet_adam_betas_swapped(job: Job) -> float:
@@ -170,10 +170,11 @@ def digits_residual_stream_explodes(job: Job) -> float:
 def autoencoder_sum_over_everything(job: Job) -> float:
     d = digits()
     model = mlp((64, 48, 16, 48, 64))
-    optimizer = torch.optim.SGD(model.parameters(), lr=job.planted("lr", ill=0.5, healthy=0.5 / 4096), momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=job.planted("lr", ill=0.5, healthy=0.5), momentum=0.9)
+    reduction = job.planted("loss_reduction", ill="sum", healthy="mean")
 
     def summed(out: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(out, y, reduction="sum")
+        return F.mse_loss(out, y, reduction=reduction)
 
     fit(job, model, optimizer, shuffled(d.x, d.x), 600, summed)
     with torch.no_grad():

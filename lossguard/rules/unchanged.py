@@ -312,7 +312,7 @@ def _running(history: History, n: int) -> set[str]:
     rests = np.zeros(len(history.units), dtype=np.bool_)
     outputs = np.isfinite(history.born("activation_rms"))[: rests.size]
     if outputs.size:
-        rests[: outputs.size] = outputs & ~history.seen("activation_rms", max(1, n // 2)).any(axis=0)[: outputs.size]
+        rests[: outputs.size] = outputs & ~np.atleast_1d(history.seen("activation_rms", max(1, n // 2)).any(axis=0))[: outputs.size]
     return {u.name for u, rest in zip(history.units, rests.tolist(), strict=True) if not rest}
 
 
