@@ -108,8 +108,7 @@ function brokenShapes(run) {
     const from = i;
     let kinds = curve.flags[i];
     while (i + 1 < curve.flags.length && curve.flags[i + 1]) kinds |= curve.flags[++i];
-    shapes.push({ type: "rect", xref: "x", yref: "paper", x0: curve.first[from] - 0.5, x1: end(i) + 0.5, y0: 0, y1: 1, fillcolor: alpha(token("lost"), 0.16), line: { width: 1, color: token("lost") }, layer: "below",
-      label: end(i) - curve.first[from] > 0.08 * (shownSteps()[1] - shownSteps()[0]) ? { text: flagNames(kinds), textposition: "middle center", font: { color: token("lost"), size: 15 } } : undefined });
+    shapes.push({ type: "rect", xref: "x", yref: "paper", x0: curve.first[from] - 0.5, x1: end(i) + 0.5, y0: 0, y1: 1, fillcolor: alpha(token("lost"), 0.16), line: { width: 1, color: token("lost") }, layer: "below", name: flagNames(kinds) });
   }
   return shapes;
 }
@@ -188,13 +187,21 @@ function logTicks([low, high]) {
   return { tickvals: values, ticktext: values.map((v) => (v >= 1e4 ? v.toExponential().replace("e+", "e") : say(Number(v.toPrecision(2))))) };
 }
 
+// Wide ones bear their names, on a ground of their own, so that no grid line runs through.
+function brokenNames(shapes) {
+  const [low, high] = shownSteps(), seen = shapes.map((s) => [Math.max(low, s.x0), Math.min(high, s.x1), s.name]);
+  return seen.filter(([a, b]) => b - a > 0.08 * (high - low)).map(([a, b, text]) => ({ x: (a + b) / 2, xref: "x", y: 0.5, yref: "paper", text, showarrow: false, bgcolor: token("surface"), borderpad: 4, font: { color: token("lost"), size: 15 } }));
+}
+
 function drawLoss() {
   const log = view.scale === "log", marks = placedMarks(), { axis, layout } = base();
   const traces = [...data.runs.flatMap(curveTraces), ...eventTraces(), ...markTraces(marks)];
   const lines = marks.map((m) => ({ type: "line", xref: "x", yref: "paper", x0: m.step, x1: m.step, y0: 0, y1: m.y, line: { color: token(m.severity), width: 1, dash: "dot" }, layer: "below" }));
   lines.push(...data.runs.flatMap((r) => r.events.filter((e) => e.kind === "resumed").map((e) => ({ type: "line", xref: "x", yref: "paper", x0: e.first, x1: e.first, y0: 0, y1: 1, line: { color: token("muted"), width: 1, dash: "dash" }, layer: "below" }))));
+  const broken = data.runs.flatMap(brokenShapes);
   Object.assign(layout, {
-    margin: { l: narrow() ? 46 : leftMargin() > 110 ? 62 : leftMargin(), r: narrow() ? 8 : 14, t: 8, b: 40 }, shapes: [...data.runs.flatMap(brokenShapes), ...lines],
+    annotations: brokenNames(broken),
+    margin: { l: narrow() ? 46 : leftMargin() > 110 ? 62 : leftMargin(), r: narrow() ? 8 : 14, t: 8, b: 40 }, shapes: [...broken, ...lines],
     xaxis: { ...axis, range: shownSteps(), showgrid: false, title: { ...axis.title, text: "step" }, ticks: "outside", exponentformat: "none", nticks: narrow() ? 5 : 10 },
     yaxis: { ...axis, type: log ? "log" : "linear", range: lossRange(log), ...(log ? logTicks(lossRange(log)) : { exponentformat: "power" }), fixedrange: true },
     yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
