@@ -157,6 +157,7 @@ WRONG = {
     "evry = 20": r"unknown key 'evry' in .*run.toml; did you mean 'every'\? known: accumulate, agree",
     "[lossguard]\nmutes = []": r"unknown key 'mutes' in lossguard in .*run.toml; did you mean 'mute'",
     "[tool.lossguard]\nhatl = 1": r"unknown key 'hatl' in tool.lossguard in .*run.toml; did you mean 'halt'",
+    "every = 20\n[lossguard.rules.loss_spike]\nsigmas = 9.0": r"every in .*run.toml is not in the table \[lossguard\] and would not be heeded; move it",
     "every = 'often'": r"every in .*run.toml: expected an integer, got \"often\"; leave it out for 10",
     "every = true": r"every in .*run.toml: expected an integer, got true",
     "every = 20.5": r"every in .*run.toml: expected an integer, got 20.5",
