@@ -127,11 +127,10 @@ def blamed(settings: Iterable[Setting]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        found = ((name, where) for name, (_, where) in newest(settings).items() if re.search(rf"\b{name}(=| must|\[)|unknown {name} ", str(error)))
-        named = [f"{name} stands in {where}" for name, where in found]
+        named = [str(where) for name, (_, where) in newest(settings).items() if re.search(rf"\b{name}(=| must|\[)|unknown {name} ", str(error))]
         if not named:
             raise
-        raise ValueError(f"{error} ({'; '.join(named)})") from error
+        raise ValueError(f"{error} (set by {', '.join(named)})") from error
 
 
 def untaken(record: Any, model: Any) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lossguard.findings import DIAGNOSES, Severity, check_names
+from lossguard.findings import DIAGNOSES, Severity
 
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")  # in an environment variable
 NONE = "none"  # TOML has no null
@@ -165,7 +165,10 @@ def _names(value: Any, where: Where, base: Any) -> frozenset[str]:
     given = [value] if isinstance(value, str) else list(value)
     if not all(isinstance(name, str) for name in given):
         raise Unfit
-    names = check_names(given, str(where))
+    for name in given:
+        if name not in DIAGNOSES:
+            raise nearest(name, DIAGNOSES, "diagnosis", where)
+    names = frozenset(given)
     return Kept(names | base) if isinstance(base, Kept) else names
 
 

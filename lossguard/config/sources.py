@@ -74,6 +74,9 @@ def written(source: str | Path | Mapping[str, Any], known: Options) -> list[Sett
         for key in path:
             inner = inner.get(key) if isinstance(inner, Mapping) else None
         if isinstance(inner, Mapping):
+            lost = sorted(name for name in table if name in known and known[name].kind)
+            if lost:  # at the top of a file that has a table of ours: not read, and hardly another's
+                raise ValueError(f"{', '.join(lost)} in {place} is not in the table [{'.'.join(path)}] and would not be heeded; move it below that line")
             table, where = inner, Where(".".join(path), place)
             break
     found = []
