@@ -121,7 +121,7 @@ class Guard(Configured, Keeper, Teller, Phased):
             raise ValueError(f"unknown phases {phases!r}; expected 'hooks' or 'explicit'")
         chosen = arguments.some_rules(rules)
         self._policy = actions.Policy.of(halt)
-        self.model, self.steps, self.closed = model, 0, False
+        self.model, self.steps, self.closed = model, 0, True  # closed until it is whole
         self._muted = check_names(mute, "mute")
         self._scaler = scaler = arguments.a_scaler(scaler, optimizers)
         on_host = all(p.device.type == "cpu" for p in parameters)
@@ -162,6 +162,7 @@ class Guard(Configured, Keeper, Teller, Phased):
         self.recovery: Recovery = Recovery(recover, state, *known, calls, every=every, lag=lag, agreement=self._agreement)
         self._parts["recovery"] = self.recovery
         self._holders = (*self._holders, self.recovery)
+        self.closed = False
         self._open_step()
 
     # ---- what a loop calls
