@@ -357,7 +357,7 @@ class Guard(Configured, Keeper, Teller, Phased):
         if self._locator.locate([f for f in heard if self._policy.halts(f)], self._taps, self._faults.watch):
             self._open_step()
         heard = [self._locator.told(f) for f in heard]
-        for finding in heard:
+        for finding in [f for f in heard if not self.recovery.repeats(f, self.steps)]:
             for sink in self._sinks:
                 self._faults.watch(sink, finding)
         worst = max((f for f in heard if self._policy.halts(f)), key=lambda f: f.severity, default=None)

@@ -38,6 +38,7 @@ from lossguard.soundness import born_finite, finite_flags, nonfinite
 
 CURABLE = ("nonfinite_input", "nonfinite_loss", "nonfinite_activation", "nonfinite_gradient", "nonfinite_weight", "loss_spike", "diverging_loss",
            "exploding_gradient", "update_ratio_high")  # fmt: skip
+COOLING = "seen in the cool-down after a cure"
 NOT_THE_RATE = ("nonfinite_input",)  # the data's fault: going back suffices
 
 
@@ -223,7 +224,7 @@ class Recovery:
         count = {what: sum(c.what == what for c in self.cures) for what in ("cut", "rollback", "load")}
         why = ""
         if finite and step < self._calm:
-            self._absorb(finding, "seen in the cool-down after a cure", step)
+            self._absorb(finding, COOLING, step)
         elif finite and count["cut"] < self.ladder.cuts and self.ladder.factor < 1.0:
             self._done(finding, Cure(step, "cut", finding.diagnosis, None, self._cut(finding)))
         elif count["rollback"] + count["load"] >= self.ladder.rollbacks:
@@ -242,6 +243,10 @@ class Recovery:
         if self.agreement is not None:
             self.agreement.go_on()
         return None
+
+    def repeats(self, finding: Finding, step: int) -> bool:
+        """Whether it was told in a cool-down already: until that is over it may be found anew at every step."""
+        return step < self._calm and any(f.diagnosis == finding.diagnosis and f.note == COOLING for f in self.past)
 
     def _cut(self, finding: Finding) -> float:
         assert self.ladder is not None

@@ -48,7 +48,8 @@ class UnchangedWeights:
     patient: int = 128  # samples without a step that even accumulation does not explain; our own choice
     most: float = 0.5  # share of matrices without gradient that warns though it is unknown whether they ran; our own choice
     undone: float = 0.02  # of an update that is left when its step ends; our own choice, Lookahead keeps half of it, Reptile a tenth
-    rateless: tuple[int, int] = (100, 1000)  # least and most steps at a rate of 0, as many as there were with one; our own choice, a schedule's last steps
+    rateless: int = 100  # least steps at a rate of 0, as many as there were with one; our own choice, a schedule's last steps
+    lifeless: int = 1000  # steps at a rate of 0 that suffice however long the run was before; our own choice
     spacing: float = 1e-6  # of a weight: lr times gradient below it may round to 0 in float32, whose spacing is 1.2e-7; our own choice
     proof: int = 3  # samples in which parameters in no optimizer stand still, before a strange optimizer is held to be a mistake
     tiny: float = 1e-5  # gradient over the largest; the limit of vanishing_gradient
@@ -179,7 +180,7 @@ class UnchangedWeights:
         last = int(steps[able[-1]]) if able.size else int(steps[0]) - 1
         if not bool((history.fact("stepped", rates.size - (int(able[-1]) + 1 if able.size else 0)) == 1.0).any()):
             return None  # no optimizer steps anyway
-        over, least = history.step - last, int(np.clip(last + 1, *self.rateless))
+        over, least = history.step - last, int(np.clip(last + 1, self.rateless, self.lifeless))
         if over < least:
             return None
         peak = history.lr_peak
