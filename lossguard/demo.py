@@ -157,22 +157,29 @@ def run(job: Job, steps: int, folder: Path, progress: Callable[[int, Tensor], No
 def main(folder: Path, steps: int) -> int:
     """Run all jobs; returns 0 if the guard said what it should: something on every ill run, nothing on the healthy."""
     torch.set_num_threads(1)
+    began, level = time.perf_counter(), logger.level
     logger.setLevel(logging.CRITICAL)  # findings are printed below, each behind its run
-    began, right = time.perf_counter(), 0
-    for number, job in enumerate(jobs(), 1):
-        place = folder / f"{number}-{job.name.replace(',', '').replace(' ', '-')}"
-        found, halted, taken = run(job, steps, place, _progress(job, steps))
-        loud = [f for f in found if f.severity >= Severity.WARNING]
-        right += bool(loud) == bool(job.fault) and halted == job.halts
-        outcome = "halted" if halted else "finished"
-        state = f"ill: {job.fault}" if job.fault else "healthy"
-        _clear_line()
-        print(f"{job.name:<34} {state}; {outcome} after {taken} steps, {len(loud) or 'no'} finding{'' if len(loud) == 1 else 's'}")
-        for finding in loud:
-            print(finding)
-        print()
+    try:
+        right = sum(_told(number, job, folder, steps) for number, job in enumerate(jobs(), 1))
+    finally:
+        logger.setLevel(level)
     print(f"{right} of {len(jobs())} runs judged as they should be, in {time.perf_counter() - began:.0f} s; the records are in {folder}/")
     return 0 if right == len(jobs()) else 1
+
+
+def _told(number: int, job: Job, folder: Path, steps: int) -> bool:
+    """Run one job and print what was found; whether that is what should have been."""
+    place = folder / f"{number}-{job.name.replace(',', '').replace(' ', '-')}"
+    found, halted, taken = run(job, steps, place, _progress(job, steps))
+    loud = [f for f in found if f.severity >= Severity.WARNING]
+    outcome = "halted" if halted else "finished"
+    state = f"ill: {job.fault}" if job.fault else "healthy"
+    _clear_line()
+    print(f"{job.name:<34} {state}; {outcome} after {taken} steps, {len(loud) or 'no'} finding{'' if len(loud) == 1 else 's'}")
+    for finding in loud:
+        print(finding)
+    print()
+    return bool(loud) == bool(job.fault) and halted == job.halts
 
 
 def _clear_line() -> None:

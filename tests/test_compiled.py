@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
 
 import numpy as np
@@ -23,7 +24,8 @@ CLASSES = 5
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Compiled code of other tests is no business of this one."""
+    """Compiled code of other tests is no business of this one, nor are guards that they forgot."""
+    gc.collect()
     torch._dynamo.reset()
     counters.clear()
     yield
