@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lossguard import Guard, explain
+from lossguard.actions import logger
 from lossguard.cli import main
 from lossguard.findings import DIAGNOSES
 from lossguard.preflight import CHECKS
@@ -20,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_demo_judges_every_run_as_it_should(tmp_path, capsys):
     """The demo hears every ill run, is silent on the healthy, halts those that must halt, and leaves readable records."""
+    level = logger.level
     assert main(["demo", "--folder", str(tmp_path), "--steps", "90"]) == 0
+    assert logger.level == level
     text = capsys.readouterr().out
     assert "7 of 7 runs judged as they should be" in text
     assert len(list(tmp_path.iterdir())) == 7
