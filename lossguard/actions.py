@@ -15,6 +15,9 @@ logger = logging.getLogger("lossguard")
 
 LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR, Severity.HALT: logging.ERROR}
 
+# How the note of a finding begins that did no harm.
+SPARED = ("updates with non-finite gradients are skipped on the device", "the update of this step was skipped on the device")
+
 
 class TrainingHalted(RuntimeError):
     """A finding ended the run. The message is the finding as people read it.
@@ -68,10 +71,10 @@ def spared(finding: Finding, harmless: Collection[str], skipped: Collection[int]
     """What the gate keeps from the weights has done no harm, and says so. harmless: diagnoses that reach the weights by a
     non-finite gradient or not at all. skipped: the steps whose update was left out."""
     if finding.diagnosis in harmless:
-        note = "updates with non-finite gradients are skipped on the device: weights and moments are those before them"
+        note = f"{SPARED[0]}: weights and moments are those before them"
         return replace(finding, severity=min(finding.severity, Severity.WARNING), note=note)
     if finding.diagnosis.startswith(("nonfinite", "exploding")) and finding.step in skipped:
-        return replace(finding, note="the update of this step was skipped on the device: weights and moments are those before it")
+        return replace(finding, note=f"{SPARED[1]}: weights and moments are those before it")
     return finding
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lossguard import actions
 from lossguard.findings import DIAGNOSES, Finding, Severity, number
 from lossguard.report.reading import Run
 
@@ -25,7 +26,7 @@ CURVES = {
     "too early": ("The run is too short for its curve to be read", "and"),
 }
 CURED = ("cured by", "seen in the cool-down")  # how the note of a finding begins that the recovery ladder has dealt with
-SPARED = ("the update",)  # and of one whose updates were left out
+SPARED = (*actions.SPARED, "the update")  # and of one whose updates were left out, also in older records
 GOOD = ("learning", "done")  # states that need nobody's attention
 SAME = {"diverging_loss": ("diverging",), "overfitting": ("overfitting", "overfitting begins"), "loss_plateau": ("flat", "bottleneck"),
         "constant_loss": ("flat", "bottleneck"), "learning_bottleneck": ("flat", "bottleneck"), "validation_mismatch": ("validation mismatch",),
