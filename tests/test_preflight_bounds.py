@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,7 +81,17 @@ class Numbered(Dataset):
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_give_what_they_would_have_given(persistent):
-    """A loader with two workers gives the same batches after a preflight as without one, over two epochs, also where it is half read."""
+    """A loader with two workers gives the same batches after a preflight as without one, over two epochs, also where it is half read.
+
+    In a process of its own: workers are forked, and a fork does not get on with the threads that other tests have begun.
+    """
+    code = f"import test_preflight_bounds as bounds; bounds.with_workers({persistent})"
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+
+
+def with_workers(persistent):
     taken, model = [], mlp()
     for fly in (False, True):
         torch.manual_seed(3)
