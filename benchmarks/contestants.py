@@ -44,6 +44,12 @@ class Contestant:
         """The optimizer has stepped."""
         self.done += 1
 
+    def rest(self) -> None:
+        """Another contestant's turn: what hangs on the whole process is taken off."""
+
+    def wake(self) -> None:
+        """Its turn again."""
+
     def close(self) -> None:
         """Nothing is left behind."""
 
@@ -71,6 +77,12 @@ class Guarded(Contestant):
 
     def stepped(self, loss: Tensor) -> None:
         self.guard.step(loss)
+
+    def rest(self) -> None:
+        self.guard.watch_forward(False)  # its hook sees every module of the process, the others' too
+
+    def wake(self) -> None:
+        self.guard.watch_forward(True)
 
     def close(self) -> None:
         self.guard.close()

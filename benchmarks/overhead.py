@@ -26,10 +26,11 @@ on or off for all of them. A finding there is right.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -53,6 +54,17 @@ class Runner:
     job: Job
     watch: Contestant | None = None
     done: int = 0
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Around steps of this job: outside of it nothing of its watch is in the way of the others."""
+        if self.watch is not None:
+            self.watch.wake()
+        try:
+            yield
+        finally:
+            if self.watch is not None:
+                self.watch.rest()
 
     def step(self) -> None:
         x, y = self.job.batches[self.done % BATCHES]
@@ -116,6 +128,11 @@ def count(runner: Runner) -> Counting:
 
 def block(runner: Runner, steps: int, device: str) -> float:
     """Seconds a step; on cuda as the device's own clock has it."""
+    with runner.turn():
+        return _block(runner, steps, device)
+
+
+def _block(runner: Runner, steps: int, device: str) -> float:
     if device != "cuda":
         start = time.perf_counter()
         for _ in range(steps):
@@ -183,7 +200,9 @@ def count_cycle(cost: Cost, bare: Runner, watched: Runner, every: int, device: s
     if device == "cuda" and "compiled" in cost.job:
         return  # compiled code is not counted: a dispatch mode would break its graph
     for _ in range(every):
-        plain, seen = count(bare), count(watched)
+        plain = count(bare)
+        with watched.turn():
+            seen = count(watched)
         cost.bare_ops = plain.ops
         cost.added_ops.append(seen.ops - plain.ops)
         cost.reads += seen.reads - plain.reads
@@ -194,8 +213,9 @@ def peak(runner: Runner, every: int) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    for _ in range(every):
-        runner.step()
+    with runner.turn():
+        for _ in range(every):
+            runner.step()
     torch.cuda.synchronize()
     held = runner.watch.guard.memory if isinstance(runner.watch, Guarded) else 0
     return torch.cuda.max_memory_allocated() - before + held
@@ -210,7 +230,8 @@ def prove(guarded: Runner, every: int) -> int:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode(mode)
             try:
-                guarded.step()
+                with guarded.turn():
+                    guarded.step()
             except RuntimeError as error:
                 complaints.append(str(error))
             finally:

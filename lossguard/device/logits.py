@@ -49,14 +49,13 @@ def together(rows: Tensor, labels: Tensor | None) -> dict[tuple[str, ...], Tenso
     confident = top > math.log(signals.CONFIDENT)
     normalizer = rows.amax(dim=1) - top
     if labels is None:
-        return {SHARED: torch.stack((confident.to(torch.float32), normalizer)).mean(dim=1).abs()}
+        return {SHARED: torch.stack((confident, normalizer)).mean(dim=1).abs()}
     inside = labels.clamp(0, rows.shape[1] - 1)
     counted = inside == labels
     own = torch.where(counted, scores.gather(1, inside.unsqueeze(1)).squeeze(1), 0.0)
     wrong = (own < top) & confident  # top is at most 0: a row that does not count is never wrong
-    shares = torch.mean(torch.stack((confident, counted, wrong)), dim=1, dtype=torch.float32)
-    means = torch.stack((normalizer, own)).mean(dim=1).abs()  # log-likelihoods are at most 0
-    return {(SHARED[0], *LABELLED[:2]): shares, (SHARED[1], LABELLED[2]): means}
+    means = torch.stack((confident, normalizer, counted, wrong, own)).mean(dim=1).abs()  # log-likelihoods are at most 0
+    return {(*SHARED, *LABELLED): means}
 
 
 @functools.lru_cache(maxsize=64)

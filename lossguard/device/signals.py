@@ -119,6 +119,11 @@ def l2_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(plain, 2, dtype=torch.float32))
 
 
+def where(compare: Callable[..., Tensor], x: Tensor, limit: float) -> Tensor:
+    """1.0 where the comparison holds and 0.0 elsewhere, in float32: a mean of booleans takes five times as long on a CPU. Any shape -> the same"""
+    return compare(x, limit, out=torch.empty(x.shape, dtype=torch.float32, device=x.device))
+
+
 def norms(rows: Tensor) -> Tensor:
     """L2 norms of the last dimension; padding adds nothing. (..., K, N) -> (..., K)"""
     return _norm(rows, dim=-1, dtype=torch.float32)
@@ -170,7 +175,7 @@ RELU_KINDS = ("ReLU", "ReLU6", "Threshold")
 @signal("activation", unit="share of zero elements in the batch", kinds=RELU_KINDS)
 def zero_fraction(samples: Tensor) -> Tensor:
     """Share of exactly zero elements; up to 0.97 is healthy sparsity. (K, R, F) -> (K,)"""
-    return torch.mean(samples == 0, dim=(1, 2), dtype=torch.float32)
+    return where(torch.eq, samples, 0.0).mean(dim=(1, 2))
 
 
 @signal("activation", unit="share of units at their rails", kinds=("Sigmoid", "Hardsigmoid"))
@@ -186,8 +191,8 @@ def saturated_fraction_tanh(samples: Tensor) -> Tensor:
 
 
 def _at_rails(derivative: Tensor) -> Tensor:
-    railed = (derivative < RAIL_DERIVATIVE).to(torch.float32).mean(dim=1)  # (K, F)
-    return (railed > RAIL_SHARE).to(torch.float32).mean(dim=1)
+    railed = where(torch.lt, derivative, RAIL_DERIVATIVE).mean(dim=1)  # (K, F)
+    return where(torch.gt, railed, RAIL_SHARE).mean(dim=1)
 
 
 @signal("logits", unit="largest finite magnitude")

@@ -11,6 +11,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from lossguard.device import signals
+
 SAMPLES = 30  # a unit is dead after this many silent batches in a row ...
 POSITIONS = 1500  # ... that hold at least this many positions: by the rule of three it then fires on < 0.2 % of them
 FULL = 1.0 - 1e-4  # of a window: shares of it are summed in float32
@@ -50,7 +52,7 @@ class SilentUnits:
             if min(self._seen[site] for site in sites) < FULL:
                 return None
             self._together[key] = silent
-        return torch.mean(silent >= FULL, dim=1, dtype=torch.float32)
+        return signals.where(torch.ge, silent, FULL).mean(dim=1)
 
     @property
     def nbytes(self) -> int:
