@@ -17,6 +17,8 @@ from lossguard.report.reading import Run
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MISSING = [name for name in ("playwright", "plotly") if importlib.util.find_spec(name) is None] + ([] if BROWSER else ["chromium"])
+if not MISSING:
+    import playwright.sync_api
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
 SWITCHES = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 
@@ -47,6 +49,17 @@ def wide(path):
     curves = {"loss": envelope(np.arange(9600), np.linspace(3.0, 1.0, 9600), 1500)}
     made = Run("wide", steps=9600, state="learning", ended=True, curves=curves, grids={"grad_norm": grid}, rows={"grad_norm": names})
     path.write_text(report.page([made], report._library()), encoding="utf-8")
+
+
+def point(page, spot, shown):
+    """Point there until this shows: a drawing that ends under a pointer at rest tells it nothing."""
+    for nudge in range(15):
+        page.mouse.move(spot[0] - nudge % 2, spot[1])
+        try:
+            return page.locator(shown).wait_for(timeout=2000)
+        except playwright.sync_api.TimeoutError:
+            continue
+    raise AssertionError(f"{shown} did not show")
 
 
 def eventful(folder):
@@ -218,8 +231,7 @@ def test_a_mark_leads_to_its_story_and_the_story_to_the_heat_map(visit):
     page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")
     spot = page.evaluate("""(() => { const l = $('loss')._fullLayout, m = placedMarks()[0], r = $('loss').getBoundingClientRect();
         return [r.x + l._size.l + l.xaxis.d2p(m.step), r.y + l._size.t + l.yaxis2.d2p(m.y), m.id]; })()""")
-    page.mouse.move(spot[0], spot[1])
-    page.locator("#loss .hoverlayer .hovertext").wait_for()
+    point(page, spot, "#loss .hoverlayer .hovertext")
     assert "click for its story" in page.locator("#loss .hoverlayer").text_content()
     page.mouse.click(spot[0], spot[1])
     page.wait_for_function("(id) => document.activeElement.id === 'f' + id", arg=spot[2])
@@ -258,8 +270,7 @@ def test_not_a_number_is_told_by_a_colour_of_its_own(visit):
     page.evaluate("drawing")
     page.locator("#heat").scroll_into_view_if_needed()
     box = page.locator("#heat .nsewdrag").first.bounding_box()
-    page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])
-    page.locator("#tip:not([hidden])").wait_for()
+    point(page, (box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"]), "#tip:not([hidden])")
     assert "NaN" in page.locator("#tip").inner_text()
     assert "Not finite in 4 rows, first in 0.weight, step 60." in page.locator("#heat-note").inner_text()
 
@@ -391,8 +402,7 @@ def test_cures_and_checkpoints_stand_on_the_curve(visit):
         const r = $('loss').getBoundingClientRect();
         return [r.x + l._size.l + l.xaxis.d2p(t.x[0]), r.y + l._size.t + l.yaxis2.d2p(t.y[0])]; })()""")
     page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")
-    page.mouse.move(*spot)
-    page.locator("#loss .hoverlayer .hovertext").wait_for()
+    point(page, spot, "#loss .hoverlayer .hovertext")
     page.mouse.click(*spot)
     page.wait_for_function("$('done-title').getBoundingClientRect().top < innerHeight")
     assert page.locator(".events .event-rollback").is_visible()

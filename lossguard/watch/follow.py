@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from types import FrameType
 
 from rich.console import Console
@@ -27,15 +28,15 @@ def main(folder: Path, *, once: bool, interval: float) -> int:
     """Show a job once, or until it is over."""
     job, console = Job(folder), _console()
     try:
-        with _terminated():
+        with _ends() as asked:
             if once:
                 job.read()
                 if job.lead is None:
                     raise ValueError(f"no record at {folder}; give the folder that was passed as Guard(record=...)")
             elif console.is_terminal:
-                _live(job, console, interval)
+                _live(job, console, interval, asked)
             else:
-                _lines(job, console, interval)
+                _lines(job, console, interval, asked)
     except KeyboardInterrupt:
         pass  # the way to end it
     if job.lead is not None:
@@ -44,10 +45,10 @@ def main(folder: Path, *, once: bool, interval: float) -> int:
     return 0
 
 
-def _live(job: Job, console: Console, interval: float) -> None:
-    """Redraw the screen until the job is over. What stood on it is told once more on the terminal behind it."""
+def _live(job: Job, console: Console, interval: float, asked: Event) -> None:
+    """Redraw the screen until the job is over, or somebody asked for the end. What stood on it is told once more on the terminal behind it."""
     with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
-        while True:
+        while not asked.is_set():
             job.read(BUDGET)
             live.update(screen.Screen(job, lines=console.height), refresh=True)
             if job.over:
@@ -56,11 +57,11 @@ def _live(job: Job, console: Console, interval: float) -> None:
                 time.sleep(interval)
 
 
-def _lines(job: Job, console: Console, interval: float) -> None:
+def _lines(job: Job, console: Console, interval: float, asked: Event) -> None:
     """Every finding as it comes, and one line about the state where there is news: for a file or a pipe."""
     said: set[tuple[str, int, str]] = set()
     before, idle = "", ""
-    while True:
+    while not asked.is_set():
         news = job.read(BUDGET)
         state = screen.status(job)
         if not job.behind:
@@ -98,17 +99,23 @@ def _console() -> Console:
 
 
 @contextmanager
-def _terminated() -> Iterator[None]:
-    """SIGTERM leaves the terminal as it was found."""
+def _ends() -> Iterator[Event]:
+    """Ctrl-C and SIGTERM leave the terminal as it was found. What they raise can get lost, in a finalizer for instance: the event
+    that is given stays set, so that the next look is the last."""
+    asked, numbers = Event(), (signal.SIGINT, signal.SIGTERM)
 
     def leave(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    before = [signal.signal(number, leave) for number in numbers]
     try:
-        yield
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
