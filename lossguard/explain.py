@@ -36,6 +36,7 @@ DERIVED = {
     "attention_head": "which head of an attention has the largest logit",
     "net_update": "L2 norm of the weights at the iteration's end less those before the update", "void_update": "change of weights by a step without gradients",
     "outside_update": "change of parameters that no optimizer holds",
+    "squashed": "the activation that feeds a loss on logits, read from the loss's graph",
     "label_nll": "mean negative log-likelihood of the labels", "update_ratio": "update norm over weight norm",
 }  # fmt: skip
 

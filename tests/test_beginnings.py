@@ -283,3 +283,60 @@ def test_an_attention_that_nobody_takes_over_is_listed():
 
     guard = train(Bare(), steps=3)
     assert "stay inside the kernel" in guard.coverage.not_observed["attention logits"]
+
+
+def small(*last):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3), *last)
+
+
+def bits(outputs, y):
+    return F.one_hot(y, 3).float()
+
+
+SQUASHED = {
+    "softmax": (small(nn.Softmax(dim=1)), lambda o, y: F.cross_entropy(o, y), "3", "softmax before cross entropy"),
+    "softmax by hand": (small(), lambda o, y: nn.CrossEntropyLoss()(o.softmax(-1), y), "output", "softmax before cross entropy"),
+    "sigmoid": (small(nn.Sigmoid()), lambda o, y: F.cross_entropy(o, y), "3", "sigmoid before cross entropy"),
+    "places": (small(nn.Softmax(dim=-1)), lambda o, y: F.cross_entropy(o.view(4, -1, 3).transpose(1, 2), y.view(4, -1)), "3", "softmax before cross entropy"),
+    "binary": (small(nn.Sigmoid()), lambda o, y: F.binary_cross_entropy_with_logits(o, bits(o, y)), "3", "sigmoid before BCE with logits"),
+}
+FITTING = {
+    "logits": (small(), lambda o, y: F.cross_entropy(o, y)),
+    "log-softmax": (small(nn.LogSoftmax(dim=1)), lambda o, y: F.cross_entropy(o, y)),
+    "likelihood": (small(nn.Softmax(dim=1)), lambda o, y: F.nll_loss((o + 1e-8).log(), y)),
+    "scaled": (small(nn.Softmax(dim=1)), lambda o, y: F.cross_entropy(10 * o, y)),
+    "probabilities": (small(nn.Sigmoid()), lambda o, y: F.binary_cross_entropy(o, bits(o, y))),
+    "gate": (small(nn.Softmax(dim=1), nn.Linear(3, 3)), lambda o, y: F.cross_entropy(o, y)),
+    "another axis": (small(nn.Softmax(dim=0)), lambda o, y: F.cross_entropy(o, y)),
+}
+
+
+def judged(model, loss_of):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Guard(model, optimizer, halt=None) as guard:
+        for i in range(12):
+            with drawn_with(i):
+                x, y = torch.randn(16, 8), torch.randint(3, (16,))
+            loss = loss_of(model(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step(loss)
+    return heard(guard, "wrong_output_activation")
+
+
+@pytest.mark.parametrize("name", SQUASHED)
+def test_what_the_loss_holds_already_is_named_at_the_first_step(name):
+    """A softmax or sigmoid before a loss on logits is said once, at step 0, at its module, with the remedy of the check before the first step."""
+    model, loss_of, where, cause = SQUASHED[name]
+    (finding,) = judged(model, loss_of)
+    assert (finding.step, finding.where, finding.severity, finding.causes[0].name) == (0, where, Severity.WARNING, cause)
+    assert finding.remedies[0].change == {"output_activation": "none"}
+    assert [round(e.value, 3) for e in finding.evidence] == ([] if name == "binary" else [0.551])
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_an_output_that_fits_its_loss_is_silent(name):
+    """Log-probabilities, scaled or gated probabilities, and losses on probabilities are what they should be."""
+    assert judged(*FITTING[name]) == []

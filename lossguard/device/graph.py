@@ -37,6 +37,12 @@ LINEAR = ("AddmmBackward0", "ConvolutionBackward0", "LinearBackward0")
 SAFE = ("cross_entropy", "mse", "huber", "binary")
 SCALINGS = ("DivBackward", "MulBackward", "MeanBackward", "SumBackward")  # of a loss that was reduced or scaled
 SUM = 2  # torch's number for reduction="sum"
+LOGIT_LOSSES = {
+    "NllLossBackward0": "cross entropy", "NllLoss2DBackward0": "cross entropy", "NllLossNdBackward0": "cross entropy",
+    "BinaryCrossEntropyWithLogitsBackward0": "binary cross entropy with logits",
+}  # fmt: skip
+SQUASHING = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid"}
+RESHAPES = VIEWS[:7]
 RELUS = ("ReluBackward0", "ThresholdBackward0", "HardtanhBackward0")
 OPAQUE = {"CompiledFunctionBackward": "compiled", "CheckpointFunctionBackward": "reentrant checkpoint"}
 
@@ -52,6 +58,7 @@ class GraphFacts:
     relu_parameters: list[int] = field(default_factory=list)  # ids of the 1-d parameters right before a ReLU that no hook saw
     cancelled: set[int] = field(default_factory=set)  # ids of biases that only feed a batch-norm
     safe: bool = False  # the loss itself, or all of its terms, is a built-in loss that is finite for all finite outputs
+    squashed: tuple[str, str, str, int] = ("", "", "", 0)  # module, activation, loss that holds one itself, size of the softmax's dimension
     attentions: int = 0  # fused attentions
     summed: bool = False  # a built-in loss adds its samples up, and nothing behind it divides the sum (by a count of tokens, say)
     masked: bool = False  # a softmax is given what a mask was written into
@@ -82,6 +89,8 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
         if facts.loss_family == "unknown" and name in FAMILIES:
             facts.loss_family = FAMILIES[name]
             facts.summed = getattr(node, "_saved_reduction", None) == SUM and not divided
+        if not facts.squashed[1]:
+            facts.squashed = _squashed(node, producers)
         facts.masked = facts.masked or (name == SOFTMAXES[1] and _is_masked(node))
         facts.attentions += name.startswith("ScaledDotProduct")
         if name in LINEAR and not facts.linear_chain[0]:
@@ -97,6 +106,36 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
                 seen.add(child)
                 queue.append(child)
     return facts
+
+
+def _squashed(node: Any, producers: Mapping[Any, Any]) -> tuple[str, str, str, int]:
+    """A loss on logits that is given what a softmax or a sigmoid made, with nothing but views between; empty for any other node."""
+    loss, over, size = LOGIT_LOSSES.get(node.name(), ""), node, 0
+    if loss == "cross entropy":
+        over = _behind_views(node)
+        if over is None or over.name() != SOFTMAXES[0]:
+            return "", "", "", 0
+        size = _input_size(over)
+    made = _behind_views(over) if loss else None
+    kind = SQUASHING.get(made.name(), "") if made is not None else ""
+    if not kind or (kind == "softmax" and size and _input_size(made) != size):
+        return "", "", "", 0
+    return str(producers.get(made, "")), kind, loss, size
+
+
+def _behind_views(node: Any) -> Any:
+    """What feeds a node, through what only re-shapes."""
+    for _ in range(5):
+        node = node.next_functions[0][0] if node.next_functions else None
+        if node is None or not node.name().rstrip("0123456789").startswith(RESHAPES):
+            return node
+    return None
+
+
+def _input_size(softmax: Any) -> int:
+    """The size of the dimension that a softmax runs over."""
+    shape = _shape(softmax)
+    return shape[_saved(softmax, "_saved_dim")] if shape else 1
 
 
 def _is_masked(node: Any) -> bool:
@@ -250,7 +289,7 @@ def _fed_by_linear(node: Any, producers: Mapping[Any, Any]) -> tuple[str, str]:
     for _ in range(4):
         if before is None or before.name() in LINEAR:
             break
-        if not before.name().rstrip("0123456789").startswith(VIEWS[:7]) or not before.next_functions:
+        if not before.name().rstrip("0123456789").startswith(RESHAPES) or not before.next_functions:
             return "", ""
         before = before.next_functions[0][0]
     known = before in producers and node in producers and before is not None and before.name() == node.name()

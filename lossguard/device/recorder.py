@@ -133,6 +133,8 @@ class Recorder:
             self.extras.finish(self.facts, self.row)
             if self.passes.finish(losses):
                 self._plan()
+            if self.passes.graph is not None and self.passes.graph.squashed[1]:
+                self.facts["squashed"] = self.passes.graph.squashed
             self.facts.update({"loss_is_safe": graph.safe(losses)} if "forced" in self.facts else {})
         self.facts.setdefault("stepped", 0.0)
         return [row.lay_down() for row in self._rows.values()]
