@@ -73,6 +73,13 @@ def test_the_first_finding_is_the_root(task, name, cause):
     assert result[0].causes[0].name == cause, str(result)
 
 
+@pytest.mark.parametrize("task", [task for task, *_ in preflight_tasks.ILL], ids=lambda t: t.__name__)
+def test_one_fault_is_one_event(task):
+    """Each ill task has one fault, and one event of warning or above."""
+    result = flown(task)
+    assert len([f for f in result if f.severity >= Severity.WARNING]) <= 1, str(result)
+
+
 def test_every_check_is_complete():
     """A check is a frozen dataclass with a documented diagnosis, limits with a source, and an ill specimen."""
     specimens = {name for _, name, _ in preflight_tasks.ILL}

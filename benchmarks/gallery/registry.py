@@ -20,7 +20,7 @@ import lossguard
 from lossguard import Finding, Guard, TrainingHalted
 
 HERE = Path(__file__).parent
-QUICK_SHARE = {True: 16, False: 10}  # one healthy (ill) program in so many is in the quick subset, chosen by a hash of its name
+QUICK_SHARE = {True: 24, False: 20}  # one healthy (ill) program in so many is in the quick subset, chosen by a hash of its name
 
 
 @dataclass(frozen=True)
