@@ -237,7 +237,7 @@ class Finding:
         rows += [("kept", self.note)] if self.note else []
         call = "preflight(..., " if self.step < 0 else "Guard("
         rows += [("more", f'python -m lossguard explain {self.diagnosis}      silence: {call}mute={{"{self.diagnosis}"}})')]
-        again = f", {self.count} times until step {self.last_step}" if self.count > 1 else ""
+        again = f", {self.count} times until step {self.last_step}" if self.count > 1 and (self.last_step or 0) > self.step else ""
         head = f"lossguard: {self.severity.label} {self.diagnosis} {self.when}{again}"
         return "\n".join([head] + [f"  {label:<10} {text}" for label, text in rows])
 

@@ -44,6 +44,7 @@ class Extras:
         self._bootstraps = False  # one of them ran again, with gradients
         self._evaluated: set[bool] = set()  # the modes (training or not) in which modules ran without gradients since the last step
         self._outside: tuple[list[Tensor], list[Tensor]] = ([], [])  # in no optimizer; copies of the sample before
+        self._outside_which: list[tuple[Any, ...]] = []  # the parameters that these are of
         self._void: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer that steps without any gradient -> tensors, copies
         self._fed: set[int] = set()  # optimizers that step with a gradient
         self._rates: dict[tuple[int, int], tuple[float, float]] = {}  # group -> its largest rate so far, and its last one that was not 0
@@ -51,7 +52,11 @@ class Extras:
     def plan(self, trained: Sequence[Trained]) -> None:
         """The parameters are listed anew."""
         self._trained = trained
-        self._outside = [t.tensor.detach() for t in trained if t.optimizer < 0 and _readable(t.tensor)][:OUTSIDE], []
+        outside = [t.tensor for t in trained if t.optimizer < 0 and _readable(t.tensor)][:OUTSIDE]
+        which = [(id(p), p.shape, p.device) for p in outside]
+        # where no optimizer holds any parameter, they are listed anew at each sample: the copies must outlive that
+        self._outside = [p.detach() for p in outside], self._outside[1] if which == self._outside_which else []
+        self._outside_which = which
         self.halves.plan(trained)
 
     def begin(self) -> None:
