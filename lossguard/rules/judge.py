@@ -21,7 +21,7 @@ _DIVERGENCE = ("nonfinite_loss", "nonfinite_activation", "nonfinite_gradient", "
 _STANDSTILL = ("constant_loss", "loss_plateau", "learning_bottleneck")
 _COLLAPSE = (*_STANDSTILL, "unchanged_weights", "update_ratio_low")
 _NO_SIGNAL = ("vanishing_gradient", "collapsed_activation", *_COLLAPSE)
-_BEFORE = ("initial_loss_off", "cannot_overfit_batch")  # what preflight finds, and the first loss of a run
+_BEFORE = ("initial_loss_off", "cannot_overfit_batch")  # found before the first step, or at it
 
 # root -> what may follow from it. A later symptom found while its root's episode is fresh is attached to the root.
 # Order matters: of findings born in one round, the earlier row is the root.
@@ -56,7 +56,6 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "invalid_labels": _BEFORE,
     "unnormalized_input": ("poor_initialization", "unchanged_weights", *_BEFORE),
     "wrong_output_activation": ("unchanged_weights", *_BEFORE),
-    "unshuffled_data": ("initial_loss_off",),  # the first batches of sorted targets are no measure of all
     "cross_sample_leak": ("cannot_overfit_batch",),
     "initial_loss_off": ("cannot_overfit_batch",),
 }
