@@ -42,6 +42,7 @@ class Extras:
         self._born_seen = False
         self._without: set[int] = set()  # modules in training mode that ran without gradients in this step
         self._bootstraps = False  # one of them ran again, with gradients
+        self.in_evaluation = False  # a module in evaluation mode ran with gradients in this step
         self._evaluated: set[bool] = set()  # the modes (training or not) in which modules ran without gradients since the last step
         self._outside: tuple[list[Tensor], list[Tensor]] = ([], [])  # in no optimizer; copies of the sample before
         self._void: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer that steps without any gradient -> tensors, copies
@@ -51,7 +52,10 @@ class Extras:
     def plan(self, trained: Sequence[Trained]) -> None:
         """The parameters are listed anew."""
         self._trained = trained
-        self._outside = [t.tensor.detach() for t in trained if t.optimizer < 0 and _readable(t.tensor)][:OUTSIDE], []
+        held_by_none: list[Tensor] = [t.tensor for t in trained if t.optimizer < 0 and _readable(t.tensor)]
+        outside = held_by_none[:OUTSIDE]
+        if list(map(id, outside)) != list(map(id, self._outside[0])):  # else the copies still tell whether they move
+            self._outside = outside, []
         self.halves.plan(trained)
 
     def begin(self) -> None:
@@ -63,7 +67,7 @@ class Extras:
         self._fed.clear()
         self._evaluated.clear()
         self._without.clear()
-        self._bootstraps = False
+        self._bootstraps = self.in_evaluation = False
 
     def module_called(self, site: int, name: str, kind: str, args: tuple[Any, ...], output: Tensor, row: Row) -> None:
         """A watched module's forward pass ended."""
@@ -106,6 +110,8 @@ class Extras:
         """The step is over: have the parameters that no optimizer holds moved since the sample before?"""
         if self._bootstraps:
             facts["bootstraps"] = 1.0
+        if self.in_evaluation:
+            facts["in_evaluation"] = 1.0
         tensors, copies = self._outside
         if not tensors:
             return
