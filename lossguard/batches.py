@@ -36,9 +36,18 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         self._guard.history.notes["loader_workers"] = getattr(self._loader, "num_workers", None)
+        self._guard.history.notes["loader_batches"] = _length(self._loader)
         for batch in self._loader:
             self._guard._show(*split(batch), handed=True)
             yield batch
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """How many batches a pass has; None where the loader cannot say."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None

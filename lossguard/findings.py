@@ -150,6 +150,7 @@ class Cause:
 CHANGES: dict[str, str] = {
     "lr": "the new learning rate",
     "lr_factor": "factor on a learning rate that is not known",
+    "momentum": "of batch-norm's running statistics",
     "max_norm": "value to clip the gradient norm at",
     "head_scale": "factor on the last layer's initial weights",
     "init": "initialisation: he, xavier, default",
@@ -185,6 +186,7 @@ CHANGES: dict[str, str] = {
     "freeze": "True",
     "temperature": "divisor of logits",
     "parameter": "name of the parameter or module meant",
+    "train_mode": "True: call train() after each evaluation",
 }
 
 

@@ -42,10 +42,13 @@ class Introduction:
         ]
         history.notes.update(missing_from_optimizer=tuple(roster.missing), foreign_in_optimizer=roster.foreign, trainable=len(roster.trained))
         history.notes.update(loss_is_nonnegative=self._declared or bool(graph and graph.nonnegative), loss_is_safe=bool(graph and graph.safe))
-        history.notes.update(loss_is_summed=bool(graph and graph.summed), softmax_is_masked=bool(graph and graph.masked))
+        history.notes.update(loss_is_summed=bool(graph and graph.summed), loss_is_mean=bool(graph and graph.averaged))
+        history.notes.update(softmax_is_masked=bool(graph and graph.masked))
         history.notes.update(linear_chain=graph.linear_chain if graph else ("", ""), head=str(graph.head or "") if graph else "")
         dropouts = [m.p for m in self._recorder.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
         history.notes.update(largest_dropout=max(dropouts, default=0.0))
+        norms = [m for m in self._recorder.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats]
+        history.notes.update(least_norm_momentum=min((float(m.momentum) for m in norms if m.momentum is not None), default=None))
         own = {id(p) for p in self._recorder.model.parameters()}
         history.notes.update(loss_of_others=bool(graph and not own.issuperset(graph.leaves) and own & graph.leaves))
         if graph and not self._declared and graph.loss_family != "unknown":

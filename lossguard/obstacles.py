@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lossguard import structure
-from lossguard.advice import Advice, born_zero, faster, lr_remedy, matrices, middle, ranked, reach, slower, stopped_rate, typically, without_gradient
+from lossguard.advice import Advice, born_zero, faster, lr_remedy, matrices, medians, middle, ranked, reach, slower, stopped_rate, typically, without_gradient
 from lossguard.findings import Cause, Remedy, number
 from lossguard.host.history import Array, History
 
@@ -19,6 +19,7 @@ CERTAIN = 0.6  # confidence from which a cause is evidence, and not a guess
 
 # Limits outside of the healthy envelopes (detectors 0.2), nearer to them than those of the rules of their own.
 SLOW = 1e-5  # median update ratio; healthy from 3.3e-5
+STIRRED = 0.01  # of the weights, that all updates so far can have changed; healthy from scratch 1.7e-4 a step, so 0.017 in the 100 steps of a plateau
 FAST = 3e-2  # median update ratio; healthy up to 1.4e-2
 FADED = 1e-4  # rms of a matrix's gradient over the largest; healthy from 6e-4
 DEAD = 0.5  # share of a layer's units that are silent for a whole window; healthy up to 0.36
@@ -109,8 +110,20 @@ def _step_size(history: History) -> Pairs:
         return [stopped]
     if u == 0:
         return [(Cause("weights do not move", 0.8, "every update of the last samples is exactly 0"), [lr_remedy(history, 10.0)])]
-    cause = None if history.schedule_tail else step_size(history)
+    cause = None if history.schedule_tail else step_size(history) or _unstirred(history)
     return [(cause, [faster(history) if cause.name.endswith("low") else slower(history)])] if cause else []
+
+
+def _unstirred(history: History) -> Cause | None:
+    """The learning rate, if the weights are nearly those of the first step: however the updates add up, they cannot have come far."""
+    ratio, able, steps = history.last("update_ratio"), matrices(history), history.steps()
+    if not ratio.size or not able.any() or steps[0] > 0:
+        return None  # the window no longer holds the beginning
+    each = medians(ratio, able)
+    moved = float(np.dot(each, np.diff(np.append(steps, history.step + 1))))  # NaN where a sample has none
+    if not 0 < moved < STIRRED or trained_before(history):
+        return None
+    return Cause("learning rate too low", 0.7, f"all {history.step + 1} steps together change at most {moved:.1%} of the weights")
 
 
 def _worst(history: History, signal: str, sign: float = 1.0) -> tuple[float, str]:

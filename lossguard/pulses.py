@@ -81,15 +81,13 @@ class Pulses:
         if pulse is None or self._names != PLAIN or type(loss) is not Tensor or loss.dim() or not 0 < pulse.filled < pulse.rows - 1:
             return False
         row, host = pulse.filled, self._host
-        if host is None:
+        value = None if host is None or loss.dtype is not torch.float32 else host_view(loss)
+        if host is None or value is None:
             pulse.put(MAX_LEAVES, loss.detach())
         else:
-            value = host_view(loss)
-            if value is None:
-                return False
             host[row, MAX_LEAVES] = value
-            if not math.isfinite(host.item(row, MAX_LEAVES)):
-                return False
+        if host is not None and not math.isfinite(host.item(row, MAX_LEAVES)):
+            return False
         self._looked.append(0)
         self._printed.append(False)
         if self._batch is not None:

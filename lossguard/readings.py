@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lossguard import structure
 from lossguard.advice import middle, once
 from lossguard.host.history import Array, History
 
@@ -38,7 +39,8 @@ class Curves:
     """The evaluations so far (finite ones), and the training losses beside each.
 
     noise: the standard deviation of one validation loss about its own trend; 0 where too few are known. first: the
-    training loss at the run's beginning. learned: how far the training loss has come down since, at its best.
+    training loss at the run's beginning. learned: how far the training loss has come down since, at its best. chance: the loss of
+    equally likely classes, NaN where it is unknown.
     """
 
     steps: Array
@@ -50,6 +52,7 @@ class Curves:
     noise: float
     first: float
     learned: float
+    chance: float = math.nan
 
     def __len__(self) -> int:
         return int(self.loss.size)
@@ -73,7 +76,8 @@ def curves(history: History) -> Curves:
     first = beginning(history)
     known = training[np.isfinite(training)]
     learned = first - float(known.min()) if known.size and np.isfinite(first) else math.nan
-    return Curves(steps, loss, training, error, accuracy, train_accuracy, spread(loss), first, max(learned, 0.0) if learned == learned else 0.0)
+    learned = 0.0 if math.isnan(learned) else max(learned, 0.0)
+    return Curves(steps, loss, training, error, accuracy, train_accuracy, spread(loss), first, learned, structure.chance(history))
 
 
 @once
@@ -136,8 +140,12 @@ def direction(read: Curves) -> str:
 
 
 def apart(read: Curves, newest: int = 3, training: float | None = None) -> float:
-    """How far training (beside each evaluation, if not given) lies below the newest ones, over what was learned; 0 if nothing was learned yet."""
-    if not read.learned > (LEARNED * abs(read.first) if read.positive else 0.0):
+    """How far training (beside each evaluation, if not given) lies below the newest ones, over what was learned; 0 if nothing was learned yet.
+
+    What a classifier owes beyond chance comes from its first weights, and to lose it is not to learn.
+    """
+    start = float(np.fmin(abs(read.first), read.chance))  # a chance that is unknown is NaN
+    if not read.learned - (abs(read.first) - start) > (LEARNED * start if read.positive else 0.0):
         return 0.0
     now = read.training[-newest:] if training is None else training
     return float((read.loss[-newest:] - now).min()) / read.learned

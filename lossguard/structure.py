@@ -14,6 +14,7 @@ from lossguard.host.history import History
 
 Pairs = list[tuple[Cause, Sequence[Remedy]]]
 STRONG = 0.85  # dropout probability above which a layer is nearly always lost; our own choice: published recipes stay at 0.8 or below
+STALE = 0.5  # of batch-norm's running statistics that are still those of the first step: evaluation then uses made-up ones for the most part
 USUAL = 0.5  # of Srivastava et al. 2014, for hidden layers
 NARROW = 1  # units of a layer through which three classes or more cannot be told apart by a linear head
 HIDDEN = ("Linear", "Conv")  # parts of the names of module classes that make a layer
@@ -39,6 +40,18 @@ def faults(history: History) -> Pairs:
     """What in the network's make keeps a loss from falling."""
     found = (_dropout(history), _linear(history), _narrow(history))
     return [pair for pair in found if pair is not None]
+
+
+def stale_statistics(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
+    """Batch-norm's running statistics have hardly left those that they began with, and evaluation normalises by them."""
+    momentum = history.notes.get("least_norm_momentum")
+    if momentum is None or not 0 <= momentum < 1:
+        return None
+    left = (1.0 - momentum) ** (history.step + 1)
+    if not left > STALE:
+        return None
+    because = f"at momentum {number(momentum)}, {left:.0%} of the running statistics are still the initial ones after {history.step + 1} steps"
+    return Cause("batch norm statistics", 0.9, because), [Remedy(f"batch-norm momentum {number(momentum)} -> 0.1", {"momentum": 0.1})]
 
 
 def _dropout(history: History) -> tuple[Cause, Sequence[Remedy]] | None:

@@ -690,6 +690,15 @@ def sorted_classes():
     return with_digits(mlp(64, 10), x=x[order], y=y[order], shuffle=False)
 
 
+def sorted_targets():
+    """A regression whose rows come in the order of their target, as an exported table does."""
+    x, y = load_diabetes(return_X_y=True)
+    order = y.argsort()
+    x, y = torch.tensor(x / x.std(0), dtype=torch.float32)[order], torch.tensor((y - y.mean()) / y.std(), dtype=torch.float32)[order].unsqueeze(1)
+    model = mlp(10, 1)
+    return model, loader(x, y, shuffle=False), nn.MSELoss(), adam(model), {}
+
+
 def softmax_twice():
     return with_digits(nn.Sequential(mlp(64, 10), nn.Softmax(1)))
 
@@ -806,7 +815,8 @@ ILL = [
     (kilometres, "unnormalized_input", "features in different units"), (twice_divided, "unnormalized_input", "normalised twice, or in too small a unit"),
     (from_one, "invalid_labels", "labels start at 1"), (minus_one, "invalid_labels", "padding value"), (float_labels, "invalid_labels", "wrong dtype"),
     (broadcast, "invalid_labels", "shapes are broadcast"), (signs, "invalid_labels", "labels are -1 and 1"), (rare_class, "class_imbalance", "rare class"),
-    (sorted_classes, "unshuffled_data", "data sorted by label"), (softmax_twice, "wrong_output_activation", "softmax before cross entropy"),
+    (sorted_classes, "unshuffled_data", "data sorted by label"), (sorted_targets, "unshuffled_data", "data sorted by label"),
+    (softmax_twice, "wrong_output_activation", "softmax before cross entropy"),
     (sigmoid_twice, "wrong_output_activation", "sigmoid before BCE with logits"), (sigmoid_missing, "wrong_output_activation", "sigmoid missing"),
     (no_log_softmax, "wrong_output_activation", "log_softmax missing"), (relu_regression, "wrong_output_activation", "ReLU before a regression"),
     (all_zero, "poor_initialization", "weights all zero"), (all_equal, "poor_initialization", "weights all equal"),

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import jobs
+import judging
 import overhead
 from contestants import NAMES, Guarded
 
@@ -50,6 +51,13 @@ def test_a_sampled_step_adds_few_operations(cost):
 def test_the_host_reads_nothing(cost):
     """No step of a cycle reads a value from the device."""
     assert cost.reads == 0
+
+
+def test_the_benchmark_of_judging_runs(monkeypatch):
+    """Made-up calm rows are taken in and judged, every rule is timed, and none finds anything."""
+    monkeypatch.setattr(judging, "SAMPLES", 8)
+    taken, judged, each, found = judging.measure(30)
+    assert taken > 0 and judged > 0 and len(each) > 20 and found == []
 
 
 def test_every_contestant_trains_the_same():

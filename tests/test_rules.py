@@ -102,7 +102,7 @@ def run(rules: list[Any], edit: Edit | None = None, *, steps: int = 200, seed: i
         **words: Any) -> list[tuple[int, Finding]]:  # fmt: skip
     """Simulate a run judged at every step: the findings that were heard, each with the step at which it was heard."""
     rng, history, judge, heard = np.random.default_rng(seed), new_history(**words), Judge(rules), []
-    history.notes = {"loss_is_nonnegative": True, **(notes or {})}
+    history.notes = {"loss_is_nonnegative": True, "loss_is_mean": True, **(notes or {})}
     for step in range(steps):
         values, facts = healthy_step(step, rng, scale)
         if edit is not None:
@@ -207,6 +207,7 @@ ILL: dict[str, tuple[Edit, int, int, str, Severity]] = {
                                60, 20, "trunk.weight", Severity.WARNING),
     "overflow_risk": (times("activation_reach", 6, 60.0, since=40), 40, 3, "layers.2", Severity.WARNING),
     "poor_initialization": (at("weight_range", slice(1, 6), 0.0), 0, 0, "layers.0.weight", Severity.WARNING),
+    "initial_loss_off": (loss(lambda t, v: v + 40.0 * np.exp(-t / 20)), 0, 0, "first loss", Severity.WARNING),
     "attention_logit_growth": (both(times("attention_logit", 4, 50.0, since=20), loss(lambda t, v: 2.3)), 20, 20, "layers.1", Severity.ERROR),
     "loss_spike": (loss(lambda t, v: 60.0, since=133, until=134), 133, 3, "loss", Severity.WARNING),
     "diverging_loss": (loss(lambda t, v: v * 1.1 ** (t - 80), since=80), 80, 60, "loss", Severity.WARNING),
@@ -250,6 +251,7 @@ NEAR: dict[str, Edit] = {
     "duplicate_batches": lambda t, v, f: f.__setitem__("fingerprint", 7.0 if t < 100 else float(t % 10) if t < 200 else float(t * t * 31 % 97 % 3)),
     "frozen_weights_changed": both(fact("frozen", ("trunk.weight",), since=60), at("frozen_update", 0, 0.0, since=60, until=100)),
     "overflow_risk": both(at("activation_reach", 6, 1.0), times("activation_reach", 4, 70.0, since=30, until=32), times("gradient_reach", ALL, 300.0)),
+    "initial_loss_off": loss(lambda t, v: v + 30.0 * np.exp(-t / 20) + 100.0 * (t > 5)),
     "poor_initialization": both(at("weight_range", 3, 0.0), at("weight_norm", 6, 0.0, until=1), times("activation_rms", 8, 1e-3)),
     # large from the start, sharp once the loss has fallen, and a mask
     "attention_logit_growth": both(times("attention_logit", 4, 40.0), times("logit_peak", 1, 9.0, since=150), at("logit_peak", 0, 1e9)),
@@ -301,8 +303,8 @@ def test_the_healthy_run_is_silent(seed: int) -> None:
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), exponent=st.integers(-6, 6))
 def test_the_scale_of_the_loss_does_not_matter(seed: int, exponent: int) -> None:
-    """Multiplying the loss and its gradients by 1e-6 to 1e6 makes no alarm."""
-    heard = run([make() for make in RULES.values()], seed=seed, scale=10.0**exponent, steps=130)
+    """Multiplying the loss and its gradients by 1e-6 to 1e6 makes no alarm; only of a mean cross entropy the size itself is known."""
+    heard = run([make() for make in RULES.values()], seed=seed, scale=10.0**exponent, steps=130, notes={"loss_is_mean": False})
     assert [f for _, f in heard if f.severity >= Severity.WARNING] == []
 
 

@@ -42,9 +42,9 @@ class Extras:
         self._born_seen = False
         self._without: set[int] = set()  # modules in training mode that ran without gradients in this step
         self._bootstraps = False  # one of them ran again, with gradients
+        self.in_evaluation = False  # a module in evaluation mode ran with gradients in this step
         self._evaluated: set[bool] = set()  # the modes (training or not) in which modules ran without gradients since the last step
         self._outside: tuple[list[Tensor], list[Tensor]] = ([], [])  # in no optimizer; copies of the sample before
-        self._outside_which: list[tuple[Any, ...]] = []  # the parameters that these are of
         self._void: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # optimizer that steps without any gradient -> tensors, copies
         self._fed: set[int] = set()  # optimizers that step with a gradient
         self._rates: dict[tuple[int, int], tuple[float, float]] = {}  # group -> its largest rate so far, and its last one that was not 0
@@ -52,11 +52,10 @@ class Extras:
     def plan(self, trained: Sequence[Trained]) -> None:
         """The parameters are listed anew."""
         self._trained = trained
-        outside = [t.tensor for t in trained if t.optimizer < 0 and _readable(t.tensor)][:OUTSIDE]
-        which = [(id(p), p.shape, p.device) for p in outside]
-        # where no optimizer holds any parameter, they are listed anew at each sample: the copies must outlive that
-        self._outside = [p.detach() for p in outside], self._outside[1] if which == self._outside_which else []
-        self._outside_which = which
+        held_by_none: list[Tensor] = [t.tensor for t in trained if t.optimizer < 0 and _readable(t.tensor)]
+        outside = held_by_none[:OUTSIDE]
+        if list(map(id, outside)) != list(map(id, self._outside[0])):  # else the copies still tell whether they move
+            self._outside = outside, []
         self.halves.plan(trained)
 
     def begin(self) -> None:
@@ -68,7 +67,7 @@ class Extras:
         self._fed.clear()
         self._evaluated.clear()
         self._without.clear()
-        self._bootstraps = False
+        self._bootstraps = self.in_evaluation = False
 
     def module_called(self, site: int, name: str, kind: str, args: tuple[Any, ...], output: Tensor, row: Row) -> None:
         """A watched module's forward pass ended."""
@@ -111,6 +110,8 @@ class Extras:
         """The step is over: have the parameters that no optimizer holds moved since the sample before?"""
         if self._bootstraps:
             facts["bootstraps"] = 1.0
+        if self.in_evaluation:
+            facts["in_evaluation"] = 1.0
         tensors, copies = self._outside
         if not tensors:
             return

@@ -36,7 +36,7 @@ BATCH_NORMS = NORMS[:3]
 LINEAR = ("AddmmBackward0", "ConvolutionBackward0", "LinearBackward0")
 SAFE = ("cross_entropy", "mse", "huber", "binary")
 SCALINGS = ("DivBackward", "MulBackward", "MeanBackward", "SumBackward")  # of a loss that was reduced or scaled
-SUM = 2  # torch's number for reduction="sum"
+MEAN, SUM = 1, 2  # torch's numbers for reduction="mean" and "sum"
 LOGIT_LOSSES = {
     "NllLossBackward0": "cross entropy", "NllLoss2DBackward0": "cross entropy", "NllLossNdBackward0": "cross entropy",
     "BinaryCrossEntropyWithLogitsBackward0": "binary cross entropy with logits",
@@ -61,6 +61,7 @@ class GraphFacts:
     squashed: tuple[str, str, str, int] = ("", "", "", 0)  # module, activation, loss that holds one itself, size of the softmax's dimension
     attentions: int = 0  # fused attentions
     summed: bool = False  # a built-in loss adds its samples up, and nothing behind it divides the sum (by a count of tokens, say)
+    averaged: bool = False  # the loss is the mean of one built-in loss and nothing else
     masked: bool = False  # a softmax is given what a mask was written into
     linear_chain: tuple[str, str] = ("", "")  # two linear layers, by their modules, with nothing but a view between them
     leaves: set[int] = field(default_factory=set)  # ids of the parameters that the loss depends on
@@ -78,6 +79,7 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
             _read_head(root, producers, facts, inside)
     facts.nonnegative = bool(roots) and len(roots) == len(losses) and all(_keeps_sign(root) for root in roots)
     facts.safe = safe(losses)
+    facts.averaged = len(roots) == len(losses) == 1 and roots[0].name() in FAMILIES and getattr(roots[0], "_saved_reduction", None) == MEAN
     seen, queue, divided = set(roots), deque(roots), False
     while queue and len(seen) < MAX_NODES:
         node = queue.popleft()

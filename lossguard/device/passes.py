@@ -71,6 +71,7 @@ class Passes:
         if not torch.is_grad_enabled():
             self.extras.ran_without_gradients(module)
         if not module.training or torch._C._current_graph_task_id() != -1:  # an activation checkpoint recomputes: counted already
+            self.extras.in_evaluation = self.extras.in_evaluation or (not module.training and torch.is_grad_enabled())
             return
         site = self._ordinary.get(id(module)) if not self._dense and type(output) is Tensor else None
         if self.extras.may_bootstrap and torch.is_grad_enabled():

@@ -75,7 +75,8 @@ def settings(optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     decays = [g["weight_decay"] for g in groups if isinstance(g.get("weight_decay"), (int, float)) and g["weight_decay"] > 0]
     if decays:
         decoupled = any(g.get("decoupled_weight_decay") for g in groups) or type(optimizers[0]).__name__.endswith("W")
-        facts.update(weight_decay=max(decays), decay_is_decoupled=1.0 if decoupled else 0.0)
+        momentum = max((g["momentum"] for g in groups if isinstance(g.get("momentum"), (int, float))), default=0.0)
+        facts.update(weight_decay=max(decays), decay_is_decoupled=1.0 if decoupled else 0.0, momentum=momentum)
     eps = [g["eps"] for g in groups if isinstance(g.get("eps"), float)]
     if eps:
         facts["adam_eps"] = max(eps)

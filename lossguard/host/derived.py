@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lossguard.host.columns import Array, Sites
 
 # Signals that are not kept, since only what follows from them means something: ``sample_variance``, ``label_nll``, ``confident_wrong``.
-PARTS = ("sample_spread", "sample_size", "labelled_fraction", "nll_part", "wrong_part", "attention_heads")
+PARTS = ("sample_spread", "sample_size", "nll_part", "wrong_part", "attention_heads")
 HEADS = 256  # numbers of one attention in ``attention_heads``: site * HEADS + head; as the device side has it
 ONLY: Sites = np.zeros(1, dtype=np.intp)  # the site of a signal that has one
 

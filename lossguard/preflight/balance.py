@@ -92,19 +92,21 @@ class UnshuffledData:
     """unshuffled_data: samples come sorted by label, so that batches hold few classes (detectors A, unshuffled_data; SYMPTOMS E7).
 
     The entropy of each batch's labels, over what batches of that size drawn at random would have, and the share of neighbours with equal
-    labels, over what chance gives. Sorted data has about as many runs of equal labels as classes.
+    labels, over what chance gives. Sorted data has about as many runs of equal labels as classes. Continuous targets, one a sample, are
+    sorted where none is below the one before it, or none above, in at least 50 that have at least 25 different values.
 
     Why: a loader without shuffle=True over data stored class by class, or a shuffle buffer smaller than a class.
     Do: shuffle=True, or shuffle the file once before training.
     False alarm: time series and grouped recordings have neighbours alike by design, but each class comes again and again: the check then
-        cannot tell. Samplers of your own are believed, and so are vocabularies and pixel labels. Continuous targets are not judged.
+        cannot tell. Samplers of your own are believed, and so are vocabularies and pixel labels. A grid of a rising function is sorted indeed.
     """
 
     diagnosis: ClassVar[str] = "unshuffled_data"
     entropy: float = 0.7  # of a batch's labels, over a random batch's; detectors A; shuffled 1.00 (least 0.97), sorted 0.11
     sigmas: float = 6.0  # of the share of equal neighbours above chance; detectors A
     runs: float = 3.0  # runs of equal labels per class up to which the data is sorted; our own choice: sorted data has 1, two files in a row 2
-    labels: int = 50  # labels needed; our own choice
+    labels: int = 50  # labels needed; our own choice: continuous ones in order by chance have odds of 1 to 50!
+    distinct: int = 25  # different values among continuous targets, so that grades and constants are no order; our own choice: odds of 1 to 25!
     batches: int = 4  # batches needed; our own choice
     most_classes: int = 1000  # above, the labels are a vocabulary; detectors A
 
@@ -114,6 +116,8 @@ class UnshuffledData:
             return passed("the sampler draws at random")
         if bench.sample.order == "own":
             return unknown("the sampler is your own")
+        if bench.sample.values:
+            return self._continuous(bench.sample.values)
         labels = [batch for batch in in_order(bench) if len(batch) > 1]
         if len(labels) < self.batches or sum(map(len, labels)) < self.labels:
             return unknown("the targets are not one class per sample, or too few batches of more than one")
@@ -148,6 +152,21 @@ class UnshuffledData:
             )
         ]
         return failed(finding(self.diagnosis, "order of samples", "neighbouring samples have the same label", evidence, advice))
+
+    def _continuous(self, values: list[Tensor]) -> Answer:
+        """Targets of a regression, by their own order."""
+        seen = torch.cat(values)
+        if len(values) < self.batches or len(seen) < self.labels or not bool(seen.isfinite().all()):
+            return unknown("too few batches or targets")
+        step, different = seen.diff(), len(torch.unique(seen))
+        rises, falls = bool((step >= 0).all()), bool((step <= 0).all())
+        if not (rises or falls) or different < self.distinct:
+            return passed("the targets are in no order")
+        word = "rise" if rises else "fall"
+        evidence = [Evidence("neighbours out of order", 0.0), Evidence("samples in a row", len(seen), self.labels)]
+        because = f"the {len(seen)} targets {word} from sample to sample, from {number(float(seen[0]))} to {number(float(seen[-1]))}"
+        advice = [(Cause("data sorted by label", 0.9, because), [Remedy("DataLoader(..., shuffle=True)", {"shuffle": True})])]
+        return failed(finding(self.diagnosis, "order of samples", "samples come in the order of their targets", evidence, advice))
 
 
 def _tokens(bench: Bench) -> bool:

@@ -30,11 +30,11 @@ ORDER = (
     "poor_initialization",
     "unchanged_weights",
     "cross_sample_leak",
+    "unshuffled_data",
     "initial_loss_off",
     "validation_mismatch",
     "cannot_overfit_batch",
     "class_imbalance",
-    "unshuffled_data",
     "learning_rate_range",
 )
 

@@ -57,6 +57,7 @@ class Sample:
     bad: list[Bad] = field(default_factory=list)
     bad_samples: int = 0
     labels: list[Tensor] = field(default_factory=list)  # one per batch
+    values: list[Tensor] = field(default_factory=list)  # the same of continuous targets, one number a sample
     counts: Counter[int] = field(default_factory=Counter)  # of integer targets of any shape
     dense: bool = False  # targets hold more than one class number a sample
     order: str = "unknown"  # "sequential", "random" or "own": how the sampler draws
@@ -247,6 +248,8 @@ def _labels(sample: Sample, targets: Tensor, n: int) -> None:
     if targets.is_floating_point():
         single = targets.dim() == 1 or (targets.dim() == 2 and targets.shape[1] == 1)
         if not single or not bool(((targets == 0) | (targets == 1)).all()):
+            if single and targets.numel() == n and sum(len(v) for v in sample.values) < MOST_LABELS:
+                sample.values.append(targets.reshape(-1).to(device="cpu", dtype=torch.float64))
             return
     flat = targets.reshape(-1).to(device="cpu", dtype=torch.int64)
     values, counts = torch.unique(flat, return_counts=True)

@@ -7,10 +7,27 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import converged, fallen, listing, lr_remedy, newest, ranked, reach, steady, stretch, typically
+from lossguard.advice import (
+    TO_A_TARGET,
+    converged,
+    fallen,
+    listing,
+    lr_remedy,
+    matrices,
+    medians,
+    newest,
+    ranked,
+    reach,
+    slower,
+    steady,
+    stretch,
+    typically,
+)
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask, Unit
+from lossguard.obstacles import FAST
 from lossguard.rules.rule import rule
+from lossguard.rules.suspects import outweighed
 
 _GATES = ("gate", "attn", "attention", "glu", "excite", "lstm", "gru")  # parts of a module's name that say: rails are its working points
 _RAILS = ("Sigmoid", "Tanh", "Softmax", "Hardsigmoid", "Hardtanh", "Softsign", "LogSigmoid")
@@ -99,9 +116,11 @@ class DeadRelu:
         unit, share = units[root], float(dead[root])
         many = f"{round(share * unit.width)} of {unit.width} units" if unit.width else f"{share:.0%} of the units"
         first = history.born("zero_fraction")[root] if root < history.born("zero_fraction").size else np.nan
+        term = outweighed(history)
         born = bool(first >= self.born * (share + 0.5 * (1 - share)))  # units that live are silent half of the time
         began = f"{first:.0%} of its outputs were 0 in the first batch" if np.isfinite(first) else "its first outputs were not seen"
         causes, remedies = ranked([
+            *([] if term is None else [term]),
             (Cause("bias or initialisation", 0.8 if born else 0.3, began),
              [Remedy(f"set the bias before {unit.name} to 0 and initialise its weights by He", {"bias": 0.0, "init": "he"})]),
             (Cause("learning rate too high", 0.2 if born else 0.6, f"{many} of {unit.name} were pushed below zero for every sample"),
@@ -182,13 +201,15 @@ class CollapsedActivation:
     """collapsed_activation: a layer, and all that follow it, give the same output for every sample (detectors A, collapsed_activation; SYMPTOMS D12).
 
     Law: between-sample variance over second moment < 1e-6 (error), or < 1e-5 after step 100 (warning), for 20 steps. Healthy >= 7e-4.
-    Layers that are followed by one that tells samples apart (positional streams, residual branches) do not count.
+    Layers that are followed by one that tells samples apart (positional streams, residual branches) do not count. Law (agreed), a
+    warning: the last module runs more than once in a step, the loss is a distance and has come down to 1 %, its outputs are no larger than
+    at first, and their variance is below 7e-4 and 1 % of the first one: two views were brought together by making all samples the same.
 
     Why: dead, saturated or constant weights in or before the layer; a learning rate that drove the network there; identical inputs.
     Do: look at one batch; initialise at random (He for ReLU, Xavier else), never by zeros or a constant; divide the learning rate by
-    10; a normalisation between the layers.
+    10; a normalisation between the layers; a term that holds samples apart, where views are only drawn together.
     False alarm: a head born at zero gives one output at first: 20 steps of grace. A regression towards targets far from 0 has a small
-    variance beside its mean: two layers must agree there. A run whose loss has halved is not judged.
+    variance beside its mean: two layers must agree there. A run whose loss has halved is judged by the last law only.
     """
 
     diagnosis: ClassVar[str] = "collapsed_activation"
@@ -199,6 +220,9 @@ class CollapsedActivation:
     mild_after: int = 100  # steps; detectors A
     span: int = 20  # steps; detectors A (20 in a row)
     least: int = 3  # samples in the span; two decades of margin
+    alike: float = 7e-4  # of the second moment: outputs that are compared with one another, after they were different; detectors A, the healthy end
+    kept: float = 0.01  # of their first such variance; our own choice, healthy runs keep 0.025 and more
+    agreed: float = 0.01  # of the first losses: the loss that is solved so; our own choice
     learning: float = 0.5  # loss over the first loss below which the network evidently tells samples apart; our own choice
     grace: int = 20  # steps; zero-initialised heads give identical outputs at first
     patience: int = 1  # samples; the span is the patience
@@ -206,7 +230,11 @@ class CollapsedActivation:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
-        if not n or not reach(history, "sample_variance", n)[0] < self.mild or fallen(history) < self.learning:
+        if not n or not reach(history, "sample_variance", n)[0] < self.alike:
+            return None
+        if fallen(history) < self.learning:
+            return self._agreed(history, n)
+        if not reach(history, "sample_variance", n)[0] < self.mild:
             return None
         found = self._collapsed(history, n, self.variance, Severity.ERROR)
         if found is None and history.step >= self.mild_after:
@@ -225,6 +253,8 @@ class CollapsedActivation:
         unit, value = unit_at(history, first), float(typically(history, "sample_variance", n)[first])
         pairs = [(Cause("dead, saturated or constant weights", 0.6, f"samples differ before {unit.name} and not after"),
                   [Remedy(f"initialise {unit.name} at random (He for ReLU, Xavier else)", {"init": "he"}), lr_remedy(history, 0.1)])]  # fmt: skip
+        why = self._since(history, n, first)
+        pairs += [why] if why is not None else []
         if not varied.size:
             pairs = [(Cause("constant weights or identical inputs", 0.6, "no measured layer tells samples apart"),
                       [Remedy(f"look at one batch, and initialise {unit.name} at random", {"init": "he"})])]  # fmt: skip
@@ -232,6 +262,42 @@ class CollapsedActivation:
         message = f"its output is the same for every sample, and so is that of the {tail.size - 1} layers after it"
         evidence = (Evidence("between-sample variance over second moment", value, limit),)
         return Finding(self.diagnosis, severity, int(history.steps(n)[0]), f"{unit.name} ({unit.kind})", message, evidence, causes, remedies)
+
+    def _since(self, history: History, n: int, first: int) -> tuple[Cause, list[Remedy]] | None:
+        """What its first outputs tell of a layer that has one output now: it began so, or large steps made it so."""
+        unit, size, born = unit_at(history, first), history.born("activation_rms"), history.born("sample_variance")
+        if unit.kind == "ReLU" and first < size.size and size[first] == 0.0:
+            fix = Remedy(f"set the bias before {unit.name} to 0 and initialise its weights by He", {"bias": 0.0, "init": "he"})
+            return Cause("bias or initialisation", 0.8, f"{unit.name} gave 0 for every sample from the first batch on"), [fix]
+        began, steps, ratio = int(history.steps(n)[0]), history.steps(), history.last("update_ratio")
+        if not ratio.size or not (first < born.size and born[first] >= self.alike):
+            return None
+        before = medians(ratio[(steps > began - self.span) & (steps <= began)], matrices(history))
+        fastest = float(np.max(before, initial=0.0, where=np.isfinite(before)))
+        if not fastest > FAST:
+            return None
+        because = f"its first outputs were different ({number(float(born[first]))}), and the steps before changed up to {number(fastest)} of the weights"
+        return Cause("learning rate too high", 0.7, because), [slower(history)]
+
+    def _agreed(self, history: History, n: int) -> Finding | None:
+        """Law (agreed)."""
+        if history.loss_family not in TO_A_TARGET or not fallen(history) < self.agreed:
+            return None
+        measured = np.flatnonzero(history.seen("sample_variance", n).any(axis=0))
+        last = int(measured[-1])
+        unit, born, rms = unit_at(history, last), history.born("sample_variance"), typically(history, "activation_rms", n)
+        again = unit.name.partition("[")[0]
+        if again == unit.name or not any(u.name == again for u in history.units[:last]):
+            return None  # it runs once in a step
+        value = float(typically(history, "sample_variance", n)[last])
+        if not value < min(self.alike, self.kept * float(born[last])) or not rms[last] <= history.born("activation_rms")[last]:
+            return None
+        because = f"{again} runs more than once in a step, its outputs are compared with one another, and nothing holds those of different samples apart"
+        apart = Remedy("add a term that holds samples apart: negatives, a variance term, or a predictor and a stopped gradient", {"parameter": again})
+        causes, remedies = ranked([(Cause("same output for every sample", 0.8, because), [apart])])
+        evidence = (Evidence("between-sample variance over second moment", value, self.kept * float(born[last])),)
+        message = "its outputs have become the same for every sample, which is how the loss fell to nothing"
+        return Finding(self.diagnosis, Severity.WARNING, int(history.steps(n)[0]), f"{again} ({unit.kind})", message, evidence, causes, remedies)
 
     def _silent(self, history: History, n: int) -> Mask:
         """Sites whose output is 0 throughout, so that the variance over the second moment is 0/0."""

@@ -31,9 +31,7 @@ def nonfinite_advice(history: History, step: int) -> Advice:
     if broken is not None:
         return ranked([broken])
     pairs += born_out_of_scale(history) if step < EARLY else []
-    written = written_to(history, step)
-    if written is not None:
-        pairs.append(written)
+    pairs += [found for found in (written_to(history, step), unfilled(history, step)) if found is not None]
     if input_is_bad(history, step):
         pairs.append((Cause("bad input", 0.95, f"the batch of step {step} holds NaN or infinite values"), [batch_remedy(history, step)]))
     weights = sick_before(history)
@@ -81,6 +79,21 @@ def written_to(history: History, step: int) -> tuple[Cause, list[Remedy]] | None
     because += ", and at the sample before they were"
     look = Remedy("look for what writes to the weights between steps, and guard its divisors by 1e-8", {"eps": 1e-8})
     return Cause("weights are overwritten" if near else "bad weights", 0.88, because), [look]
+
+
+def unfilled(history: History, step: int) -> tuple[Cause, list[Remedy]] | None:
+    """At the first step of all, a module with parameters of its own gave NaN for finite inputs of moderate size: they were never filled."""
+    rms, seen = _outputs(history, step)
+    bad, leaves = np.flatnonzero(seen & ~np.isfinite(rms)), history.last("input_rms", 1)
+    if step != 0 or not bad.size or bad[0] >= len(history.units) or not leaves.size or not np.isfinite(leaves).all():
+        return None
+    unit, before = history.units[bad[0]], rms[: bad[0]][seen[: bad[0]]]
+    own = [p for p in history.params if p.name.rpartition(".")[0] == unit.name]
+    if not own or not np.isnan(rms[bad[0]]) or max(float(leaves.max()), float(before.max(initial=0.0))) > SOUND_RMS:
+        return None
+    because = f"{unit.name} ({unit.kind}) is the first to give NaN, before any update and for inputs of moderate size, and has parameters of its own"
+    look = Remedy(f"initialise {own[0].name}: memory from torch.empty holds anything, NaN too", {"init": "default", "parameter": own[0].name})
+    return Cause("bad weights", 0.8, because), [look]
 
 
 def _newest_weights(history: History) -> Array:

@@ -1,4 +1,4 @@
-"""The training loss over time: spikes, divergence, a wrong sign. Losses in, finding or None out; numpy only.
+"""The training loss over time: spikes, divergence. Losses in, finding or None out; numpy only.
 
 Every fresh loss is judged against its own past. Runs whose losses have no order (several optimizers, adversarial or
 reinforcement losses) get information only. Losses are compared by ratios only while they have one sign.
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import Advice, clip_remedy, finite_losses, informational, lr_remedy, matrices, middle, ranked, slower, typical
+from lossguard.advice import clip_remedy, finite_losses, informational, lr_remedy, matrices, middle, ranked, slower, typical
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.rules import levels
@@ -257,92 +257,3 @@ class DivergingLoss:
         evidence = (Evidence("mean of the last losses", now, limit), Evidence("best mean so far", best), lasts)
         severity = Severity.INFO if informational(history) else severity
         return Finding(self.diagnosis, severity, step, "loss", f"{number(best)} -> {number(now)}, above its start for {run} steps", evidence, causes, remedies)
-
-
-@rule
-@dataclass(frozen=True)
-class NegativeLoss:
-    """negative_loss: a loss that cannot be negative is (detectors A, negative_loss; SYMPTOMS B6).
-
-    Law: the loss is below -1e-6 of its size, and it is known to be a cross entropy, a binary cross entropy, a squared, absolute or
-    Huber error, a CTC loss or a KL divergence and nothing else: declared as ``loss_family``, or read from the graph of the loss. Law
-    (mirrored), for a loss of another make beside labels that were shown: over 10 samples and more it is the labels' negative
-    log-likelihood times one and the same negative number.
-
-    Why: targets out of range (-1 used as padding, 0 to 255 instead of 0 to 1); ``nll_loss`` on probabilities or logits instead of
-    log-probabilities; unnormalised distributions in a divergence; a minus sign too many; negative sample weights.
-    Do: check that targets lie in [0, 1] (binary) or are class numbers; feed ``log_softmax`` to ``nll_loss``, or logits to
-    ``cross_entropy``; normalise both sides of a divergence to sum 1; weights of 0 or more.
-    False alarm: unlearning by gradient ascent is the mirrored law by design: mute it. Gaussian likelihoods, ELBO, policy gradients,
-    adversarial, cosine and contrastive losses may be negative: their family is not among these, and a sum of terms in which something
-    is subtracted is not judged. Rounding stays within the limit.
-    """
-
-    diagnosis: ClassVar[str] = "negative_loss"
-    reads: ClassVar[tuple[str, ...]] = ("loss",)
-    slow: ClassVar[bool] = True
-    rounding: float = 1e-6  # of max(1, |median of the losses|); detectors A
-    families: tuple[str, ...] = ("cross_entropy", "binary", "mse", "l1", "huber", "ctc", "kl")  # losses that are never negative; detectors A
-    mirrored: int = 10  # samples in which loss and log-likelihood are compared; our own choice
-    same: float = 0.01  # of their ratio: its whole range, about rounding in half precision; our own choice
-    varied: float = 0.05  # of the log-likelihood: its range in them is larger, so that a constant loss proves nothing; our own choice
-    grace: int = 0  # steps; exact test
-    patience: int = 1  # answers; exact test
-
-    def check(self, history: History) -> Finding | None:
-        """The law of the class docstring, on the newest data."""
-        if history.loss_family not in self.families or not history.notes.get("loss_is_nonnegative", False):
-            return self._mirrored(history) if history.loss_family == "unknown" else None
-        losses = history.losses()
-        fresh = losses[-history.fresh_losses :] if history.fresh_losses else losses[:0]
-        if not fresh.size or not np.nanmin(fresh, initial=0.0) < -self.rounding:
-            return None
-        finite = np.abs(losses[np.isfinite(losses)])
-        limit = -self.rounding * max(1.0, middle(finite))
-        below = np.flatnonzero((fresh < limit) & np.isfinite(fresh))
-        if not below.size:
-            return None
-        value, step = float(fresh[below[0]]), int(history.loss_steps(fresh.size)[below[0]])
-        causes, remedies = self._advice(history, value)
-        severity = Severity.INFO if informational(history) else Severity.WARNING
-        message = f"it is {number(value)}, and a loss of the family {history.loss_family} cannot be below 0"
-        return Finding(self.diagnosis, severity, step, "loss", message, (Evidence("loss", value, limit),), causes, remedies)
-
-    def _mirrored(self, history: History) -> Finding | None:
-        """The loss is the labels' log-likelihood itself: the sign that makes a network unlearn."""
-        newest = history.losses(1)
-        if not newest.size or not newest[0] < 0 or not history.last("label_nll", 1).size:
-            return None
-        nll, steps, losses = history.last("label_nll")[:, 0], history.steps(), history.losses()
-        rows, at = np.searchsorted(history.loss_steps(), steps), np.isfinite(nll) & (nll > 0)
-        at &= (rows < losses.size) & (history.loss_steps()[np.minimum(rows, losses.size - 1)] == steps)
-        at[: max(0, int(np.flatnonzero(at)[-2 * self.mirrored :][0]) if at.any() else 0)] = False
-        if at.sum() < self.mirrored:
-            return None
-        nll, ratio = nll[at], losses[rows[at]] / nll[at]
-        if not np.ptp(ratio) <= -self.same * ratio.max() or not np.ptp(nll) > self.varied * middle(nll):
-            return None
-        cause = Cause(
-            "sign of the loss", 0.9, f"it is {number(float(ratio[-1]))} times the labels' negative log-likelihood, which is now {number(float(nll[-1]))}"
-        )
-        causes, remedies = ranked([(cause, [Remedy("turn the sign of the loss: minimise -log p(label)", {"sign": -1.0})])])
-        evidence = (Evidence("loss over the labels' negative log-likelihood", float(ratio[-1]), 0.0), Evidence("loss", float(newest[0])))
-        severity = Severity.INFO if informational(history) else Severity.WARNING
-        message = f"it is {number(float(newest[0]))}: it falls as the labels become less likely"
-        return Finding(self.diagnosis, severity, int(steps[at][0]), "loss", message, evidence, causes, remedies)
-
-    @staticmethod
-    def _advice(history: History, value: float) -> Advice:
-        labels = Remedy("check that every target is in range: 0 to 1, or a class number; -1 only as ignore_index", {"labels": "repair"})
-        if history.loss_family == "cross_entropy":
-            softmax = Remedy("give the logits to cross_entropy, or log_softmax(logits) to nll_loss", {"output_activation": "log_softmax"})
-            missing = Cause("no log-softmax before nll_loss", 0.8, "log-probabilities are never above 0, so that this loss cannot be below it")
-            weights = Remedy("use class weights of 0 or more", {"labels": "repair"})
-            return ranked([(missing, [softmax]), (Cause("negative class weights", 0.3, f"the loss is {number(value)}"), [weights])])
-        if history.loss_family == "kl":
-            unit = Remedy("normalise both distributions: log_softmax for the input, softmax for the target", {"output_activation": "log_softmax"})
-            return ranked([(Cause("distributions that do not sum to 1", 0.7, f"the divergence is {number(value)}"), [unit])])
-        weights = Remedy("use sample and class weights of 0 or more", {"labels": "repair"})
-        return ranked(
-            [(Cause("targets out of range", 0.7, f"the loss is {number(value)}"), [labels]), (Cause("negative weights", 0.3, "they turn its sign"), [weights])]
-        )

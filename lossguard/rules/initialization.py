@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
 
+from lossguard import structure
 from lossguard.advice import listing, middle, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.rules.rule import rule
+from lossguard.rules.suspects import LOUD, loud_input
 
 _MATRICES = ("Linear", "Conv", "Bilinear")  # parts of the names of module classes that multiply by a weight
 
@@ -121,3 +124,48 @@ class PoorInitialization:
         norm = Remedy("add a normalisation after each layer", {"add": "normalization"})
         causes, remedies = ranked([(Cause(cause, 0.9, because), [remedy, norm])])
         return Finding(self.diagnosis, Severity.WARNING, int(history.steps()[0]), where, message, (evidence,), causes, remedies)
+
+
+@rule
+@dataclass(frozen=True)
+class FirstLossOff:
+    """initial_loss_off: the first cross entropy is far above that of equally likely classes (detectors A, initial_loss_off; SYMPTOMS E1).
+
+    Law: the loss of step 0, before any update, is torch's own mean cross entropy and above 3 ln C; where the number of classes C cannot be
+    seen, above 3 ln 262144, for hardly a softmax has more. Where the input, or what a layer before the last one gives, is far above unit
+    scale, it is not the head that makes the loss: other diagnoses tell of that.
+
+    Why: an output layer with too large weights: an embedding that is tied to the head and keeps a deviation of 1, a last layer without an
+    initialisation of its own, a temperature near 0.
+    Do: a deviation of 0.02 for embeddings that are tied to the head; the last layer's initial weights times 0.1; a temperature of 0.05 or
+    above for normalised embeddings.
+    False alarm: a network that was trained on other labels may begin so by design: mute it. Sums, and sums of several terms, are not judged.
+    """
+
+    diagnosis: ClassVar[str] = "initial_loss_off"
+    reads: ClassVar[tuple[str, ...]] = ("loss", "input_rms", "activation_rms")
+    times: float = 3.0  # ln C; detectors A has 2 for a line of information, healthy runs have 0.86 to 1.38
+    most: int = 262144  # classes, where they cannot be seen: the largest vocabularies in use
+    start: int = 10  # steps; later the first loss is no news
+    grace: int = 0  # steps; the start is what is judged
+    patience: int = 1  # samples; the first batch tells a factor of 3 exactly enough
+
+    def check(self, history: History) -> Finding | None:
+        """The law of the class docstring, on the first data."""
+        if history.step >= self.start or history.first_step != 0 or history.loss_family != "cross_entropy" or not history.notes.get("loss_is_mean"):
+            return None
+        first, chance = float(history.losses()[0]), structure.chance(history)
+        limit = self.times * (math.log(self.most) if math.isnan(chance) else chance)
+        if not limit < first < np.inf or loud_input(history) is not None:
+            return None
+        inner = history.born("activation_rms")[:-1]
+        return None if inner.size and np.nanmax(inner, initial=0.0) > LOUD else self._finding(first, chance, limit)
+
+    def _finding(self, first: float, chance: float, limit: float) -> Finding:
+        over = "above that of any number of classes" if math.isnan(chance) else f"{number(first / chance)} times that of equally likely classes"
+        scale = Remedy("initialise the last layer, or the embedding that is tied to it, with a deviation of 0.02; raise a temperature", {"head_scale": 0.1})
+        cause = Cause("logits out of scale", 0.8, f"before any update the loss is {number(first)}: the logits are certain, and wrong")
+        causes, remedies = ranked([(cause, [scale])])
+        return Finding(
+            self.diagnosis, Severity.WARNING, 0, "first loss", f"{number(first)} is {over}", (Evidence("first loss", first, limit),), causes, remedies
+        )

@@ -21,7 +21,7 @@ _DIVERGENCE = ("nonfinite_loss", "nonfinite_activation", "nonfinite_gradient", "
 _STANDSTILL = ("constant_loss", "loss_plateau", "learning_bottleneck")
 _COLLAPSE = (*_STANDSTILL, "unchanged_weights", "update_ratio_low")
 _NO_SIGNAL = ("vanishing_gradient", "collapsed_activation", *_COLLAPSE)
-_BEFORE = ("initial_loss_off", "cannot_overfit_batch")  # only preflight finds these
+_BEFORE = ("initial_loss_off", "cannot_overfit_batch")  # found before the first step, or at it
 
 # root -> what may follow from it. A later symptom found while its root's episode is fresh is attached to the root.
 # Order matters: of findings born in one round, the earlier row is the root.

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lossguard import readings
+from lossguard import readings, structure
 from lossguard.advice import clip_remedy, finite_losses, informational, lr_remedy, middle, ranked, slower
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
@@ -149,7 +149,7 @@ class OscillatingValidation:
     and than 5 % of what the run has learned.
 
     Why: a validation set that is small or drawn anew each time; a learning rate too high; batches too small, above all under
-    batch-norm; a loss that a few samples dominate.
+    batch-norm, whose momentum may also be so small that evaluation runs on the statistics it began with; a loss that a few samples dominate.
     Do: evaluate on one fixed set of at least 1000 samples; divide the learning rate by 10, or average the weights (EMA 0.99);
     batches of 32 or more under batch-norm; look at the samples with the largest validation loss.
     False alarm: validation noisier than training is normal: swings of a converged run are small beside what it has learned and do
@@ -161,7 +161,7 @@ class OscillatingValidation:
     times: int = readings.SWINGS[0]  # of the last 6 changes are large and opposite; detectors A (4)
     swing: float = readings.SWING  # of the validation loss: a smaller change is no swing; detectors A (0.1)
     material: float = readings.SWING_MATERIAL  # of what was learned: the same; our own choice (0.05)
-    calm: float = 0.1  # sd over mean of the training losses above which training swings as well; detectors A, oscillating_loss
+    calm: float = 0.1  # sd over mean of the training losses, about their trend, above which training swings as well; detectors A, oscillating_loss
     least: int = 8  # evaluations; our own choice (detectors A: 6), the first changes are those of learning
     grace: int = 0  # steps; evaluations are counted
     patience: int = 1  # evaluations; the changes are the patience
@@ -174,10 +174,12 @@ class OscillatingValidation:
             return None
         newest = read.loss[-readings.SWINGS[1] :]
         low, high = float(newest.min()), float(newest.max())
-        train = read.training[-readings.SWINGS[1] :]
-        restless = bool(np.std(train) > self.calm * abs(np.mean(train)))
+        train = read.training[-readings.SWINGS[1] - 2 :]
+        restless = bool(readings.spread(train) > self.calm * abs(np.mean(train)))
+        stale = structure.stale_statistics(history)
         noisy = f"training {'swings as well' if restless else 'is calm beside it'} ({number(float(train.min()))} to {number(float(train.max()))})"
         causes, remedies = ranked([
+            *([] if stale is None else [stale]),
             (Cause("validation set too small or drawn anew", 0.3 if restless else 0.6, noisy),
              [Remedy("evaluate on one fixed set of at least 1000 samples", {"look_at": 1000})]),
             (Cause("learning rate too high", 0.6 if restless else 0.4, noisy), [lr_remedy(history, 0.1)]),

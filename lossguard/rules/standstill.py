@@ -6,18 +6,20 @@ another signal these rules inform, they do not warn.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from lossguard import readings, structure
-from lossguard.advice import Advice, converged, finite_losses, informational, lr_remedy, ranked
+from lossguard.advice import HEALTHY, Advice, converged, finite_losses, informational, lr_remedy, middle, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
 from lossguard.obstacles import CERTAIN, constant_advice, full_speed_since, plateau_advice, speed, step_size, trained_before
 from lossguard.readings import Curves
 from lossguard.rules.rule import rule
+from lossguard.rules.suspects import decay, forgets
 
 
 @rule
@@ -25,12 +27,12 @@ from lossguard.rules.rule import rule
 class LossPlateau:
     """loss_plateau: the loss has not fallen since the start of the run (detectors A, loss_plateau; SYMPTOMS B1).
 
-    Law: 100 steps after the learning rate has reached its peak, the mean of the newest losses (50 or more) is below that of the
-    first 20 neither by 2 % nor by 4 standard errors, and no 50 losses in a row ever were; or a classifier's losses have settled at those
-    of equally likely classes, ln C, and no 50 in a row were ever 2 % below. A warning where another signal leaves its
-    healthy envelope (updates, gradients, units, logits) or the network's make speaks against it (a dropout above 0.85, linear layers
-    with no activation between, a layer of one unit), which is then the first cause; or where a classifier that began without
-    any knowledge stands for 1500 steps. Else it is information, for some tasks learn nothing for long and then everything.
+    Law: 100 steps after the learning rate has reached its peak, the mean of the newest losses (50 or more) is below that of the first 20 neither
+    by 2 % nor by 4 standard errors, and no 50 losses in a row ever were; or a classifier's losses have settled at those of equally likely
+    classes, ln C, wherever they came from, and no 50 in a row were ever 2 % below. A warning where another signal leaves its healthy envelope
+    (updates, also all of them together below 1 % of the weights, gradients, units, logits) or the network's make speaks against it (a dropout
+    above 0.85, linear layers with no activation between, a layer of one unit), which is then the first cause; or where a classifier that began
+    without any knowledge stands for 1500 steps. Else it is information, for some tasks learn nothing for long and then everything.
 
     Why: a learning rate too low or too high; dead, saturated or identical units from a bad initialisation; gradients that do not
     reach the first layers; labels that do not belong to the inputs; a wrong activation before the loss.
@@ -72,12 +74,13 @@ class LossPlateau:
         if first.size < self.first // 2 or history.step < self.after or losses.size < self.newest:
             return None
         start, now = float(first.mean()), losses[-max(self.newest, losses.size // 4) :]
-        if float(now.mean()) < start - self.fall * abs(start):
+        settled = self._at_chance(history, losses)
+        if float(now.mean()) < start - self.fall * abs(start) and not settled:
             return None  # below any limit
         error = float(np.hypot(first.std() / np.sqrt(first.size), now.std() / np.sqrt(now.size)))
         limit = start - min(self.fall * abs(start), self.errors * error)
         stands = float(now.mean()) >= limit and not self._ever_fell(losses, start, error)
-        if not (stands or self._at_chance(history, losses)) or converged(history):
+        if not (stands or settled) or converged(history):
             return None
         since = full_speed_since(history, self.full)
         if history.step < since + self.after:
@@ -90,8 +93,8 @@ class LossPlateau:
     def _at_chance(self, history: History, losses: Array) -> bool:
         """A classifier's losses have come down to those of equally likely classes, if at all, and never below."""
         chance = structure.chance(history)
-        if not np.isfinite(chance) or losses.size < 2 * self.newest:
-            return False
+        if not float(losses[-self.newest :].mean()) > (1 - self.fall) * chance or losses.size < 2 * self.newest:
+            return False  # a chance that is unknown is NaN
         blocks = losses[losses.size % self.newest :].reshape(-1, self.newest).mean(axis=1)
         return bool((blocks > (1 - self.fall) * chance).all() and blocks[-2:].max() < (1 + self.near) * chance)
 
@@ -118,14 +121,17 @@ class LearningBottleneck:
     Law: over the last 30 % of the evaluations (at least 6) and of at least 300 steps both curves stand still within noise, and the
     learning rate is at least half of its peak. A noise floor looks the same: it is information, and a warning only where the loss
     is still above half of its first value and the size of the updates lies outside of the healthy band, or the network's make speaks
-    against it (see loss_plateau).
+    against it (see loss_plateau). Law (held), a warning: training no longer falls, is above 5 % of where it began, and weight decay by itself
+    takes 1 % of the weights in a step: what was learned is forgotten within 100. Law (by heart), a warning: in 8 evaluations and 100 steps
+    a classifier's validation was never 2 % below the loss of equally likely classes, while training is.
 
-    Why: a learning rate too high to settle, or too low to move; batches too small; a network too small for the data; or the run is
+    Why: a learning rate too high to settle, or too low to move; batches too small; a network too small for the data; a weight decay that
+    outweighs the gradient; labels that do not belong to their inputs, so that all that can be learned are single samples; or the run is
     done: what is left is noise in the data.
     Do: divide the learning rate by 10 (multiply it by 10 where the updates are below 1e-4 of the weights); then change the batch
-    size by 2 to 4; then widen the network; if the loss is at its known floor, stop.
+    size by 2 to 4; then widen the network; if the loss is at its known floor, stop. A lower weight decay; look at 20 samples with labels.
     False alarm: labels with noise and regression on weak inputs settle high in good health: with updates of a healthy size that is
-    never more than information. A warm-up that still goes on is not judged.
+    never more than information. A warm-up that still goes on is not judged. Delayed generalisation begins by heart, and leaves chance later.
     """
 
     diagnosis: ClassVar[str] = "learning_bottleneck"
@@ -138,14 +144,58 @@ class LearningBottleneck:
     high: float = 0.5  # of the first losses: above it little was learned; detectors A
     slow: float = 1e-4  # update ratio below which the learning rate is too low for that; detectors A, target band
     fast: float = 3e-2  # update ratio above which it is too high; detectors A, target band
-    grace: int = 300  # steps; detectors A
+    forgets: float = HEALTHY  # of the weights that decay alone takes in a step: all that a healthy update changes; healthy runs have up to 3e-3
+    least_losses: int = 100  # in which training stands while weights are held; the time in which they are forgotten
+    settled: float = readings.CONVERGED  # of the first losses: a run below it has learned in spite of its decay
+    chance: float = 0.02  # of the loss of equally likely classes: validation further below has learned something; as in loss_plateau
+    little: float = readings.LEARNED  # the same for training: what fell further is overfitting
+    evaluations: int = 8  # that never left chance; our own choice, of healthy runs only delayed generalisation stays so long, and trains to 0 meanwhile
+    after: int = 100  # steps; as in loss_plateau
+    grace: int = 100  # steps; the laws of both curves wait for `span`, detectors A
     patience: int = 1  # evaluations; `least` is the patience
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         read = readings.curves(history)
-        if history.step < self.span or history.lr < self.lr_share * history.lr_peak:
+        if history.lr < self.lr_share * history.lr_peak:
             return None
+        return self._by_heart(history, read) or (self._held(history, read) or self._standing(history, read) if history.step >= self.span else None)
+
+    def _by_heart(self, history: History, read: Curves) -> Finding | None:
+        """Law (by heart)."""
+        chance = structure.chance(history)
+        if math.isnan(chance) or len(read) < self.evaluations or not float(read.loss.min()) > (1 - self.chance) * chance:
+            return None
+        low = float(read.training[-1]) / chance
+        if not 1 - self.little < low < 1 - self.chance or history.step < full_speed_since(history, self.full) + self.after or trained_before(history):
+            return None
+        evidence = (Evidence("lowest validation loss over that of equally likely classes", float(read.loss.min()) / chance, 1 - self.chance),
+                    Evidence("training loss over the same", low))  # fmt: skip
+        because = f"training comes to {number(float(read.training[-1]))} by single samples, of which nothing holds for others"
+        look = Remedy("compare 20 samples with their labels, and repair the pairing", {"labels": "repair", "look_at": 20})
+        causes, remedies = ranked([(Cause("labels or targets do not belong to the inputs", 0.7, because), [look])])
+        message = f"in {len(read)} evaluations validation was never below chance ({number(chance)}); it is {number(float(read.loss[-1]))}"
+        severity = Severity.INFO if informational(history) else Severity.WARNING
+        return Finding(self.diagnosis, severity, int(read.steps[-1]), "validation loss", message, evidence, causes, remedies)
+
+    def _held(self, history: History, read: Curves) -> Finding | None:
+        """Law (held)."""
+        alone = forgets(history)
+        if not alone > self.forgets or informational(history):
+            return None
+        losses = finite_losses(history)[0]
+        newest, why = losses[-max(self.least_losses, int(self.share * losses.size)) :], decay(history)
+        height = middle(newest) / read.first if read.positive and read.first > 0 else math.nan
+        if why is None or newest.size < self.least_losses or not height > self.settled or readings.change(newest) == "falling":
+            return None
+        causes, remedies = ranked([why])
+        evidence = (Evidence("share of the weights that decay takes in a step", alone, self.forgets),
+                    Evidence("training loss over the first losses", height, self.settled))  # fmt: skip
+        message = f"training stands at {number(middle(newest))}: what it learns is taken back by weight decay within {math.ceil(1 / alone)} steps"
+        return Finding(self.diagnosis, Severity.WARNING, history.step, "training loss", message, evidence, causes, remedies)
+
+    def _standing(self, history: History, read: Curves) -> Finding | None:
+        """Both curves."""
         count = readings.standing(history, read, self.share, self.least)
         if not count or read.steps[-1] - read.steps[-count] < self.share * self.span or read.steps[-count] < full_speed_since(history, self.full):
             return None

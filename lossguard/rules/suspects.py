@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from lossguard.advice import Advice, clip_remedy, matrices, medians, middle, ranked, slower
+from lossguard.advice import HEALTHY, Advice, clip_remedy, matrices, medians, middle, ranked, slower
 from lossguard.findings import Cause, Remedy, number
 from lossguard.host.history import History
 
@@ -27,6 +27,9 @@ MOVES = 1e-6  # updates over weights, above which float32 weights must change; i
 FAR = 10.0  # targets over what a fresh head gives, by the first loss; our own choice
 DISTANCES = ("mse", "l1", "huber")  # losses that measure the distance to a target
 PART = 0.5  # of the rise of a loss that one of its terms makes
+MOST = 0.5  # of the first loss that one term makes, so that it leads the first steps
+SOLVED = 0.01  # of that term's first value: it is met, and the others
+UNSOLVED = 0.5  # of their first value have not come below this; our own choices
 LEAPT = 0.5  # of the whole rise within one step, by which it is a leap and no climb
 LEVEL = 2.0  # times the first losses, up to which a loss that leapt stands where it began: what was learned no longer helps
 CALM = 3.0  # updates just before a leap over their median, up to which it came from no instability; our own choice, as for a spike
@@ -120,8 +123,19 @@ def overwritten(history: History) -> tuple[Cause, list[Remedy]] | None:
     return Cause("weights are overwritten", 0.97, because), [look]
 
 
+def forgets(history: History) -> float:
+    """The share of the weights that weight decay by itself takes in a step; 0 without it, or where a step's size is not that of the gradient."""
+    facts = history.facts()
+    share, momentum = float(facts.get("weight_decay") or 0.0), float(facts.get("momentum") or 0.0)
+    if not share > 0 or not history.lr > 0 or not 0 <= momentum < 1:
+        return 0.0
+    if facts.get("decay_is_decoupled") == 1.0:
+        return history.lr * share
+    return history.lr * share / (1 - momentum) if facts.get("optimizer_name") == "SGD" else 0.0
+
+
 def decay(history: History) -> tuple[Cause, list[Remedy]] | None:
-    """Weight decay makes the larger part of the updates."""
+    """Weight decay makes the larger part of the updates, or by itself as large ones as are healthy in all."""
     facts, able = history.facts(), matrices(history)
     share, lr = float(facts.get("weight_decay") or 0.0), history.lr
     ratio, gradient, weight = history.last("update_ratio", 1), history.last("grad_norm", 1), history.last("weight_norm", 1)
@@ -131,11 +145,13 @@ def decay(history: History) -> tuple[Cause, list[Remedy]] | None:
     with np.errstate(divide="ignore", invalid="ignore"):
         of_update = lr * share / ratio[0] if decoupled else share * weight[0] / (share * weight[0] + gradient[0])
     known = of_update[able & np.isfinite(of_update)]
-    part = middle(known)
-    if not known.size or not part > HALF:
+    part, alone, speed = middle(known), forgets(history), middle(ratio[0][able & np.isfinite(ratio[0])])
+    if not known.size or not (part > HALF or (alone > HEALTHY and alone > HALF * speed)):
         return None
     usual = 0.01 if decoupled else 1e-4  # the defaults of AdamW, and of common recipes
     because = f"a decay of {number(share)} at learning rate {number(lr)} makes {min(part, 1.0):.0%} of the update"
+    if not part > HALF:
+        because = f"a decay of {number(share)} at learning rate {number(lr)} takes {alone:.1%} of the weights in each step"
     return Cause("weight decay too high", 0.95, because), [Remedy(f"weight decay {number(share)} -> {number(usual)}", {"weight_decay": usual})]
 
 
@@ -205,6 +221,25 @@ def term(history: History) -> tuple[Cause, list[Remedy]] | None:
     (name, (least, now)) = next(iter(grown.items()))
     because = f"the term {name!r} grew from {number(least)} to {number(now)}, and makes most of the loss"
     return Cause("a loss term grows", 0.95, because), [Remedy(f"look at the weight of the term {name!r}, and bound it", {"look_at": 20})]
+
+
+def outweighed(history: History) -> tuple[Cause, list[Remedy]] | None:
+    """One named term led at first and has been brought to nothing, and the others have not: its weight is too large."""
+    names, first = history.terms, history.first_losses(1)
+    if len(names) < 2 or history.first_step != 0 or not first.size or not math.isfinite(first[0]):
+        return None
+    values = {name: history.term(name) for name in names}
+    began, now = {name: float(v[0]) for name, v in values.items()}, {name: float(middle(v[-20:])) for name, v in values.items()}
+    name = max(began, key=lambda n: began[n])
+    rest, left = sum(began.values()) - began[name], sum(now.values()) - now[name]
+    if not began[name] > MOST * first[0] > 0 or not abs(now[name]) < SOLVED * began[name] or not 0 < UNSOLVED * rest < left:
+        return None
+    because = (
+        f"the term {name!r} made {began[name] / first[0]:.0%} of the first loss and fell to {number(now[name])}; the others are at {left / rest:.0%} of theirs"
+    )
+    return Cause("a loss term outweighs the others", 0.85, because), [
+        Remedy(f"divide the weight of the term {name!r} by 10, then by 10 again", {"parameter": name})
+    ]
 
 
 def leap(history: History, step: int, before: int = 40) -> tuple[Cause, list[Remedy]] | None:

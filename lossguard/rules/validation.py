@@ -25,7 +25,8 @@ class Overfitting:
 
     Law (turned): the last 3 evaluations are above the best by 10 %, by 3 standard deviations of a single evaluation and by 3 % of
     what the run has learned, while training is no higher than at the best. The step is that of the best evaluation: the checkpoint
-    to keep. Law (stands): validation has not improved for a third of the run, training fell on by a tenth of what was learned, and
+    to keep. Law (drifts), for validation that swings: the same for means of a quarter of all evaluations, 4 at least, beside the standard
+    error of such means. Law (stands): validation has not improved for a third of the run, training fell on by a tenth of what was learned, and
     the gap between them is a quarter of it. Law (accuracies, if told): the gap is above 0.25 for 3 evaluations; above 0.1, a line of
     information. Information only while the told validation accuracy still rises: then it is the calibration that drifts.
 
@@ -45,6 +46,7 @@ class Overfitting:
     rise: float = readings.RISE  # of the best validation loss; detectors A (0.1; at 0.05 one healthy run of 22 was flagged)
     material: float = readings.MATERIAL  # of what was learned: a smaller rise is the drift of a converged run; our own runs (0.03)
     noise: float = readings.NOISE  # standard deviations of one evaluation; our own choice (3; detectors A: 2 standard errors)
+    drift: int = 4  # evaluations in a mean, so that 16 are needed; our own choice
     stand: float = 1 / 3  # of the evaluations without improvement; our own choice, a standstill is weaker evidence than a rise
     stand_least: int = 5  # evaluations without improvement; our own choice
     fell: float = 0.1  # of what was learned: the fall of training meanwhile; our own choice
@@ -62,7 +64,7 @@ class Overfitting:
         read = readings.curves(history)
         if len(read) < self.least:
             return None
-        return self._turned(history, read) or self._stands(history, read) or self._accuracies(history, read)
+        return self._turned(history, read) or self._drifts(history, read) or self._stands(history, read) or self._accuracies(history, read)
 
     def _turned(self, history: History, read: Curves) -> Finding | None:
         best = readings.turned(read, self.lasting, self.rise, self.material, self.noise)
@@ -74,6 +76,22 @@ class Overfitting:
                     Evidence("training loss then", float(read.training[best])), Evidence("training loss now", float(read.training[-1])))  # fmt: skip
         message = f"validation {number(low)} at step {int(read.steps[best])} -> {number(now)} while training fell on: keep the checkpoint of that step"
         return self._finding(history, read, best, message, evidence)
+
+    def _drifts(self, history: History, read: Curves) -> Finding | None:
+        """Law (drifts)."""
+        many = len(read) // 4
+        if many < self.drift:
+            return None
+        sums = np.cumsum(np.concatenate([[0.0], read.loss]))
+        means = (sums[many:] - sums[:-many]) / many
+        best = int(np.argmin(means[:-many]))
+        level, now = float(means[best]), float(means[-1])
+        limit = level + max(read.share(self.rise, level), self.material * read.learned, self.noise * read.noise * (2 / many) ** 0.5)
+        if not now > limit or readings.risen(read, best + many // 2):
+            return None
+        evidence = (Evidence(f"mean of the last {many} validation losses", now, limit), Evidence(f"best mean of {many}", level))
+        message = f"validation drifts from {number(level)} about step {int(read.steps[best + many // 2])} to {number(now)} while training fell on"
+        return self._finding(history, read, best + many // 2, message, evidence)
 
     def _stands(self, history: History, read: Curves) -> Finding | None:
         since = readings.last_improvement(read)
@@ -139,7 +157,8 @@ class ValidationMismatch:
     learn, follows by less than a quarter of that. A warning if training never learned or validation is the lower of the two, else
     information. Law (chance): validation stays within 5 % of the run's first training losses for 6 evaluations while training fell by
     30 %. Law (not finite): two validation losses in a row are NaN or infinite while the training losses are finite. Law (mode): before
-    two validation losses modules were seen to run without gradients in training mode only, and the model has dropout or batch norm.
+    two validation losses modules were seen to run without gradients in training mode only, and the model has dropout or batch norm; or
+    after an evaluation three sampled steps were made in evaluation mode only, and the steps before it were not.
 
     Why: validation samples that are in the training data, or another preprocessing, label order or loss for one of the two;
     batch-norm statistics that do not fit in evaluation mode; a parameter copy (EMA, checkpoint) other than the one that is trained.
@@ -159,6 +178,7 @@ class ValidationMismatch:
     fell: float = 0.3  # of the first losses: training came down by more; detectors A
     least: int = 6  # evaluations; our own choice (detectors A: 3)
     lasting: int = 2  # evaluations that are not finite; one alone may be an empty batch
+    idle: int = 3  # sampled steps in a row in evaluation mode; our own choice, an exact test
     grace: int = 0  # steps; evaluations are counted
     patience: int = 1  # evaluations; `least` is the patience
 
@@ -171,6 +191,8 @@ class ValidationMismatch:
             return self._not_finite(history, newest) if finite.size and np.isfinite(finite).all() else None
         if history.notes.get("evaluated_in_training_mode", 0) >= self.lasting and len(told):
             return self._wrong_mode(history, told[-1])
+        if self._left_in_evaluation(history):
+            return self._not_training(history)
         read = readings.curves(history)
         if len(read) < self.least:
             return None
@@ -183,6 +205,24 @@ class ValidationMismatch:
         advice = ranked([(Cause("eval() is not called", 0.9, "modules ran in training mode under no_grad before the validation loss was told"), [remedy])])
         message = f"{times} evaluations ran in training mode: dropout and batch statistics are in the validation loss"
         return self._finding(history, int(row[0]), message, evidence, advice, Severity.WARNING)
+
+    def _left_in_evaluation(self, history: History) -> bool:
+        """No module that is watched runs in training mode any more, and before an evaluation they did."""
+        modes = float(history.notes.get("largest_dropout") or 0.0) > 0 or history.notes.get("least_norm_momentum") is not None
+        if not modes or not len(history.validations()) or not bool((history.fact("in_evaluation", self.idle, 0.0) == 1.0).all()):
+            return False
+        outputs, stepped = history.seen("activation_rms"), history.fact("stepped", self.idle)
+        return bool(len(outputs) > self.idle and not outputs[-self.idle :].any() and outputs.any() and (stepped == 1.0).all())
+
+    def _not_training(self, history: History) -> Finding:
+        ran = history.steps()[history.seen("activation_rms").any(axis=1)]
+        since = int(history.steps()[history.steps() > ran[-1]][0])
+        remedy = Remedy("call model.train() after each evaluation", {"train_mode": True})
+        because = f"the last sampled step in training mode was {int(ran[-1])}, and the optimizer steps on"
+        advice = ranked([(Cause("train() is not called", 0.95, because), [remedy])])
+        evidence = (Evidence("sampled steps in evaluation mode", float((history.steps() >= since).sum()), float(self.idle)),)
+        message = f"the model trains in evaluation mode since step {since}: without dropout, and with batch statistics that stand still"
+        return self._finding(history, since, message, evidence, advice, Severity.WARNING)
 
     def _not_finite(self, history: History, rows: Array) -> Finding:
         evidence = (Evidence("validation loss", float(rows[-1, 1])), Evidence("training loss", float(rows[-1, 4])))
