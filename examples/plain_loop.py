@@ -1,4 +1,9 @@
-"""A hand-written loop on scikit-learn's digits under a guard. Run: python examples/plain_loop.py [--lr 0.1]"""
+"""A hand-written loop on scikit-learn's digits under a guard. ``--lr 5``: a learning rate far too high.
+
+pip install lossguard scikit-learn
+python examples/plain_loop.py
+python examples/plain_loop.py --lr 5
+"""
 
 import argparse
 
@@ -33,9 +38,8 @@ def main(arguments=None):
                     optimizer.zero_grad()
                     guard.step(loss)
         except TrainingHalted as halt:
-            print(halt)
-    print(guard)
-    return guard
+            print(f"halted at step {halt.finding.step}")
+    print(*(guard.findings or ["no findings"]), sep="\n")
 
 
 if __name__ == "__main__":

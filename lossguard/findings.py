@@ -94,6 +94,7 @@ DIAGNOSES: dict[str, tuple[Severity, str]] = {
     "stalled_training": (Severity.WARNING, "no step has ended for far longer than steps take"),
     "learning_rate_range": (Severity.INFO, "the learning rate lies at an edge of the range that works"),
 }
+OURS = frozenset(DIAGNOSES)  # those with a page in ``explain``; custom rules join the table later
 
 
 def check_names(names: Iterable[str], argument: str, known: Iterable[str] | None = None) -> frozenset[str]:
@@ -238,8 +239,9 @@ class Finding:
         rows += [("then", "; ".join(f"{f.diagnosis} {f.when} ({f.where})" for f in self.consequences))] if self.consequences else []
         rows += [("kept", self.note)] if self.note else []
         call = "preflight(..., " if self.step < 0 else "Guard("
-        rows += [("more", f'python -m lossguard explain {self.diagnosis}      silence: {call}mute={{"{self.diagnosis}"}})')]
-        again = f", {self.count} times until step {self.last_step}" if self.count > 1 else ""
+        silence = f'{call}mute={{"{self.diagnosis}"}})'
+        rows += [("more", f"python -m lossguard explain {self.diagnosis}      silence: {silence}") if self.diagnosis in OURS else ("silence", silence)]
+        again = f", {self.count} times until step {self.last_step}" if self.count > 1 and (self.last_step or 0) > self.step else ""
         head = f"lossguard: {self.severity.label} {self.diagnosis} {self.when}{again}"
         return "\n".join([head] + [f"  {label:<10} {text}" for label, text in rows])
 

@@ -46,7 +46,7 @@ def painted(finding: Finding) -> str:
     lines, label = [head.replace(named, f"{COLOURS[finding.severity]}{named}{PLAIN}", 1)], ""
     for row in rows:
         label = row[LABEL].strip() or label
-        code = {"try": CURES, "more": DIM}.get(label)
+        code = {"try": CURES, "more": DIM, "silence": DIM}.get(label)
         lines.append(row if code is None else f"{code}{row}{PLAIN}")
     return "\n".join(lines)
 

@@ -82,13 +82,6 @@ def test_a_record_ends_with_counts_and_consequences(tmp_path, capsys):
     assert f"{guard.findings[0].count} times" in text
 
 
-@pytest.mark.parametrize(("arguments", "found"), [([], []), (["--lr", "5"], ["update_ratio_high"])])
-def test_the_plain_example_runs(arguments, found):
-    """The example is silent at its own learning rate and hears one that is too high."""
-    guard = runpy.run_path(str(ROOT / "examples" / "plain_loop.py"))["main"](["--epochs", "3", *arguments])
-    assert [f.diagnosis for f in guard.findings] == found
-
-
 def python_blocks():
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
@@ -116,7 +109,8 @@ def test_the_readme_rule_and_signal_run():
                 loss.backward()
                 optimizer.step()
                 guard.step(loss)
-        assert "lone_peak" in {f.diagnosis for f in guard.findings}
+        (finding,) = [f for f in guard.findings if f.diagnosis == "lone_peak"]
+        assert str(finding).endswith('silence    Guard(mute={"lone_peak"})') and "explain" not in str(finding)  # explain has no page of it
     finally:
         SIGNALS.pop("grad_peak", None)
         if "lone_peak" in RULES:

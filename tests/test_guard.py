@@ -142,15 +142,36 @@ def test_a_closed_guard_says_so(call):
 
 
 def test_an_optimizer_of_another_model():
-    """An optimizer that holds another model's parameters is found out as weights that never change."""
+    """An optimizer that holds only another model's parameters is found out within a few steps, and is the first cause."""
     model, _ = fixture()
     _, foreign = fixture()
     with Guard(model, foreign, halt=None) as guard:
         train(model, foreign, guard, 60)
     found = {f.diagnosis: f for f in guard.findings}
-    assert "unchanged_weights" in found
-    assert "optimizer" in str(found["unchanged_weights"])
+    assert (found["unchanged_weights"].severity, found["unchanged_weights"].step) == (Severity.ERROR, 0)
+    assert found["unchanged_weights"].causes[0].name == "the optimizer holds another model's parameters"
+    assert str(found["unchanged_weights"]).startswith("lossguard: error unchanged_weights at step 0\n")  # no count: it began at no later step again
     assert guard.coverage.not_observed["0.weight"] == "held by no optimizer"
+
+
+def test_copies_of_all_weights_that_are_written_back():
+    """Where the optimizer moves copies of every weight, which are written back, nothing is found."""
+    model, _ = fixture()
+    copies = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(copies, lr=0.1)
+    with Guard(model, optimizer, halt=None) as guard:
+        for i in range(60):
+            model.zero_grad()
+            loss = F.cross_entropy(model(batch(i)[0]), batch(i)[1])
+            loss.backward()
+            for copy, p in zip(copies, model.parameters(), strict=True):
+                copy.grad = p.grad
+            optimizer.step()
+            with torch.no_grad():
+                for copy, p in zip(copies, model.parameters(), strict=True):
+                    p.copy_(copy)
+            guard.step(loss)
+    assert [f for f in guard.findings if f.severity > Severity.INFO] == []
 
 
 def test_a_step_without_backward():

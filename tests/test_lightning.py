@@ -642,19 +642,3 @@ def test_with_both_packages_one_class_is_a_callback_of_either(ns):
     ns.Trainer(callbacks=LossGuardCallback(), logger=False, enable_checkpointing=False, accelerator="cpu")
     assert isinstance(LossGuardCallback(), ns.Callback)
     assert pickle.loads(pickle.dumps(LossGuardCallback(every=3)))._keywords == {"every": 3}
-
-
-# ---- the example
-
-
-@pytest.mark.parametrize("ill", [False, True], ids=["healthy", "ill"])
-def test_example(ill):
-    """The example learns the digits without a finding; with --ill it is told that its learning rate is too high."""
-    script = Path(__file__).parents[1] / "examples" / "lightning_digits.py"
-    done = subprocess.run([sys.executable, str(script), *(["--ill"] if ill else [])], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    if ill:
-        assert "learning rate too high" in done.stdout, done.stdout
-    else:
-        assert "no findings" in done.stdout, done.stdout
-        assert float(re.search(r"accuracy (\S+)", done.stdout).group(1)) > 0.93

@@ -8,7 +8,6 @@ import random
 import threading
 
 import numpy as np
-import preflight_tasks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -447,17 +446,6 @@ def test_a_keeper_puts_back_what_it_can():
     with pytest.warns(RuntimeWarning, match="could not put back 1 of"):
         keeper.restore()
     assert torch.equal(layer.weight, before) and not hasattr(layer, "extra")
-
-
-def test_the_digits_example_runs(capsys):
-    """The example clears the healthy model and hears the ill one."""
-    import runpy
-    from pathlib import Path
-
-    names = runpy.run_path(str(Path(preflight_tasks.__file__).parent.parent / "examples" / "preflight_digits.py"))
-    assert list(names["main"](ill=False)) == []
-    assert [f.diagnosis for f in names["main"](ill=True)][:2] == ["unnormalized_input", "wrong_output_activation"]
-    assert "13 checks" in capsys.readouterr().out
 
 
 def test_mlp_of_the_house_is_cleared():
