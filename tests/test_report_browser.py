@@ -268,6 +268,7 @@ def test_not_a_number_is_told_by_a_colour_of_its_own(visit):
     page.locator("#signal").select_option("grad_norm")
     page.wait_for_function("gridOf().signal === 'grad_norm'")
     page.evaluate("drawing")
+    page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")  # a smooth scroll would still be under way
     page.locator("#heat").scroll_into_view_if_needed()
     box = page.locator("#heat .nsewdrag").first.bounding_box()
     point(page, (box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"]), "#tip:not([hidden])")
