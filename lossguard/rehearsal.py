@@ -108,6 +108,8 @@ def _copy(optimizer: Optimizer, keep: tuple[str, ...] = (), device: str = "cpu")
         new = {k: _setting(k, v, keep) for k, v in group.items() if k != "params"}
         other.param_groups.append({**new, "params": small})
         parameters += small
+        if isinstance(optimizer, torch.optim.Adagrad):  # older torch makes its state in the constructor, and none later
+            other.state.update({p: {"step": torch.zeros(()), "sum": torch.full_like(p, new["initial_accumulator_value"])} for p in small})
     return other, parameters
 
 
