@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -258,6 +259,10 @@ def stall(tmp_path, sleep, **words):
     return guard, sorted(p.name for p in tmp_path.glob("stalled-*"))
 
 
+def watchdogs():
+    return {thread for thread in threading.enumerate() if thread.name == "lossguard watchdog"}
+
+
 def until(condition, most=20.0):
     end = time.monotonic() + most
     while not condition() and time.monotonic() < end:
@@ -285,11 +290,16 @@ def test_a_stall_is_told_while_it_lasts(tmp_path, caplog):
 @pytest.mark.parametrize("words", [{"stall": False}, {"stall": 0.5, "mute": ("stalled_training",)}, {}])
 def test_nobody_watches_unless_asked(tmp_path, words):
     """One process has no watchdog by default; False and mute switch it off."""
-    import threading
 
-    before = threading.active_count()
-    _, files = stall(tmp_path, lambda guard: (time.sleep(0.8), threading.active_count() == before or pytest.fail("a thread runs")), **words)
-    assert files == []
+    def rest(guard):
+        time.sleep(0.8)
+        assert not watchdogs() - before
+
+    before = watchdogs()
+    assert stall(tmp_path, rest, **words)[1] == []
+    assert stall(tmp_path, lambda guard: until(lambda: watchdogs() - before), stall=60.0)[1] == []
+    until(lambda: not watchdogs() - before)
+    assert not watchdogs() - before
 
 
 def test_a_pause_that_is_meant_is_no_stall(tmp_path):
