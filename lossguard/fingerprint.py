@@ -6,6 +6,7 @@ the sum that tells whether the batch is finite serves, and integers take one ope
 
 from __future__ import annotations
 
+import math
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -83,6 +84,16 @@ def checksum(leaf: Tensor) -> int | None:
     step = max(1, view.size // ELEMENTS) | 1  # odd: not always the same column
     few = view.reshape(-1)[::step] if view.flags.c_contiguous else view.flat[::step]
     return zlib.crc32(few[: 2 * ELEMENTS].tobytes()) & BITS
+
+
+def samples(inputs: Any) -> float:
+    """How many samples a batch holds: the length of its first tensor; NaN where that has none.
+
+    >>> samples(torch.zeros(4, 3)), samples({"tokens": torch.zeros(2, 8)}), samples("text")
+    (4, 2, nan)
+    """
+    leaf = inputs if isinstance(inputs, Tensor) else next(leaves(inputs), None)
+    return leaf.shape[0] if leaf is not None and leaf.dim() else math.nan
 
 
 def leaves(value: Any, depth: int = 0) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lossguard.device.outputs import float_tensors
 from lossguard.device.tape import Pulse
-from lossguard.fingerprint import Fingerprints
+from lossguard.fingerprint import Fingerprints, samples
 from lossguard.host.handover import Handover, host_view
 from lossguard.host.intake import PLAIN
 
@@ -65,13 +65,15 @@ class Pulses:
         self._batch: Any = None
         self._looked: list[int] = []  # how many leaves were looked at in each step of the block
         self._printed: list[bool] = []  # whether the first column of each step tells its batch from others
+        self._sizes: list[float] = []  # how many samples the batch of each step had
+        self._size = math.nan  # of the coming step's
         self._prints = Fingerprints()
         self._no_grad = torch.no_grad()
         self._host: Any = None  # the block as numpy where it lies in host memory
 
     def show(self, batch: Any, *, handed: bool = False) -> None:
         """The coming step's batch; its float tensors are summed when the step ends. handed: by a loader, so that it should be new."""
-        self._batch = batch
+        self._batch, self._size = batch, samples(batch[0])
         self._prints.show(batch[0], handed=handed)
 
     def quick(self, loss: object) -> bool:
@@ -90,6 +92,7 @@ class Pulses:
             return False
         self._looked.append(0)
         self._printed.append(False)
+        self._sizes.append(self._size)
         if self._batch is not None:
             self._see_batch(pulse, look=host is None)
         pulse.filled = row + 1
@@ -114,7 +117,7 @@ class Pulses:
             self._looked[-1] = self._look(pulse)
         row = pulse.filled
         self._printed[-1] = self._prints.write(pulse.cells[row][0], None if self._host is None else self._host[row], self._looked[-1])
-        self._batch = None
+        self._batch, self._size = None, math.nan
 
     def _look(self, pulse: Pulse) -> int:
         """Sums of the batch's leaves into the current row; returns how many were looked at."""
@@ -127,9 +130,10 @@ class Pulses:
         """Hand the block over, complete or not, and start the next."""
         if self._pulse is not None and self._pulse.filled:
             filled = self._pulse.filled
-            self._handover.send(self._first + filled - 1, self._pulse.block[:filled], ("pulse", self._first, self._looked, self._names, self._printed))
+            meaning = "pulse", self._first, self._looked, self._names, self._printed, self._sizes
+            self._handover.send(self._first + filled - 1, self._pulse.block[:filled], meaning)
             self._pulse.clear()
-            self._looked, self._printed = [], []
+            self._looked, self._printed, self._sizes = [], [], []
 
     @property
     def full(self) -> bool:
@@ -154,6 +158,7 @@ class Pulses:
             self._first = step
         self._looked.append(0)
         self._printed.append(False)
+        self._sizes.append(self._size)
         return self._pulse
 
     def _look_at(self, column: int, leaf: Tensor, pulse: Pulse) -> int:

@@ -31,6 +31,67 @@ def one(diagnosis, edit, steps=400, **words):
     return alarms(run([RULES[diagnosis]()], edit, steps=steps, **words))
 
 
+# ---- what looks like a fault and is none
+
+
+def test_swings_about_a_validation_that_still_falls_are_information():
+    """A large learning rate on its way down: validation swings, and reaches one best after the other. Where it no longer does, it is a warning."""
+
+    def swings(fall):
+        return validation(lambda t, v: (2.0 * np.exp(-t / fall) + 0.02) * (1.0 if t // EVALUATED % 2 else 0.4))
+
+    heard = run([RULES["oscillating_validation"]()], swings(60), steps=260)
+    assert [f.severity for _, f in heard] == [Severity.INFO]
+    assert len(one("oscillating_validation", swings(1e9), steps=260)) == 1
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(1.0, 0), (32.0, 1), (np.nan, 1)])
+def test_a_batch_of_one_sample_scatters_more(samples, expected):
+    """The last batch of an epoch may hold one sample: its loss is judged by the scatter of such a mean, as far as sizes are known."""
+    leap = both(loss(lambda t, v: 6 * v, since=150, until=151), fact("samples", 32.0), fact("samples", samples, since=150, until=151))
+    assert len(one("loss_spike", leap, steps=200)) == expected
+
+
+def test_units_that_die_while_the_loss_falls_are_information():
+    """A network that prunes itself as it learns is told of; where the loss no longer falls it is warned of."""
+    dying = at("dead_fraction", 2, 0.3, since=30)
+    dead = at("dead_fraction", 2, 0.6, since=300)
+    learns = loss(lambda t, v: 2.0 - 0.004 * t)
+    stands = loss(lambda t, v: 1.0 + 1.3 * np.exp(-t / 10) + 0.01 * np.sin(t))
+    assert [f.severity for _, f in run([RULES["dead_relu"]()], both(dying, dead, learns), steps=400)] == [Severity.INFO]
+    assert one("dead_relu", both(dying, dead, stands)) == [("dead_relu", "learning rate too high")]
+
+
+def test_experts_that_nothing_is_routed_to_are_information_however_many():
+    """Five of eight experts rest while their like run now and then: that is routing. Parts that never run in a model without routing are a warning."""
+    torch.manual_seed(0)
+
+    class Parts(nn.Module):
+        def __init__(self, routes):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(8))
+            self.head, self.routes, self.calls = nn.Linear(8, 3), routes, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.head(sum(self.experts[k](x) for k in self.routes[self.calls % len(self.routes)]))
+
+    def told(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, y = torch.randn(32, 8), torch.randint(3, (32,))
+        with Guard(model, optimizer, every=1) as guard:
+            for _ in range(40):
+                value = F.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                guard.step(value)
+        return [f.severity for f in guard.findings if f.diagnosis == "unchanged_weights"]
+
+    assert told(Parts([(1, 4, 6), (1, 4)])) == [Severity.INFO]
+    assert told(Parts([(1, 4, 6)])) == [Severity.WARNING]
+
+
 # ---- a loss that stands
 
 

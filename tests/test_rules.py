@@ -83,7 +83,8 @@ def new_history(**words: Any) -> History:
 
 def feed(history: History, step: int, values: Values, facts: dict[str, Any]) -> None:
     """Hand one step to the history; arrays of NaN sites are given as unseen unless listed in ``facts['measured']``."""
-    history.add_loss(step, float(values["loss"]), input_finite=facts.get("input_finite", 1.0), fingerprint=facts.get("fingerprint", float(step)))
+    history.add_loss(step, float(values["loss"]), input_finite=facts.get("input_finite", 1.0), fingerprint=facts.get("fingerprint", float(step)),
+                     samples=facts.get("samples", np.nan))  # fmt: skip
     told = values.pop("validation", None)
     if told is not None:
         history.add_validation(step, *np.atleast_1d(told).tolist())
@@ -223,7 +224,7 @@ ILL: dict[str, tuple[Edit, int, int, str, Severity]] = {
         both(loss(lambda t, v: 1.9 + 0.05 * np.sin(t), since=30), validation(lambda t, v: 1.95 + 0.01 * np.sin(t)), times("update_norm", ALL, 25.0),
              at("confident_fraction", 0, 0.0)), 30, 350, "both losses", Severity.WARNING),
     "validation_below_training": (validation(lambda t, v: 0.6 * v), 0, 120, "validation", Severity.INFO),
-    "oscillating_validation": (validation(lambda t, v: v * (1.6 if t // EVALUATED % 2 else 1.0)), 0, 180, "validation", Severity.WARNING),
+    "oscillating_validation": (validation(lambda t, v: 0.96 if t // EVALUATED % 2 else 0.6), 0, 180, "validation", Severity.WARNING),
 }  # fmt: skip
 # diagnosis -> something healthy that comes near to the fault (the false-alarm column of detectors A)
 NEAR: dict[str, Edit] = {

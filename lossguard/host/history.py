@@ -56,7 +56,7 @@ class History:
         self.optimizers = optimizers
         self.notes: dict[str, Any] = {}  # host-known facts that hold for the whole run, such as "missing_from_optimizer"
         self._window = losses  # how many are kept; rows are written twice, as those of the columns are, so that the newest are one slice
-        self._losses = np.full((2 * losses, 4), np.nan)  # step, total, input finite (1), not (0), not looked at (NaN); fingerprint of the batch
+        self._losses = np.full((2 * losses, 5), np.nan)  # step, total, input finite (1), not (0), not looked at (NaN); fingerprint, samples of the batch
         self._terms: dict[str, Array] = {}
         self._loss_count = 0
         self._capacity = samples
@@ -72,11 +72,12 @@ class History:
 
     # ---- what arrives
 
-    def add_loss(self, step: int, total: float, terms: Mapping[str, float] | None = None, input_finite: float = np.nan, fingerprint: float = np.nan) -> None:
-        """One step's loss, its named terms if it has any, whether the batch was finite (1, 0, NaN: not looked at), and its fingerprint."""
+    def add_loss(self, step: int, total: float, terms: Mapping[str, float] | None = None, input_finite: float = np.nan,
+                 fingerprint: float = np.nan, samples: float = np.nan) -> None:  # fmt: skip
+        """One step's loss, its named terms if it has any; of its batch whether it was finite (1, 0, NaN: not looked at), a fingerprint, how many samples."""
         self.memo.clear()
         row = self._loss_count % self._window
-        self._losses[row] = self._losses[row + self._window] = step, total, input_finite, fingerprint
+        self._losses[row] = self._losses[row + self._window] = step, total, input_finite, fingerprint, samples
         for name in terms or {}:
             self._terms.setdefault(name, np.full(len(self._losses), np.nan))
         for name, ring in self._terms.items():
@@ -184,6 +185,10 @@ class History:
     def fingerprints(self, n: int | None = None) -> Array:
         """A number for the batch of each of :meth:`losses`, equal where batches are equal; NaN where none was shown."""
         return self._losses[self._loss_slice(n), 3]
+
+    def batch_sizes(self, n: int | None = None) -> Array:
+        """How many samples the batch of each of :meth:`losses` had; NaN where none was shown."""
+        return self._losses[self._loss_slice(n), 4]
 
     def validations(self) -> Array:
         """The evaluations so far, oldest first: (n, 6), the columns of ``host.evaluations.COLUMNS``."""

@@ -95,7 +95,7 @@ class Intake:
             pass
 
     def _take_losses(self, numbers: Numbers, meaning: Any, news: News) -> None:
-        _, news.first, looked, names, printed = meaning
+        _, news.first, looked, names, printed, sizes = meaning
         leaves = numbers.shape[1] - len(names)
         rows = numbers.astype(np.float64).tolist()
         for k, row in enumerate(rows):
@@ -103,7 +103,7 @@ class Intake:
             terms = dict(zip(names, values, strict=True)) if names != PLAIN else None
             finite = float(all(map(math.isfinite, row[: looked[k]]))) if looked[k] else math.nan
             total = sum(values)
-            self._history.add_loss(news.first + k, total, terms, finite, row[0] if printed[k] else math.nan)
+            self._history.add_loss(news.first + k, total, terms, finite, row[0] if printed[k] else math.nan, sizes[k])
             news.totals.append(total)
             for name, value in (terms or {}).items():
                 news.terms.setdefault(name, []).append(value)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from lossguard import readings
 from lossguard.advice import (
     TO_A_TARGET,
     converged,
@@ -45,7 +46,7 @@ class DeadRelu:
 
     Law: a unit is silent if it gave 0 for every sample and position of a window of at least 30 samples; a layer is ill if more than
     0.5 of its units are (0.75 below 32 units, all below 8), an error above 0.9. Up to 0.75 it is information while the loss comes
-    down and the share has not grown since step 100. Element-wise sparsity (healthy up to 0.97) never
+    down, as long as the share has not grown since step 100 or the loss has gone on falling since. Element-wise sparsity (healthy up to 0.97) never
     counts; shares of silent units reach 0.17 in health, and 0.36 in a narrow bottleneck.
 
     Why: a learning rate too high pushed the units below zero for every input; a bias far below 0 or weights of a wrong scale at the
@@ -91,14 +92,17 @@ class DeadRelu:
         return self._finding(history, units, dead, self._root(dead, sick, rows), sick, when)
 
     def _grows(self, history: History, root: int, dead: Array) -> bool:
-        """Units died after the beginning: more are silent than then by 3 standard errors of so many units."""
+        """Units died after the beginning, more than then by 3 standard errors of so many units, and the loss has not fallen since."""
         values = history.last("dead_fraction")[:, root]
         known = values[np.isfinite(values) & (history.steps() >= self.trial // 2)]
         if not known.size:
             return False
         before, width = float(known[0]), max(unit_at(history, root).width, 1)
         error = float(np.sqrt(max(before * (1 - before), dead[root] * (1 - dead[root])) / width))
-        return bool(dead[root] - before > self.errors * error)
+        if not dead[root] - before > self.errors * error:
+            return False
+        losses = history.losses()[history.loss_steps() >= self.trial // 2]
+        return losses.size < readings.LEAST or readings.change(losses[np.isfinite(losses)]) != "falling"
 
     def _limit(self, width: int) -> float:
         return 1.0 if 0 < width < self.few else self.narrow_share if 0 < width < self.narrow else self.share

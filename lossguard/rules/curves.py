@@ -34,7 +34,8 @@ class LossSpike:
     """loss_spike: one loss stands far above its recent past (detectors A, loss_spike; SYMPTOMS B5).
 
     Law: robust z > 8 over the 128 losses before (healthy <= 6.7), L > 1.5 median, and three times as far above the median as the
-    second largest of them; where signs mix, z > 12. Positive losses must also stand out by z > 5 on a logarithmic scale without its trend:
+    second largest of them; where signs mix, z > 12. The mean over a batch of fewer samples than usual scatters more: its z is multiplied by
+    the root of their ratio. Positive losses must also stand out by z > 5 on a logarithmic scale without its trend:
     small batches near convergence have heavy tails. Judged once three later losses are known, which tell a spike from a new level. A new
     level is judged later, after twice the steps in which the run learned at first: if it is learned anew by then, it is information.
 
@@ -71,7 +72,7 @@ class LossSpike:
         if fresh == 0 or end <= self.least:
             return None
         for at in self._candidates(losses[:end], min(fresh, end)):
-            z, past = self._z(losses, at)
+            z, past = self._z(losses, at, history.batch_sizes())
             if z > 0 and not levels.new_level(losses, at, float(middle(past))):
                 return self._finding(history, at, int(history.loss_steps()[at]), past, z)
         return self._stood(history, losses, fresh)
@@ -86,7 +87,7 @@ class LossSpike:
         if end <= self.least:
             return None
         for at in self._candidates(losses[:end], min(fresh, end)):
-            z, past = self._z(losses, at)
+            z, past = self._z(losses, at, history.batch_sizes())
             if z > 0 and levels.new_level(losses, at, float(middle(past))):
                 anew = levels.learned_anew(history, losses[at : at + wait], float(middle(past)))
                 return self._finding(history, at, int(history.loss_steps()[at]), past, z, anew=anew)
@@ -110,7 +111,7 @@ class LossSpike:
         limit = median + 0.5 * self.sigmas * min(spread, abs(median))
         return (np.flatnonzero(losses[first:] > limit) + first).tolist()
 
-    def _z(self, losses: Array, at: int) -> tuple[float, Array]:
+    def _z(self, losses: Array, at: int, sizes: Array) -> tuple[float, Array]:
         """The robust z of a loss if it is a spike, else 0; and the past that judged it: finite losses without earlier spikes."""
         now, past = losses[at], losses[max(0, at - 2 * self.window) : at]
         everything = past = past[np.isfinite(past)]
@@ -121,7 +122,8 @@ class LossSpike:
         past = past[np.abs(past - median) <= self.sigmas * spread][-self.window :]
         if past.size < self.least:
             return 0.0, past
-        z, median = robust_z(float(now), past), float(middle(past))
+        small = self._scatter(sizes, at)
+        z, median = small * robust_z(float(now), past), float(middle(past))
         if now - median <= self.beyond * float(np.sort(everything[-self.window :])[-2] - median):
             return 0.0, past
         if past.min() <= 0 <= past.max():
@@ -129,9 +131,15 @@ class LossSpike:
         if z <= self.sigmas or now <= median + self.rise * abs(median):
             return 0.0, past
         first = np.abs(losses[np.isfinite(losses)][:5])
-        if past.min() > 0 and (self._log_z(float(now), past) <= self.logarithmic or now < self.floor * float(first.max())):
+        if past.min() > 0 and (small * self._log_z(float(now), past) <= self.logarithmic or now < self.floor * float(first.max())):
             return 0.0, past
         return z, past
+
+    def _scatter(self, sizes: Array, at: int) -> float:
+        """The standard deviation of a usual batch's mean over that of this one's, at most 1; 1 where sizes are not known."""
+        past, this = sizes[max(0, at - self.window) : at], float(sizes[at])
+        usual = middle(past[np.isfinite(past)])
+        return min(1.0, float(np.sqrt(this / usual))) if usual > 0 and this > 0 else 1.0
 
     @staticmethod
     def _log_z(now: float, past: Array) -> float:

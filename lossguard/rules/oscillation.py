@@ -146,14 +146,15 @@ class OscillatingValidation:
     """oscillating_validation: validation swings up and down (detectors A, oscillating_validation; SYMPTOMS A9).
 
     Law: of the last 6 changes from one evaluation to the next, 4 are opposite to the one before, both larger than 10 % of the loss
-    and than 5 % of what the run has learned.
+    and than 5 % of what the run has learned. Information while the newest 3 evaluations have a best that is 10 % below all before them.
 
     Why: a validation set that is small or drawn anew each time; a learning rate too high; batches too small, above all under
     batch-norm, whose momentum may also be so small that evaluation runs on the statistics it began with; a loss that a few samples dominate.
     Do: evaluate on one fixed set of at least 1000 samples; divide the learning rate by 10, or average the weights (EMA 0.99);
     batches of 32 or more under batch-norm; look at the samples with the largest validation loss.
     False alarm: validation noisier than training is normal: swings of a converged run are small beside what it has learned and do
-    not count. Cyclic learning rates swing by design: evaluate at the end of a cycle.
+    not count. A large learning rate on its way down makes validation swing and still reach one best after the other, which no remedy
+    would better. Cyclic learning rates swing by design: evaluate at the end of a cycle.
     """
 
     diagnosis: ClassVar[str] = "oscillating_validation"
@@ -162,6 +163,7 @@ class OscillatingValidation:
     swing: float = readings.SWING  # of the validation loss: a smaller change is no swing; detectors A (0.1)
     material: float = readings.SWING_MATERIAL  # of what was learned: the same; our own choice (0.05)
     calm: float = 0.1  # sd over mean of the training losses, about their trend, above which training swings as well; detectors A, oscillating_loss
+    newest: int = 3  # evaluations, half of the 6: a best among them that is clearly below all before says that validation still falls
     least: int = 8  # evaluations; our own choice (detectors A: 6), the first changes are those of learning
     grace: int = 0  # steps; evaluations are counted
     patience: int = 1  # evaluations; the changes are the patience
@@ -185,7 +187,9 @@ class OscillatingValidation:
             (Cause("learning rate too high", 0.6 if restless else 0.4, noisy), [lr_remedy(history, 0.1)]),
             (Cause("batches too small", 0.3, "batch-norm statistics of few samples swing"), [Remedy("batch size 32 or more", {"batch_size": 32})]),
         ])  # fmt: skip
-        severity = Severity.INFO if informational(history) else Severity.WARNING
+        before = float(read.loss[: -self.newest].min())
+        better = float(newest[-self.newest :].min()) < before - read.share(self.swing, before)
+        severity = Severity.INFO if informational(history) or better else Severity.WARNING
         evidence = (Evidence("opposite large changes of the last 6", float(count), float(self.times)), Evidence("lowest", low), Evidence("highest", high))
         message = f"validation swings between {number(low)} and {number(high)}"
         return Finding(self.diagnosis, severity, int(read.steps[-readings.SWINGS[1]]), "validation loss", message, evidence, causes, remedies)

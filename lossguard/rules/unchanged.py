@@ -258,9 +258,11 @@ class UnchangedWeights:
         n = stretch(history, self.span, self.least)
         ran = _running(history, n)
         none = without_gradient(history) | ~np.isfinite(self._newest(history))
-        unused = [bool(none[i] or self._newest(history)[i] == 0) and (history.params[i].name.rpartition(".")[0] not in ran or _passed_over(history, i, n))
-                  for i in np.flatnonzero(still).tolist()]  # fmt: skip
-        return Severity.INFO if all(unused) and still.sum() < self.most * able.sum() else Severity.WARNING
+        passed = [_passed_over(history, i, n) for i in np.flatnonzero(still).tolist()]
+        unused = [bool(none[i] or self._newest(history)[i] == 0) and (over or history.params[i].name.rpartition(".")[0] not in ran)
+                  for i, over in zip(np.flatnonzero(still).tolist(), passed, strict=True)]  # fmt: skip
+        sure = sum(passed) if _routes(history) else 0
+        return Severity.INFO if all(unused) and still.sum() - sure < self.most * able.sum() else Severity.WARNING
 
     @staticmethod
     def _newest(history: History) -> Array:
@@ -315,6 +317,14 @@ def _running(history: History, n: int) -> set[str]:
     if outputs.size:
         rests[: outputs.size] = outputs & ~np.atleast_1d(history.seen("activation_rms", max(1, n // 2)).any(axis=0))[: outputs.size]
     return {u.name for u, rest in zip(history.units, rests.tolist(), strict=True) if not rest}
+
+
+def _routes(history: History) -> bool:
+    """Some numbered part of the model ran in one sample and not in another: what runs depends on the batch."""
+    seen = history.seen("activation_rms")
+    seen = seen[seen.any(axis=1)]
+    varies = np.atleast_1d(seen.any(axis=0) & ~seen.all(axis=0)) if seen.size else np.zeros(0, dtype=np.bool_)
+    return any(v and any(part.isdigit() for part in u.name.split(".")) for u, v in zip(history.units, varies.tolist(), strict=False))
 
 
 def _passed_over(history: History, site: int, n: int) -> bool:
