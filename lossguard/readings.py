@@ -31,6 +31,11 @@ SWING_MATERIAL = 0.05  # of what was learned: the same; our own choice
 SWINGS = (4, 6)  # so many of so many changes alternate; detectors A
 BELOW = 0.05  # of the training loss: validation is below it by more; detectors A
 RESOLVED = 0.05  # of the loss: a curve stands still only if a movement by this would show above the noise; our own choice
+RHYTHMS = range(3, 33)  # steps in which a loop may repeat itself: inner steps of a task, sources in turn; two are oscillating_loss's own law
+DOUBLE = math.log(2.0)  # between the highest and the lowest step of a rhythm: batches in a fixed order, no task, differ by less; our own choice
+BEATS = 256  # losses in which a rhythm is looked for
+TURNS = 6  # times that a rhythm has to be seen; our own choice
+BEAT = 10.0  # variance ratio above which a rhythm is no chance: 1e-4 for the shortest, over 30 lengths; our own choice
 NORMAL = 1.4826  # standard deviation over MAD of a normal distribution
 
 
@@ -123,6 +128,32 @@ def change(losses: Array, resolution: float | None = None) -> str:
     if abs(difference) <= max(noise, MOVE * abs(middle(old / size))):
         return "flat" if resolution is None or noise <= resolution * abs(middle(old / size)) else "?"
     return "falling" if difference < 0 else "rising"
+
+
+def rhythm(losses: Array) -> int:
+    """The number of steps in which losses rise to the double and fall again and again, or 0: that is the loop's doing, not the noise of a run.
+
+    For each length the logarithms are laid in rows; a rhythm is an effect of the column (analysis of variance with the rows' own means
+    taken out) by which they double. Of several lengths the clearest. Losses that are not positive have none.
+
+    >>> rhythm(np.tile([3.0, 2.0, 1.5, 1.2, 1.1], 40) * (1 + 0.1 * np.sin(np.arange(200) ** 2)))
+    5
+    """
+    if not losses.size or losses.min() <= 0:
+        return 0
+    values, best, clearest = np.log(losses), 0, BEAT
+    for length in RHYTHMS:
+        rows = values.size // length
+        if rows < TURNS:
+            continue
+        table = values[values.size - rows * length :].reshape(rows, length)
+        table = table - table.mean(axis=1, keepdims=True)
+        phase = table.mean(axis=0)
+        rest = float(np.square(table - phase).sum()) / ((rows - 1) * (length - 1))
+        ratio = rows * float(np.square(phase).sum()) / (length - 1) / max(rest, 1e-24)
+        if ratio > clearest and float(phase.max() - phase.min()) > DOUBLE:
+            best, clearest = length, ratio
+    return best
 
 
 # ---- the validation curve

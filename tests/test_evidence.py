@@ -13,7 +13,7 @@ from test_rules import ALL, EVALUATED, at, both, fact, loss, new_history, run, t
 from test_suspects import data, events, first, net, train
 from torch import nn
 
-from lossguard import Guard, Severity
+from lossguard import Guard, Severity, readings
 from lossguard.host.history import History
 from lossguard.rules import RULES
 from lossguard.rules.suspects import decay, forgets, outweighed
@@ -90,6 +90,25 @@ def test_experts_that_nothing_is_routed_to_are_information_however_many():
 
     assert told(Parts([(1, 4, 6), (1, 4)])) == [Severity.INFO]
     assert told(Parts([(1, 4, 6)])) == [Severity.WARNING]
+
+
+@pytest.mark.parametrize("period", [1, 5, 24])
+def test_a_loop_that_begins_anew_every_few_steps_does_not_bounce(period):
+    """A meta-learner's loss leaps at each new task and falls within it: no learning rate does that, so nothing is warned of. Noise is."""
+    noise = np.random.default_rng(0).standard_normal(600)
+    leaps = loss(lambda t, v: 2.0 * np.exp((0.4 if period == 1 else 0.2) * noise[t] - 1.5 * (t % period) / period))
+    fast = times("update_norm", ALL, 30.0)
+    assert len(one("oscillating_loss", both(leaps, fast), steps=500)) == (period == 1)
+    assert len(one("loss_plateau", both(leaps, fast), steps=500)) == (period == 1)
+
+
+@pytest.mark.parametrize("kind", ["independent", "walk", "exponential"])
+def test_noise_has_no_rhythm(kind):
+    """Losses without a rhythm are found to have none, whatever their distribution, but for 1 in 100."""
+    rng = np.random.default_rng(1)
+    draws = [{"independent": rng.standard_normal, "exponential": rng.exponential}.get(kind, rng.standard_normal)(size=256) for _ in range(200)]
+    made = [np.exp(0.1 * np.cumsum(x)) if kind == "walk" else np.exp(0.3 * x) if kind == "independent" else x for x in draws]
+    assert sum(readings.rhythm(x) > 0 for x in made) <= 2
 
 
 # ---- a loss that stands

@@ -126,12 +126,14 @@ class LossSpike:
         z, median = small * robust_z(float(now), past), float(middle(past))
         if now - median <= self.beyond * float(np.sort(everything[-self.window :])[-2] - median):
             return 0.0, past
+        first = np.abs(losses[np.isfinite(losses)][:5])
+        if past.min() >= 0 and now < self.floor * float(first.max()):
+            return 0.0, past
         if past.min() <= 0 <= past.max():
             return (z if z > self.mixed else 0.0), past
         if z <= self.sigmas or now <= median + self.rise * abs(median):
             return 0.0, past
-        first = np.abs(losses[np.isfinite(losses)][:5])
-        if past.min() > 0 and (small * self._log_z(float(now), past) <= self.logarithmic or now < self.floor * float(first.max())):
+        if past.min() > 0 and small * self._log_z(float(now), past) <= self.logarithmic:
             return 0.0, past
         return z, past
 

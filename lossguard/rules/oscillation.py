@@ -27,7 +27,8 @@ class OscillatingLoss:
     weights, else information. Law (bounces): the mean of 64 losses has been
     above its best by 25 % and 4 standard errors for 3 windows, though the learning rate was not raised since, and updates change
     more than 3 % of the weights. Law (restless): over these windows the loss does not fall, though it is above 5 % of where it began, it
-    swings by 20 %, and updates change more than 3 % of the weights.
+    swings by 20 %, and updates change more than 3 % of the weights; not where it rises and falls in a fixed number of steps, as in a loop
+    that begins a task anew every few steps.
 
     Why: a learning rate too high for this stage of the run; batches too small; momentum too high for the learning rate.
     Do: divide the learning rate by 10, or let it decay (cosine, step); clip the gradient norm at its healthy median; batch size
@@ -118,6 +119,8 @@ class OscillatingLoss:
         u = speed(history, int((history.steps() >= step).sum()))
         spread = float(np.std(newest[-1])) / parts[-1]
         if not u > self.fast or not spread > self.swing or readings.change(newest[1:].ravel()) == "falling" or self._raised(history, step):
+            return None
+        if readings.rhythm(newest.ravel()):
             return None
         evidence = (Evidence("median update ratio", u, self.fast), Evidence("deviation over median", spread, self.swing))
         return self._finding(history, step, f"stands about {number(parts[-1] * size)} and swings by {spread:.0%}", evidence,
