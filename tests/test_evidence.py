@@ -92,6 +92,15 @@ def test_experts_that_nothing_is_routed_to_are_information_however_many():
     assert told(Parts([(1, 4, 6)])) == [Severity.WARNING]
 
 
+@pytest.mark.parametrize(("slope", "expected"), [(-0.01, 0), (0.01, 1), (0.0, 1)])
+def test_gradients_that_grow_as_a_plateau_is_left_are_those_of_learning(slope, expected):
+    """A loss that stood for hundreds of steps and comes down now has larger gradients; if it rises or stands they explode."""
+    noise = np.random.default_rng(0).standard_normal(600)
+    turns = loss(lambda t, v: 1.0 + 0.01 * noise[t] + slope * max(0, t - 300))
+    larger = times("grad_norm", ALL, 200.0, since=300)
+    assert len(one("exploding_gradient", both(turns, larger), steps=360)) == expected
+
+
 @pytest.mark.parametrize("period", [1, 5, 24])
 def test_a_loop_that_begins_anew_every_few_steps_does_not_bounce(period):
     """A meta-learner's loss leaps at each new task and falls within it: no learning rate does that, so nothing is warned of. Noise is."""

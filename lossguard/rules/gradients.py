@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from lossguard import readings
 from lossguard.advice import (
     converged,
     informational,
@@ -80,21 +81,26 @@ class ExplodingGradient:
         if before.size < self.enough:
             return None
         now, past = float(middle(total[-n:])), float(middle(before))
-        if now <= self.times * past or now <= float(born[0]) or past == 0 or self._learning(history):
+        if now <= self.times * past or now <= float(born[0]) or past == 0:
             return None
-        first = int(np.flatnonzero(total[-n:] > self.times * past)[0])
+        since = int(steps[-n:][total[-n:] > self.times * past][0])
+        if self._learning(history, since):
+            return None
         severity = Severity.INFO if self._harmless(history) else Severity.WARNING
-        return self._finding(history, int(steps[-n:][first]), now, past, self.times, severity)
+        return self._finding(history, since, now, past, self.times, severity)
 
-    def _learning(self, history: History) -> bool:
+    def _learning(self, history: History, since: int) -> bool:
         """The loss comes down meanwhile: a network that leaves a plateau has growing gradients. So has a density that sharpens:
-        where losses are negative it is enough that they do not rise."""
+        where losses are negative it is enough that they do not rise. Looked for over half of the past, and since the gradients are large."""
         losses = history.losses(self.past)
         losses = losses[np.isfinite(losses)]
-        half = losses.size // 2
+        half, recent = losses.size // 2, history.step - since + 1
         old = float(middle(losses[:half]))
         need = self.fall * abs(old) * (-1.0 if half and middle(losses) < 0 else 1.0)
-        return half > 0 and middle(losses[half:]) < old - need
+        if half == 0 or middle(losses[half:]) < old - need:
+            return half > 0
+        noise = readings.ERRORS * float(losses[:half].std()) * recent**-0.5
+        return recent < half and middle(losses[-recent:]) < old - max(abs(need), noise)
 
     def _harmless(self, history: History) -> bool:
         """The run has learned, its loss does not rise by much, and its updates have not grown: the optimizer scales the gradients."""

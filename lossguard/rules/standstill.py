@@ -40,7 +40,8 @@ class LossPlateau:
     the optimizer's parameters; if it works, look at 20 samples with their labels, then try 0.1 and 10 times the learning rate.
     False alarm: parity, XOR and modular arithmetic stand at chance for hundreds of steps, a pretrained network has nothing to
     learn at first, a warm-up is slow: all of these have signals of a healthy size and get a line of information at most for 1500
-    steps. Adversarial and reinforcement losses never warn, nor do losses that rise and fall in a fixed number of steps: each task begins anew. ``LossPlateau(long=10000)`` waits longer.
+    steps. Adversarial and reinforcement losses never warn, nor do losses that rise and fall in a fixed number of steps: each task begins
+    anew. ``LossPlateau(long=10000)`` waits longer.
     """
 
     diagnosis: ClassVar[str] = "loss_plateau"
