@@ -63,6 +63,15 @@ def test_every_left_out_update_is_told_once(rows):
     assert len(events) == runs or runs > happened.SKIPS  # what was left out at different times is told apart
 
 
+def test_what_was_configured_from_outside_stands_among_the_facts(tmp_path, monkeypatch):
+    """Whoever reads the page sees which settings the code did not make, and where they came from."""
+    monkeypatch.setenv("LOSSGUARD_EVERY", "13")
+    model = network()
+    with Guard(model, torch.optim.SGD(model.parameters(), lr=0.01), record=tmp_path) as guard:
+        train(guard, 20)
+    assert dict(words.facts(reading.from_record(tmp_path)))["Configured"] == "every = 13 (LOSSGUARD_EVERY)"
+
+
 def test_skips_stand_where_they_happened(tmp_path):
     """The record of a run whose updates were left out says how many, why and in which steps, as the guard itself does, and the run counts as spared."""
     model = network()

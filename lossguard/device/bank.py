@@ -239,9 +239,9 @@ class Bank:
 
     def _gather_weights(self, small: Tensor, sampled: Tensor) -> None:
         parameters = self.parameters
-        if not self._views or self._pointers != _pointers(parameters):
+        if not self._views or self._pointers != _pointers(parameters, self.sharded):
             self._views = self._make_views()
-            self._pointers = _pointers(parameters)
+            self._pointers = _pointers(parameters, self.sharded)
         count = len(self._views) - len(self._large)
         if count:
             torch.cat(self._views[:count], out=small)
@@ -325,9 +325,9 @@ def _spread(t: Tensor, runs: int) -> Tensor:
     return torch.as_strided(t, (runs, RUN), (stride, 1), t.storage_offset())
 
 
-def _pointers(parameters: Sequence[Tensor]) -> list[int]:
+def _pointers(parameters: Sequence[Tensor], sharded: bool) -> list[int]:
     """Where the parameters' memory is; views of it must be made anew when it moved (0 for tensors without memory)."""
     try:
-        return [shards.own(p).data_ptr() for p in parameters]
+        return [shards.own(p).data_ptr() for p in parameters] if sharded else [p.data_ptr() for p in parameters]
     except RuntimeError:  # a wrapper without storage of its own
         return [id(p) for p in parameters]

@@ -101,7 +101,7 @@ def eager(script: str) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("lossguard.report").joinpath("page", name).read_text(encoding="utf-8")
+    return (resources.files("lossguard.report") / "page" / name).read_text(encoding="utf-8")
 
 
 def _write(path: Path, text: str) -> Path:

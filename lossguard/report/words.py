@@ -157,6 +157,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Optimizer", ", ".join(known.get("optimizers", []))),
         ("Steps", f"{run.steps:,}"),
         ("Sampled", f"{run.samples:,} steps" + (f", every {known['every']}" if known.get("every") else "")),
+        ("Configured", "; ".join(f"{name} = {value}" for name, value in (known.get("configured") or {}).items())),
         ("Loss", f"{number(run.span[0])} → {last}" if np.isfinite(run.span[0]) else ""),
         ("Left out", _left_out(run)),
         ("Cured", _cured(run)),

@@ -109,7 +109,7 @@ class LossSpike:
         median = float(middle(past))
         spread = _NORMAL * float(middle(np.abs(past - median)))
         limit = median + 0.5 * self.sigmas * min(spread, abs(median))
-        return (np.flatnonzero(losses[first:] > limit) + first).tolist()
+        return [int(at) for at in np.flatnonzero(losses[first:] > limit) + first]
 
     def _z(self, losses: Array, at: int, sizes: Array) -> tuple[float, Array]:
         """The robust z of a loss if it is a spike, else 0; and the past that judged it: finite losses without earlier spikes."""
