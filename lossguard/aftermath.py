@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from lossguard import exits, place, resume
 from lossguard.actions import TrainingHalted
+from lossguard.device.capture import capturing
 from lossguard.findings import plain
 from lossguard.host.history import History
 from lossguard.safekeeping import Checkpoints
@@ -171,7 +172,7 @@ def random_states(raw: tuple[Any, ...] | None = None) -> dict[str, Any]:
 
 def random_now() -> tuple[Any, ...]:
     """The states of all random generators as they are handed out; :func:`random_states` makes them portable."""
-    cuda = torch.cuda.get_rng_state_all() if _cuda() and not torch.cuda.is_current_stream_capturing() else []
+    cuda = torch.cuda.get_rng_state_all() if _cuda() and not capturing() else []
     return torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True), cuda
 
 

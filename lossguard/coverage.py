@@ -12,6 +12,9 @@ from lossguard.device.recorder import Recorder
 from lossguard.host.handover import Handover
 from lossguard.host.history import History
 
+CALLED = {"activation_rms": "activations", "grad_norm": "gradients", "update_norm": "updates"}  # signals that somebody has to call a hook for
+SILENT = 8  # samples without one after which it is told; each waits for an update
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -42,7 +45,7 @@ def survey(
     unseen.update({f"signal {name}": f"failed and reads NaN ({why})" for name, why in signals.BROKEN.items()})
     unseen.update({entry.partition(": ")[0]: entry.partition(": ")[2] for entry in recorder.passes.forward.unwatched})
     if steps:
-        unseen.update(_after_steps(recorder, observed, backward_seen))
+        unseen.update(_after_steps(recorder, history, observed, backward_seen))
         unseen.update(_of_all_ranks(recorder, history))
     if handover.late:
         unseen["late rows"] = f"{handover.late} rows had not arrived at their step and were waited for; a larger lag= avoids that"
@@ -51,13 +54,14 @@ def survey(
     return Coverage(observed, unseen)
 
 
-def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: bool) -> dict[str, str]:
+def _after_steps(recorder: Recorder, history: History, observed: Collection[str], backward_seen: bool) -> dict[str, str]:
     unseen: dict[str, str] = {}
     quiet = sorted(name for name, _ in recorder.passes.modules.values() if name not in recorder.passes.fired)
     if quiet:
         shown = ", ".join(quiet[:5]) + (f" and {len(quiet) - 5} more" if len(quiet) > 5 else "")
         why = _why_quiet(recorder)
         unseen["activations"] = f"no forward pass in training mode was seen of {shown}: {why}"
+    unseen.update(_fallen_silent(history))
     if not backward_seen and "grad_norm" not in observed:
         unseen["gradients"] = "no backward pass was seen to end between two guard steps"
     elif "update_norm" not in observed:
@@ -70,6 +74,17 @@ def _after_steps(recorder: Recorder, observed: Collection[str], backward_seen: b
         unseen.update({f"graph region ({what})": "its inside cannot be read for roles and functional ReLUs" for what in sorted(graph.opaque)})
     if "logit_peak" not in observed:
         unseen["softmax logits"] = "no softmax was found at the loss; pass them with guard.step(loss, logits=...) if there is one"
+    return unseen
+
+
+def _fallen_silent(history: History) -> dict[str, str]:
+    """What was seen once and is not any more: hooks that are no longer called."""
+    unseen: dict[str, str] = {}
+    for signal, what in CALLED.items():
+        seen = history.seen(signal)
+        if len(seen) > SILENT and seen.any() and not seen[-SILENT:].any():
+            last = int(history.steps()[seen.any(axis=1)][-1])
+            unseen[what] = f"none was seen since step {last}: a CUDA graph that is replayed calls no hook (capture less, or run some steps without it)"
     return unseen
 
 

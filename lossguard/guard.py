@@ -6,6 +6,7 @@ Users call it once an iteration; it raises only ``TrainingHalted`` and errors ab
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from lossguard import actions, arguments, batches, cluster, exits, facts, place, resume, watching
 from lossguard.aftermath import Aftermath
 from lossguard.config import Configured, configurable
+from lossguard.device.capture import NO_STEP, capturing
 from lossguard.device.recorder import Recorder
 from lossguard.device.spikes import Limit
 from lossguard.device.taps import Taps
@@ -125,7 +127,6 @@ class Guard(Configured, Keeper, Teller, Phased):
         self._muted = check_names(mute, "mute")
         self._scaler = scaler = arguments.a_scaler(scaler, optimizers)
         on_host = all(p.device.type == "cpu" for p in parameters)
-        self._on_cuda = any(p.device.type == "cuda" for p in parameters)
         lag = (0 if on_host else LAG) if lag is None else arguments.at_least(0, lag, "lag")
         self._faults = Faults()
         self._codes = exits.check_codes(exit_codes, {rule.diagnosis: rule for rule in chosen})
@@ -173,6 +174,9 @@ class Guard(Configured, Keeper, Teller, Phased):
         logits: the softmax's input, (rows, ..., classes), where the guard cannot find it by itself.
         Raises ``TrainingHalted`` when a finding halts, ``ValueError`` for a loss that is no scalar or a closed guard.
         """
+        if capturing():
+            warnings.warn(NO_STEP, RuntimeWarning, stacklevel=2)
+            return
         now = self.steps
         self._watchdog.beat(now)
         if self._quiet and logits is None and self._pulses.quick(loss):
@@ -340,7 +344,7 @@ class Guard(Configured, Keeper, Teller, Phased):
 
     def _receive(self, now: int, *, everything: bool = False) -> Finding | None:
         """Take what has arrived, judge it, tell of it. Returns the finding that ends the run now."""
-        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+        if capturing():
             return None  # asking an event would break the capture
         heard: list[Finding] = []
         for news in self._intake.receive(now, everything=everything):

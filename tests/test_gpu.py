@@ -153,3 +153,49 @@ def test_memory_on_the_device_is_bounded():
                 torch.cuda.synchronize()
                 held.append(torch.cuda.memory_allocated())
     assert held[1] <= held[0] + 4096
+
+
+def captured(guarded, *, warm=3, steps=120):
+    """A run whose update is captured after some warm-up and replayed from then on; the guard and the weights at its end."""
+    model = MODELS["mlp"](device="cuda")
+    opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    guard = Guard(model, opt, every=4, dense=10) if guarded else None
+    x, y = make_batch("mlp", "cuda", seed=0)
+
+    def update():
+        opt.zero_grad(set_to_none=True)
+        loss = criterion(model(x), y)
+        loss.backward()
+        opt.step()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm):
+            loss = update()
+            if guard:
+                guard.step(loss)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = update()
+    for step in range(steps):
+        new_x, new_y = make_batch("mlp", "cuda", seed=step)
+        x.copy_(new_x)
+        y.copy_(new_y)
+        graph.replay()
+        if guard:
+            guard.step(loss)
+    if guard:
+        guard.close()
+    return guard, [p.detach().cpu() for p in model.parameters()]
+
+
+def test_a_captured_step_is_as_without_a_guard():
+    """The capture goes through with the guard's hooks in place, the replays train bit for bit as without it, and nothing is taken for a fault."""
+    guard, weights = captured(True)
+    _, plain = captured(False)
+    assert all(torch.equal(a, b) for a, b in zip(weights, plain, strict=True))
+    assert guard.findings == [] and guard.history.losses().size == 123
+    assert "a CUDA graph that is replayed" in guard.coverage.not_observed["gradients"]

@@ -118,9 +118,11 @@ class Bank:
         why = "its gradient lies on the ranks in another way than its weights" if self.sharded else "its gradient is sparse: reading it would wait"
         return dict.fromkeys(sorted(self.sparse), why)
 
-    def keep_weights(self) -> None:
-        """Weights as they are before the update."""
+    def keep_weights(self, *, alone: bool = False) -> None:
+        """Weights as they are before the update. alone: no gradients will be kept beside them."""
         self._moved = False
+        if alone:
+            self._missing, self._norms = set(self._parameter), None
         self._gather_weights(self._kept[1], self._sampled[0])
 
     def keep_update(self) -> None:

@@ -67,6 +67,11 @@ class Recorder:
         for row in self._rows.values():
             row.discard()
 
+    def drop(self) -> None:
+        """This step is not recorded after all."""
+        if self.on:
+            self.begin(False, every_module=self._dense)
+
     def backward_done(self, *, unscaled: bool = False) -> None:
         """All gradients of a backward pass are there, unclipped. Later passes before an update overwrite earlier ones."""
         if not self.banks:
@@ -126,6 +131,8 @@ class Recorder:
             if logits is not None:
                 self.passes.handed(logits)
             self.row(self._default_device())
+            if not self._kept_before:  # no backward pass was seen: a CUDA graph is replayed, or there was none
+                self._keep_weights_alone()
             for k in sorted(self._kept_before):
                 self.banks[k].lay(self._row_of(self.banks[k]), closely=self._dense)
                 if self.printing and not self.banks[k].sharded:
@@ -228,6 +235,12 @@ class Recorder:
         self.facts.pop("no_gradient", None)
         self.facts.update({"no_gradient": tuple(missing)} if missing else {})
         self._functional.record(k, bank, self.passes.batch_rows, row)
+
+    def _keep_weights_alone(self) -> None:
+        """Weights without gradients or updates: whether they move at all."""
+        for k, bank in enumerate(self.banks):
+            bank.keep_weights(alone=True)
+            self._kept_before.add(k)
 
     def _plan(self) -> None:
         if self.passes.graph is not None:

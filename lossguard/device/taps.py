@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.device import listening
+from lossguard.device.capture import capturing
 from lossguard.device.recorder import Recorder
 
 FIRST = 2  # steps for which the forward hook stays, sampled or not: what is compiled in them is compiled under it
@@ -68,6 +69,8 @@ class Taps:
 
     def forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A module was called, outside of compiled code."""
+        if self._captured():
+            return
         known = self._recorder.passes.asked.get(id(module))
         if known is not None:
             self._watch(self._recorder.passes.module_called, module, args, output, part=known[0])
@@ -88,12 +91,12 @@ class Taps:
 
     def inside(self, name: str, kind: str, given: tuple[Tensor, ...], output: Tensor, graded: bool) -> None:
         """A module was called inside compiled code."""
-        if self._recorder.on:
+        if self._recorder.on and not self._captured():
             self._watch(self._recorder.passes.called_inside, name, kind, given, output, graded, part=name)
 
     def criterion(self, logits: Tensor, targets: Tensor) -> None:
         """A ``nn.CrossEntropyLoss`` was called inside compiled code."""
-        if self._recorder.on:
+        if self._recorder.on and not self._captured():
             self._watch(self._recorder.passes.criterion_called, (logits, targets), part="CrossEntropyLoss")
 
     def listen(self, on: bool) -> None:
@@ -127,6 +130,13 @@ class Taps:
         _let_go(self._key, self._handles, self._grad_handles)
 
     # ---- inside
+
+    def _captured(self) -> bool:
+        """Whether what is called now only goes into a CUDA graph: there are no numbers yet, so this step is not recorded."""
+        if not capturing():
+            return False
+        self._recorder.drop()
+        return True
 
     def _choose(self, parameters: Sequence[Tensor]) -> None:
         """These parameters' gradients tell of backward passes from now on."""
@@ -162,7 +172,7 @@ class Taps:
 
     def _gradient_arrived(self) -> None:
         """The first gradient of a backward pass queues a call for its end (once more behind a data-parallel reducer's own)."""
-        if not self.listening:
+        if not self.listening or self._captured():
             return
         backward = torch._C._current_graph_task_id()  # by its number, so that a pass that raised midway blocks no later one
         before = self._arrived.get(backward, 0)
@@ -203,12 +213,12 @@ _left_alone: dict[Callable[[Taps], None], Callable[[Taps], None]] = {}
 
 def _before_step(mine: weakref.ref[Taps], index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     taps = mine()
-    return taps._pre_step(index, args, kwargs) if taps is not None and taps.listening else None
+    return taps._pre_step(index, args, kwargs) if taps is not None and taps.listening and not taps._captured() else None
 
 
 def _after_step(mine: weakref.ref[Taps], index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     taps = mine()
-    if taps is not None and taps.listening:
+    if taps is not None and taps.listening and not taps._captured():
         taps._after_update(index)
 
 

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lossguard.device.capture import capturing
+
 Numbers = npt.NDArray[np.float32]
 
 
@@ -69,7 +71,7 @@ class Handover:
         events = [event for _, _, event, _ in self._queue if event is not None]
         if not events:
             return True
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if capturing():
             return False  # asking an event would break the capture
         end = time.monotonic() + patience
         while not events[-1].query():  # one stream: the last is behind all others
