@@ -40,6 +40,8 @@ class Introduction:
             Param(t.name, _numel(t.tensor), t.kind, t.optimizer, str(t.tensor.dtype).removeprefix("torch."), id(t.tensor) in cancelled, t.module)
             for t in roster.trained
         ]
+        if roster.missing and history.notes.get("missing_from_optimizer") == ():
+            history.notes["missing_since"] = history.step  # they were thawed, or new, or taken out of their groups
         history.notes.update(missing_from_optimizer=tuple(roster.missing), foreign_in_optimizer=roster.foreign, trainable=len(roster.trained))
         history.notes.update(loss_is_nonnegative=self._declared or bool(graph and graph.nonnegative), loss_is_safe=bool(graph and graph.safe))
         history.notes.update(loss_is_summed=bool(graph and graph.summed), loss_is_mean=bool(graph and graph.averaged))

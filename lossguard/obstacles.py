@@ -110,11 +110,11 @@ def _step_size(history: History) -> Pairs:
         return [stopped]
     if u == 0:
         return [(Cause("weights do not move", 0.8, "every update of the last samples is exactly 0"), [lr_remedy(history, 10.0)])]
-    cause = None if history.schedule_tail else step_size(history) or _unstirred(history)
+    cause = None if history.schedule_tail else step_size(history) or unstirred(history)
     return [(cause, [faster(history) if cause.name.endswith("low") else slower(history)])] if cause else []
 
 
-def _unstirred(history: History) -> Cause | None:
+def unstirred(history: History) -> Cause | None:
     """The learning rate, if the weights are nearly those of the first step: however the updates add up, they cannot have come far."""
     ratio, able, steps = history.last("update_ratio"), matrices(history), history.steps()
     if not ratio.size or not able.any() or steps[0] > 0:

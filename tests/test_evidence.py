@@ -14,6 +14,7 @@ from test_suspects import data, events, first, net, train
 from torch import nn
 
 from lossguard import Guard, Severity, readings
+from lossguard.device import outputs
 from lossguard.host.history import History
 from lossguard.rules import RULES
 from lossguard.rules.suspects import decay, forgets, outweighed
@@ -50,6 +51,14 @@ def test_a_batch_of_one_sample_scatters_more(samples, expected):
     """The last batch of an epoch may hold one sample: its loss is judged by the scatter of such a mean, as far as sizes are known."""
     leap = both(loss(lambda t, v: 6 * v, since=150, until=151), fact("samples", 32.0), fact("samples", samples, since=150, until=151))
     assert len(one("loss_spike", leap, steps=200)) == expected
+
+
+def test_a_loss_among_many_that_are_nothing_is_held_against_the_others():
+    """Half of the batches hold no event and owe exactly 0: what those with one owe is no spike, what is far above them is."""
+    rng = np.random.default_rng(0)
+    owed = np.where(rng.random(400) < 0.6, 0.0, 1.0 + 0.2 * rng.standard_normal(400))
+    assert one("loss_spike", loss(lambda t, v: owed[t])) == []
+    assert len(one("loss_spike", loss(lambda t, v: 30.0 if t == 300 else owed[t]))) == 1
 
 
 def test_units_that_die_while_the_loss_falls_are_information():
@@ -118,6 +127,51 @@ def test_noise_has_no_rhythm(kind):
     draws = [{"independent": rng.standard_normal, "exponential": rng.exponential}.get(kind, rng.standard_normal)(size=256) for _ in range(200)]
     made = [np.exp(0.1 * np.cumsum(x)) if kind == "walk" else np.exp(0.3 * x) if kind == "independent" else x for x in draws]
     assert sum(readings.rhythm(x) > 0 for x in made) <= 2
+
+
+def parts_in_turn(module):
+    """One guarded run of 60 steps of a small classifier; its findings above information."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    with Guard(module, optimizer, every=2) as guard:
+        for step in range(240):
+            if step == 100:
+                module.requires_grad_(True)
+            x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+            value = F.cross_entropy(module(x), x[:, :3].argmax(1))
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            guard.step(value)
+    return [(f.diagnosis, f.causes[0].name, f.step) for f in guard.findings if f.severity >= Severity.WARNING]
+
+
+def test_parameters_that_thaw_and_are_in_no_optimizer_are_named():
+    """The optimizer was built from what was trainable at first: what is unfrozen later never moves, and is named soon after."""
+    module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    module[0].requires_grad_(False)
+    [(diagnosis, cause, step)] = parts_in_turn(module)
+    assert (diagnosis, cause) == ("unchanged_weights", "not given to the optimizer") and 98 <= step <= 120
+    assert parts_in_turn(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))) == []
+
+
+def test_a_rate_at_which_nothing_can_come_far_is_too_low():
+    """After 200 steps all updates together are below 1 % of the weights and the loss stands. A loss that moves, or weights that do, are left alone."""
+    slow = both(times("update_norm", ALL, 5e-3), at("confident_fraction", 0, 0.0))
+    stands = loss(lambda t, v: 2.1 - 0.0002 * t + 0.01 * np.sin(t))
+    assert one("update_ratio_low", both(slow, stands)) == [("update_ratio_low", "learning rate too low")]
+    assert one("update_ratio_low", slow) == one("update_ratio_low", stands) == []
+
+
+def test_samples_of_sequences_are_taken_at_all_places():
+    """16 rows of 64 sequences are not all their first places, and the columns of a feature map are not all one: a token that begins every
+    sequence is no collapse."""
+    for batch, length in ((16, 20), (64, 21), (128, 32), (32, 197)):
+        places = torch.arange(length, dtype=torch.float32).repeat(batch).view(1, -1, 1)
+        seen = outputs.sample(places)[0, :, 0].long()
+        assert len(set(seen.tolist())) >= min(length, len(seen)) // 2, (batch, length, seen)
+        columns = outputs.sample(torch.arange(batch * length, dtype=torch.float32).view(1, 1, -1))[0, 0].long() % length
+        assert len(set(columns.tolist())) >= min(length, len(columns)) // 2, (batch, length)
 
 
 # ---- a loss that stands

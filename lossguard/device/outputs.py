@@ -5,6 +5,9 @@ Python objects and tensors flow in, views flow out; nothing is computed and noth
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -97,7 +100,18 @@ def matrix(x: Tensor, channels_first: bool) -> Tensor:
 def sample(rows: Tensor) -> Tensor:
     """At most SAMPLES rows and FEATURES features of each, spread over the whole, a view: (K, R, F) -> (K, r, f).
 
-    The stride over features is odd, so that it does not stay in one column of a feature map.
+    Neither stride has a divisor in common with what it strides over, so that it stays neither at one place of all sequences
+    (rows are B*T, and 16 of them would all be their first) nor in one column of a feature map.
     """
     r, f = rows.shape[1], rows.shape[2]
-    return rows[:, :: -(-r // SAMPLES), :: max(1, f // FEATURES) | 1][:, :, :FEATURES]
+    return rows[:, :: _stride(-(-r // SAMPLES), r), :: _stride(max(1, f // FEATURES), f)][:, :, :FEATURES]
+
+
+@functools.lru_cache(maxsize=1024)
+def _stride(least: int, over: int) -> int:
+    """The smallest stride from ``least`` on that is coprime with ``over``.
+
+    >>> _stride(160, 2560), _stride(1, 64)
+    (161, 1)
+    """
+    return next(stride for stride in itertools.count(least) if math.gcd(stride, over) == 1)

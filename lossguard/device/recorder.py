@@ -25,6 +25,8 @@ from lossguard.device.joint import Joint
 from lossguard.device.passes import Passes
 from lossguard.device.tape import Layout, Row
 
+RECOUNT = 8  # sampled steps after which it is asked again how many of the model's parameters are trainable
+
 
 class Recorder:
     """Everything recorded of one model. ``on`` says whether the current step is a sampled one."""
@@ -42,6 +44,7 @@ class Recorder:
         self._dense = True
         self._rows: dict[torch.device, Row] = {}
         self._signature: tuple[int, ...] = ()
+        self._trainable = self._asked = 0
         self._kept_before: set[int] = set()  # banks whose weights before the update are kept in this step
         self._updated: set[int] = set()  # optimizers that stepped in this step
         self._missing: dict[int, list[int]] = {}  # bank -> sites without a gradient in the newest backward pass
@@ -187,7 +190,7 @@ class Recorder:
         self.passes.rebuild()
         self.banks, elements = banks_of(self.roster, self.joint)
         self.passes.forward.fit(elements)
-        self._signature = roles.signature(self.optimizers)
+        self._signature, self._trainable = roles.signature(self.optimizers), roles.trainable(self.model)
         self._kept_before.clear()
         self._functional.forget()
         self.extras.plan(self.roster.trained)
@@ -211,7 +214,10 @@ class Recorder:
 
     @property
     def outdated(self) -> bool:
-        """Whether the optimizers hold other parameters than the banks."""
+        """Whether the optimizers hold other parameters than the banks, or others of the model's are trainable."""
+        self._asked += 1
+        if self.banks and self._asked % RECOUNT == 0 and roles.trainable(self.model) != self._trainable:
+            return True
         return bool(self.banks) and roles.signature(self.optimizers) != self._signature
 
     @property

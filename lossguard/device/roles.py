@@ -65,6 +65,11 @@ def signature(optimizers: Sequence[Optimizer]) -> tuple[int, ...]:
     return (*(len(g["params"]) for g in groups), which, sum(p.element_size() for p in trained))
 
 
+def trainable(model: nn.Module) -> int:
+    """How many parameters of the model want a gradient."""
+    return sum(p.requires_grad for p in model.parameters())
+
+
 def settings(optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """What the groups are set to, as facts: the largest learning rate and decay that are host numbers. A rate of NaN is the largest."""
     groups = [g for o in optimizers for g in o.param_groups]

@@ -21,13 +21,15 @@ LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d")  # modules whose output is a s
 EARLY = 100  # steps in which what was out of scale from the beginning is the cause: later it would have shown; our own choice
 FIRST_SCALE = 65536.0  # the scale that torch's loss scaler begins with
 LOSS_WINDOW = 20  # losses before the fault in which growth is looked for
-GUARD = Remedy("guard the loss: log(p + 1e-8), a divisor of at least 1e-8, labels in range", {"eps": 1e-8})
+EPS = 1e-6  # added to arguments of logarithms, roots and divisors: 1 - 1e-6 is no longer 1 in float32, 1 - 1e-8 is
+GUARD = Remedy(f"guard the loss: log(p + {EPS:g}), a divisor of at least {EPS:g}, labels in range", {"eps": EPS})
+HALF_LEAST = 2.0**-25  # a smaller number rounds to 0 in float16
 
 
 def nonfinite_advice(history: History, step: int) -> Advice:
     """The causes of non-finite values (SYMPTOMS C1 to C6), ranked by what this run shows."""
     pairs: list[tuple[Cause, list[Remedy]]] = []
-    broken = rate(history) or scale_too_high(history, step)
+    broken = rate(history) or scale_too_high(history, step) or lost_epsilon(history)
     if broken is not None:
         return ranked([broken])
     pairs += born_out_of_scale(history) if step < EARLY else []
@@ -55,6 +57,20 @@ def scale_too_high(history: History, step: int) -> tuple[Cause, list[Remedy]] | 
     because = f"the scale is {number(float(scale))}, no gradient of {len(total)} samples was finite, and the loss is {number(float(history.losses()[at]))}"
     lower = Remedy("begin with a scale of 65536, and halve it at each overflow", {"init_scale": FIRST_SCALE})
     return Cause("loss scale too high", 0.9, because), [lower]
+
+
+def lost_epsilon(history: History) -> tuple[Cause, list[Remedy]] | None:
+    """Updates are not finite though all gradients are: in float16 the optimizer's epsilon is 0, and where a gradient is, too, 0/0 is NaN."""
+    eps, halves = history.facts().get("adam_eps"), [p.name for p in history.params if p.dtype == "float16"]
+    updates, gradients = history.last("update_norm", 1), history.last("grad_norm", 1)
+    if eps is None or not 0 < eps < HALF_LEAST or not halves or not updates.size or not gradients.size:
+        return None
+    bad = history.seen("update_norm", 1) & ~np.isfinite(updates)
+    if not bad.any() or not np.isfinite(gradients[history.seen("grad_norm", 1)]).all():
+        return None
+    because = f"gradients are finite and updates are not; {number(float(eps))} is 0 in float16, in which {halves[0]} and its moments are kept"
+    larger = Remedy(f"eps {number(float(eps))} -> 1e-4, or keep the weights in float32 and compute under autocast", {"eps": 1e-4})
+    return Cause("adam epsilon", 0.92, because), [larger]
 
 
 def written_to(history: History, step: int) -> tuple[Cause, list[Remedy]] | None:

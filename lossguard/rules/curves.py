@@ -56,6 +56,7 @@ class LossSpike:
     floor: float = 0.2  # of the largest of the run's first losses: spikes below it harm nobody; our own choice, healthy runs near convergence reach 0.12
     beyond: float = 3.0  # times the second largest earlier distance from the median; our own choice: last batches of one sample come every epoch
     slight: float = 0.5  # of the same: a spike below it, after which the loss is as before, is information; a batch of garbage owes more
+    tied: float = 0.25  # of the past losses that are the same bit for bit, from which they say nothing of how losses scatter; our own choice
     settle: int = 3  # later losses to wait for; our own choice
     raised: float = 1.5  # a learning rate or an input's scale over its past median, and
     jumped: float = 3.0  # an update ratio over its own, that speak for a cause; our own choice
@@ -118,6 +119,9 @@ class LossSpike:
         if past.size < self.least or not np.isfinite(now):
             return 0.0, past
         median = float(middle(past))
+        differs = past != median
+        if differs.mean() < 1 - self.tied:  # many batches owe exactly the same, such as nothing: a loss is held against the others
+            past, median = past[differs], float(middle(past[differs]))
         spread = max(_NORMAL * float(middle(np.abs(past - median))), 1e-6 * abs(median))
         past = past[np.abs(past - median) <= self.sigmas * spread][-self.window :]
         if past.size < self.least:

@@ -46,6 +46,7 @@ class UnchangedWeights:
     growing: float = 32.0  # the same where gradients grow, as they do when accumulation is lengthened; our own choice
     accumulating: float = 2.0  # growth of the gradient norm over the span by which missing steps are accumulation; sqrt(20) is 4.5
     patient: int = 128  # samples without a step that even accumulation does not explain; our own choice
+    longest: int = 256  # steps without any update that accumulation does not explain either; our own choice
     most: float = 0.5  # share of matrices without gradient that warns though it is unknown whether they ran; our own choice
     undone: float = 0.02  # of an update that is left when its step ends; our own choice, Lookahead keeps half of it, Reptile a tenth
     rateless: int = 100  # least steps at a rate of 0, as many as there were with one; our own choice, a schedule's last steps
@@ -89,7 +90,8 @@ class UnchangedWeights:
         message = f"{foreign} parameters of the optimizer are not the model's"
         if missing:
             message = f"{len(missing)} of {trainable} trainable parameters are in no optimizer"
-        return Finding(self.diagnosis, severity, int(history.steps()[0]), listing(missing) or "optimizer", message, evidence, causes, remedies)
+        since = int(history.notes.get("missing_since", history.steps()[0]))
+        return Finding(self.diagnosis, severity, since, listing(missing) or "optimizer", message, evidence, causes, remedies)
 
     def _never_stepped(self, history: History) -> Finding | None:
         """No optimizer has stepped in any sample held. Accumulation looks like it, but its gradients grow."""
@@ -100,7 +102,7 @@ class UnchangedWeights:
         if history.facts().get("scaler") == 1.0 and total.size and not np.isfinite(total[-1, 0]):
             return None  # skipped by the loss scaler
         ends = [typical(part)[0] for part in (total[:5], total[-5:])] if total.size else [np.nan, np.nan]
-        if ends[1] > self.accumulating * ends[0] and n < self.patient:
+        if ends[1] > self.accumulating * ends[0] and n < self.patient and history.step < self.longest:
             return None
         remedy = Remedy("call optimizer.step() once after each loss.backward()", {"optimizer_step": True})
         causes, remedies = ranked([(Cause("optimizer.step() is never called", 0.9, f"no optimizer stepped in {n} samples"), [remedy])])
@@ -231,7 +233,7 @@ class UnchangedWeights:
             tiny = fading | ((middle == 0) & bool((fading & ratio_ok).any()))
         silent = history.last("zero_fraction", 1)
         dead = bool(silent.size and (silent >= 1.0).any())
-        if not converged(history):
+        if not converged(history) and not history.schedule_tail:
             return np.asarray(tiny | ((middle == 0) & dead))
         weights = typical(history.last("weight_norm", n)) / np.sqrt(history.numels)  # a hinge loss that reached 0 has no gradient left, others next to none
         with np.errstate(invalid="ignore"):

@@ -23,7 +23,7 @@ from lossguard.advice import (
 )
 from lossguard.findings import Cause, Evidence, Finding, Severity, number
 from lossguard.host.history import Array, History, Mask
-from lossguard.obstacles import trained_before
+from lossguard.obstacles import trained_before, unstirred
 from lossguard.rules.precision import rounded_away
 from lossguard.rules.rule import rule
 from lossguard.rules.suspects import large_steps
@@ -153,6 +153,9 @@ class UpdateRatioLow:
     the elements of weights in halves that have a gradient fewer than 1 % change in a step; or fewer than 25 % over 100 steps in which the
     loss stayed above half of where it began.
 
+    Law (little): after 200 steps at a learning rate that does not rise all updates together cannot have changed 1 % of the weights, and the loss
+    has come down by less than 5 %, in a network that was not trained before.
+
     Why: a learning rate far too low; gradients far too small for plain SGD (a loss divided twice); a schedule that ended early.
     Do: learning rate times 10, and again until u is about 1e-3; Adam instead of SGD where the gradients are tiny; check the schedule's
     number of steps.
@@ -171,6 +174,7 @@ class UpdateRatioLow:
     drained: int = 100  # steps in which it is below that
     many: int = 10  # samples in them
     unlearned: float = 0.5  # of the first losses: a loss above has learned little; our own choice
+    stuck: float = 0.95  # of the first losses: a loss above has hardly moved; our own choice
     warm: int = 200  # steps: a warm-up that has moved nothing until then is a fault itself; our own choice
     pace: int = 10  # steps; asked at most once in so many, half of the span
     grace: int = 20  # steps; detectors A, machinery 3
@@ -179,6 +183,8 @@ class UpdateRatioLow:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
+        if n and (little := self._little(history)) is not None:
+            return little
         if not n or not (reach(history, "update_ratio", n)[0] < self.ratio or reach(history, "rounded_away", n)[1] > 1.0 - self.moved):
             return None
         u, able = history.last("update_ratio", n), matrices(history)
@@ -206,3 +212,16 @@ class UpdateRatioLow:
         message = f"the median matrix changes by {number(median)} of its norm in a step; this one is the slowest"
         severity = Severity.INFO if informational(history) else Severity.WARNING
         return Finding(self.diagnosis, severity, int(history.steps(n)[0]), history.params[slow].name, message, evidence, causes, remedies)
+
+    def _little(self, history: History) -> Finding | None:
+        """Law (little)."""
+        if history.step < self.warm or not fallen(history) > self.stuck or history.schedule_tail:
+            return None
+        lr, cause = history.fact("lr"), unstirred(history)
+        if cause is None or not history.lr_peak > 0 or (np.isfinite(lr).all() and lr[-1] > lr[len(lr) // 2] * (1 + 1e-6)):
+            return None
+        causes, remedies = ranked([(cause, [faster(history)])])
+        evidence = (Evidence("newest losses over the first", fallen(history), self.stuck),)
+        severity = Severity.INFO if informational(history) else Severity.WARNING
+        message = f"after {history.step + 1} steps the weights are nearly those of the first, and so is the loss"
+        return Finding(self.diagnosis, severity, history.step, "weights", message, evidence, causes, remedies)

@@ -27,7 +27,8 @@ class Overfitting:
     what the run has learned, while training is no higher than at the best. The step is that of the best evaluation: the checkpoint
     to keep. Law (drifts), for validation that swings: the same for means of a quarter of all evaluations, 4 at least, beside the standard
     error of such means. Law (stands): validation has not improved for a third of the run, training fell on by a tenth of what was learned, and
-    the gap between them is a quarter of it. Law (accuracies, if told): the gap is above 0.25 for 3 evaluations; above 0.1, a line of
+    the gap between them is a quarter of it; or training fell to half and the gap is half of it. Law (accuracies, if told): the gap is
+    above 0.25 for 3 evaluations; above 0.1, a line of
     information. Information only while the told validation accuracy still rises: then it is the calibration that drifts.
 
     Why: too few different samples for the capacity; no or weak regularisation; training on after the turning point; noisy labels
@@ -51,6 +52,8 @@ class Overfitting:
     stand_least: int = 5  # evaluations without improvement; our own choice
     fell: float = 0.1  # of what was learned: the fall of training meanwhile; our own choice
     gap: float = readings.GAP  # of what was learned: training below validation; healthy small runs have 0.04 to 0.19 (0.25)
+    wide: float = 0.5  # of what was learned: of so large a gap it is enough that training fell on to half; our own choice
+    halved: float = 0.5  # of the training loss at the standstill's beginning
     hidden: float = 0.5  # of the fall of training: 2 standard deviations of an evaluation must be less; our own choice
     never: float = 0.05  # of the first losses: validation that was never lower by more learned nothing at all; our own choice
     by_heart: float = 0.5  # of the first losses: training above it has learned slowly; our own choice
@@ -103,7 +106,8 @@ class Overfitting:
         if not readings.ERRORS * read.noise < self.hidden * fell:
             return None  # validation swings so much that it could have come down as well
         gap = readings.apart(read, self.lasting)
-        if not (fell > max(self.fell * read.learned, error) and gap > self.gap):
+        halved = gap > self.wide and read.positive and float(read.training[-1]) < self.halved * float(read.training[since])
+        if not (fell > max(self.fell * read.learned, error) or (halved and fell > error)) or not gap > self.gap:
             return None
         evidence = (Evidence("gap between the curves over what was learned", gap, self.gap),
                     Evidence("fall of training since over what was learned", fell / read.learned, self.fell))  # fmt: skip
