@@ -47,6 +47,7 @@ class Introduction:
         history.notes.update(loss_is_summed=bool(graph and graph.summed), loss_is_mean=bool(graph and graph.averaged))
         history.notes.update(softmax_is_masked=bool(graph and graph.masked))
         history.notes.update(linear_chain=graph.linear_chain if graph else ("", ""), head=str(graph.head or "") if graph else "")
+        history.notes.update(unregistered=tuple(name for name, i in roster.unregistered.items() if graph and i in graph.leaves))
         dropouts = [m.p for m in self._recorder.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
         history.notes.update(largest_dropout=max(dropouts, default=0.0))
         norms = [m for m in self._recorder.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats]

@@ -155,6 +155,29 @@ def test_parameters_that_thaw_and_are_in_no_optimizer_are_named():
     assert parts_in_turn(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))) == []
 
 
+@pytest.mark.parametrize("keep", [list, tuple, lambda parts: dict(enumerate(parts))])
+def test_modules_in_a_plain_list_are_named(keep):
+    """torch registers no module of a plain container: the loss depends on it and nothing trains it. A teacher kept so on purpose has no part in the loss."""
+
+    class Model(nn.Module):
+        def __init__(self, keep):
+            super().__init__()
+            self.parts = keep([nn.Linear(8, 8), nn.Linear(8, 8)])
+            self.head, self.teacher = nn.Linear(8, 3), [nn.Linear(8, 3)]
+
+        def forward(self, x):
+            parts = self.parts.values() if isinstance(self.parts, dict) else self.parts
+            for part in parts:
+                x = torch.relu(part(x))
+            with torch.no_grad():
+                self.taught = self.teacher[0](x)
+            return self.head(x)
+
+    [(diagnosis, cause, step)] = parts_in_turn(Model(keep))
+    assert (diagnosis, cause, step) == ("unchanged_weights", "not given to the optimizer", 0)
+    assert parts_in_turn(Model(nn.ModuleList)) == []
+
+
 def test_a_rate_at_which_nothing_can_come_far_is_too_low():
     """After 200 steps all updates together are below 1 % of the weights and the loss stands. A loss that moves, or weights that do, are left alone."""
     slow = both(times("update_norm", ALL, 5e-3), at("confident_fraction", 0, 0.0))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from lossguard.device.bank import why_not
 
+MAX_PARTS = 256  # of a list or dict that are looked at: modules stand in short ones
 MATRIX_ELEMENTS = 64  # a weight with fewer elements is judged like a vector: its statistics are too noisy
 
 
@@ -34,6 +36,7 @@ class Roster:
     missing: list[str] = field(default_factory=list)  # trainable, but held by no optimizer
     foreign: int = 0  # held by an optimizer, but not the model's
     unread: dict[str, str] = field(default_factory=dict)  # name -> why it cannot be measured
+    unregistered: dict[str, int] = field(default_factory=dict)  # name -> id of those that stand where torch does not see them, and no optimizer holds
 
 
 def read(model: nn.Module, optimizers: Sequence[Optimizer]) -> Roster:
@@ -54,7 +57,19 @@ def read(model: nn.Module, optimizers: Sequence[Optimizer]) -> Roster:
         if reason is not None:
             roster.unread[name] = reason
     roster.foreign = sum(1 for i in owner if i not in own)
+    roster.unregistered = {name: id(p) for name, p in _in_containers(modules) if id(p) not in owner and id(p) not in own}
     return roster
+
+
+def _in_containers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Trainable parameters of modules in plain lists, tuples and dicts: only what an attribute holds itself, or an ``nn.ModuleList``, is registered."""
+    for place, module in modules.items():
+        for name, held in vars(module).items():
+            parts = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, (list, tuple)) else ()
+            for key, part in itertools.islice(parts, MAX_PARTS):
+                if isinstance(part, nn.Module):
+                    where = f"{place}.{name}[{key!r}]" if place else f"{name}[{key!r}]"
+                    yield from ((f"{where}.{inner}", p) for inner, p in part.named_parameters() if p.requires_grad)
 
 
 def signature(optimizers: Sequence[Optimizer]) -> tuple[int, ...]:

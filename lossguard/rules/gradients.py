@@ -59,7 +59,7 @@ class ExplodingGradient:
     harm: float = 0.1  # of the median loss: a smaller rise is noise; our own choice, as in diverging_loss
     stride: float = 3.0  # times their past median, from which updates have grown as well; our own choice, as for a spike
     fall: float = 0.02  # of the median loss: growing gradients of a loss that falls by more are those of learning; our own benchmark's plateau
-    slight: float = 0.1  # of that: the fall since the gradients are large, where losses have less noise; the saddle of a linear network
+    rounding: float = 1e-6  # of the loss, below which it has not fallen: ten times the spacing of float32
     enough: int = 40  # samples of the past that the median law needs (history of 50 with the newest 10); detectors A
 
     def check(self, history: History) -> Finding | None:
@@ -101,7 +101,7 @@ class ExplodingGradient:
         if half == 0 or middle(losses[half:]) < old - need:
             return half > 0
         noise = readings.ERRORS * float(losses[:half].std()) * recent**-0.5
-        return recent < half and middle(losses[-recent:]) < old - max(self.slight * abs(need), noise)
+        return recent < half and middle(losses[-recent:]) < old - max(noise, self.rounding * abs(old))
 
     def _harmless(self, history: History) -> bool:
         """The run has learned, its loss does not rise by much, and its updates have not grown: the optimizer scales the gradients."""

@@ -11,6 +11,7 @@ from lossguard.advice import converged, listing, matrices, ranked, reach, stoppe
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.precision import HALVES, rounding_advice
+from lossguard.rules.routing import passed_over, routes, running
 from lossguard.rules.rule import rule
 
 
@@ -19,12 +20,12 @@ from lossguard.rules.rule import rule
 class UnchangedWeights:
     """unchanged_weights: trainable weights never change (detectors A, unchanged_weights; SYMPTOMS D10, E12, F6).
 
-    Law: static: parameters in no optimizer, or an optimizer of another model. Running: exact zeros of the update over 20 applied steps
-    while the weight norm stays the same bit for bit; no step at all for 4 times as long as ever before, with gradients that arrive;
-    steps of which 2 % are left when the iteration ends; steps without any gradient; a learning rate of 0 in all groups for as many steps
-    as it was not (100 to 1000). Parts of the model that do not run (unused heads, heads of an
-    earlier task, experts that nothing is routed to) are information only; gradients that are tiny beside others are left to vanishing_gradient, silent
-    ReLU layers to dead_relu.
+    Law: static: parameters in no optimizer, or an optimizer of another model, or modules in a plain list that the loss depends on.
+    Running: exact zeros of the update over 20 applied steps while the weight norm stays the same bit for bit; no step at all for 4 times
+    as long as ever before, with gradients that arrive, or ever in 256; steps of which 2 % are left when the iteration ends; steps without
+    any gradient; a learning rate of 0 in all groups for as many steps as it was not (100 to 1000). Parts of the model that do not run
+    (unused heads, heads of an earlier task, experts that nothing is routed to) are information only; gradients that are tiny beside
+    others are left to vanishing_gradient, silent ReLU layers to dead_relu.
 
     Why: parameters not given to the optimizer, or an optimizer built from a copy; optimizer.step() not called; detach() or no_grad()
     between the layer and the loss; code that writes to the weights after each step; a group's learning rate set to 0; dead units
@@ -63,7 +64,7 @@ class UnchangedWeights:
         """The law of the class docstring, on the newest data."""
         if not history.samples:
             return None
-        static = self._static(history) or self._never_stepped(history) or self._stopped(history)
+        static = self._static(history) or self._unregistered(history) or self._never_stepped(history) or self._stopped(history)
         return static or self._void(history) or self._undone(history) or self._rateless(history) or self._still(history)
 
     def _static(self, history: History) -> Finding | None:
@@ -92,6 +93,19 @@ class UnchangedWeights:
             message = f"{len(missing)} of {trainable} trainable parameters are in no optimizer"
         since = int(history.notes.get("missing_since", history.steps()[0]))
         return Finding(self.diagnosis, severity, since, listing(missing) or "optimizer", message, evidence, causes, remedies)
+
+    def _unregistered(self, history: History) -> Finding | None:
+        """The loss depends on parameters of modules that the model keeps in a plain list or dict."""
+        names = tuple(history.notes.get("unregistered") or ())
+        if not names:
+            return None
+        owner = names[0].partition("[")[0]
+        because = f"{len(names)} parameters that the loss depends on stand in the plain container {owner}, which parameters() passes over"
+        remedy = Remedy(f"make {owner} an nn.ModuleList or nn.ModuleDict, then build the optimizer", {"optimizer_parameters": True})
+        causes, remedies = ranked([(Cause("not given to the optimizer", 0.9, because), [remedy])])
+        evidence = (Evidence("parameters in no optimizer that the loss depends on", float(len(names)), 0.0),)
+        message = f"{len(names)} trainable parameters stand in a plain list or dict, where no optimizer sees them"
+        return Finding(self.diagnosis, Severity.WARNING, int(history.steps()[0]), listing(names), message, evidence, causes, remedies)
 
     def _never_stepped(self, history: History) -> Finding | None:
         """No optimizer has stepped in any sample held. Accumulation looks like it, but its gradients grow."""
@@ -258,12 +272,12 @@ class UnchangedWeights:
         if history.optimizers > 1 and all(bool(still[able & (owner == o)].all()) for o in set(owner[still])) and not still[able].all():
             return Severity.INFO
         n = stretch(history, self.span, self.least)
-        ran = _running(history, n)
+        ran = running(history, n)
         none = without_gradient(history) | ~np.isfinite(self._newest(history))
-        passed = [_passed_over(history, i, n) for i in np.flatnonzero(still).tolist()]
+        passed = [passed_over(history, i, n) for i in np.flatnonzero(still).tolist()]
         unused = [bool(none[i] or self._newest(history)[i] == 0) and (over or history.params[i].name.rpartition(".")[0] not in ran)
                   for i, over in zip(np.flatnonzero(still).tolist(), passed, strict=True)]  # fmt: skip
-        sure = sum(passed) if _routes(history) else 0
+        sure = sum(passed) if routes(history) else 0
         return Severity.INFO if all(unused) and still.sum() - sure < self.most * able.sum() else Severity.WARNING
 
     @staticmethod
@@ -310,34 +324,3 @@ class UnchangedWeights:
             return cause, tries[0]
         remedy = Remedy(f"check the optimizer's group of {name}: its lr, and who restores its weights", {"unfreeze": True, "parameter": name})
         return Cause("frozen by mistake", 0.5, f"{name} has a gradient of {number(float(gradient))} and no update"), remedy
-
-
-def _running(history: History, n: int) -> set[str]:
-    """The modules that ran, less those whose outputs were seen once and not in the newer half of n samples: a head of an earlier task."""
-    rests = np.zeros(len(history.units), dtype=np.bool_)
-    outputs = np.isfinite(history.born("activation_rms"))[: rests.size]
-    if outputs.size:
-        rests[: outputs.size] = outputs & ~np.atleast_1d(history.seen("activation_rms", max(1, n // 2)).any(axis=0))[: outputs.size]
-    return {u.name for u, rest in zip(history.units, rests.tolist(), strict=True) if not rest}
-
-
-def _routes(history: History) -> bool:
-    """Some numbered part of the model ran in one sample and not in another: what runs depends on the batch."""
-    seen = history.seen("activation_rms")
-    seen = seen[seen.any(axis=1)]
-    varies = np.atleast_1d(seen.any(axis=0) & ~seen.all(axis=0)) if seen.size else np.zeros(0, dtype=np.bool_)
-    return any(v and any(part.isdigit() for part in u.name.split(".")) for u, v in zip(history.units, varies.tolist(), strict=False))
-
-
-def _passed_over(history: History, site: int, n: int) -> bool:
-    """A numbered part of the model that did not run in the last n samples while a part like it did: an expert that nothing is routed to."""
-    seen = history.seen("activation_rms", n)
-    ran = [u.name for u, at in zip(history.units, np.atleast_1d(seen.any(axis=0)), strict=False) if at]
-    names, parts = {p.name: p.numel for p in history.params}, history.params[site].name.split(".")
-    for j, part in enumerate(parts[:-2]):
-        if not part.isdigit() or any(name.startswith(".".join(parts[: j + 1]) + ".") for name in ran):
-            continue
-        for other in {name.split(".")[j] for name in ran if name.split(".")[:j] == parts[:j] and name.count(".") > j} - {part}:
-            if other.isdigit() and names.get(".".join([*parts[:j], other, *parts[j + 1 :]])) == history.params[site].numel:
-                return True
-    return False
