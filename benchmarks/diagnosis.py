@@ -38,12 +38,13 @@ def tasks(chosen: list[registry.Program], seeds: int, *, twins: bool, repair: bo
 
 
 def choose(args: argparse.Namespace) -> list[registry.Program]:
-    """The programs that the command line asks for."""
+    """The programs that the command line asks for; the set that is kept apart only where it is named."""
     programs = registry.load().values()
     patterns = args.only or ["*"]
     return [
         p for p in programs
-        if any(fnmatch.fnmatch(p.name, pattern) or pattern in p.families for pattern in patterns)
+        if (args.only or registry.APART not in p.families)
+        and any(fnmatch.fnmatch(p.name, pattern) or pattern in p.families for pattern in patterns)
         and (not args.quick or p.quick) and (args.half is None or p.half == args.half)
         and (args.kind is None or p.healthy == (args.kind == "healthy"))
     ]  # fmt: skip

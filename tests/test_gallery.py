@@ -184,7 +184,8 @@ def test_the_command_line_chooses():
     chosen = diagnosis.choose(diagnosis.arguments(["--only", "gpt_*", "--only", "gan", "--kind", "healthy"]))
     assert {"gpt_characters", "wgan_gradient_penalty"} <= {p.name for p in chosen} and all(p.healthy for p in chosen)
     halves = [len(diagnosis.choose(diagnosis.arguments(["--half", half]))) for half in ("tune", "held")]
-    assert sum(halves) == len(PROGRAMS)
+    apart = diagnosis.choose(diagnosis.arguments(["--only", registry.APART]))
+    assert apart and all(registry.APART in p.families for p in apart) and sum(halves) == len(PROGRAMS) - len(apart)
     ill = registry.Program("x", lambda job: 0.0, False, 0.5, frozenset({"loss_spike"}), "x", repairable=True)
     assert [t[2] for t in diagnosis.tasks([ill], 1, twins=True, repair=True)] == ["itself", "twin", "repaired"]
 

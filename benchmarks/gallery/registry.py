@@ -20,6 +20,7 @@ import lossguard
 from lossguard import Finding, Guard, TrainingHalted
 
 HERE = Path(__file__).parent
+APART = "third"  # the family that was written blind and is measured by itself
 QUICK_SHARE = {True: 24, False: 20}  # one healthy (ill) program in so many is in the quick subset, chosen by a hash of its name
 
 
@@ -49,7 +50,7 @@ class Program:
     @property
     def quick(self) -> bool:
         """Whether it belongs to the subset that is run with the tests."""
-        return _hash("quick" + self.name) % QUICK_SHARE[self.healthy] == 0
+        return APART not in self.families and _hash("quick" + self.name) % QUICK_SHARE[self.healthy] == 0
 
 
 PROGRAMS: dict[str, Program] = {}

@@ -45,7 +45,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "vanishing_gradient": _NO_SIGNAL,
     "collapsed_activation": _COLLAPSE,
     "update_ratio_low": (*_STANDSTILL, "unchanged_weights"),
-    "clipping_dominates": ("learning_bottleneck", "loss_plateau"),
+    "clipping_dominates": ("learning_bottleneck", "loss_plateau", "update_ratio_low"),
     "diverging_loss": ("loss_spike", "oscillating_loss", "oscillating_validation", "loss_plateau", "learning_bottleneck"),
     "constant_loss": ("loss_plateau", "learning_bottleneck"),
     "oscillating_loss": ("oscillating_validation", "learning_bottleneck", "loss_spike"),

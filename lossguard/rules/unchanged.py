@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lossguard.advice import converged, listing, matrices, ranked, reach, stopped_rate, stretch, typical, typically, without_gradient
+from lossguard.advice import converged, fallen, listing, matrices, ranked, reach, stopped_rate, stretch, typical, typically, without_gradient
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask
+from lossguard.readings import DONE
 from lossguard.rules.precision import HALVES, rounding_advice
 from lossguard.rules.routing import passed_over, routes, running
 from lossguard.rules.rule import rule
@@ -247,7 +248,7 @@ class UnchangedWeights:
             tiny = fading | ((middle == 0) & bool((fading & ratio_ok).any()))
         silent = history.last("zero_fraction", 1)
         dead = bool(silent.size and (silent >= 1.0).any())
-        if not converged(history) and not history.schedule_tail:
+        if not converged(history) and not (history.schedule_tail and fallen(history) < DONE):  # a schedule that ends a run that has learned
             return np.asarray(tiny | ((middle == 0) & dead))
         weights = typical(history.last("weight_norm", n)) / np.sqrt(history.numels)  # a hinge loss that reached 0 has no gradient left, others next to none
         with np.errstate(invalid="ignore"):
