@@ -24,7 +24,7 @@ STEPS = 300
 def capturing(monkeypatch):
     """Switches what torch says of the current stream."""
     now = [False]
-    monkeypatch.setattr(capture, "BUILT", True)
+    monkeypatch.setattr(capture, "in_use", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now[0])
     return lambda on: now.__setitem__(0, on)
 
