@@ -56,6 +56,7 @@ def options(init: Callable[..., None]) -> Options:
     """
     init = inspect.unwrap(init)
     hints = typing.get_type_hints(init)
+    hints = {name: Any if hint == (Any | None) else hint for name, hint in hints.items()}  # Python 3.10 adds the None of a default
     parameters = list(inspect.signature(init).parameters.values())[1:]
     return {p.name: Option(p.name, p.default, None if p.name in IN_CODE else kind_of(hints[p.name])) for p in parameters}
 
