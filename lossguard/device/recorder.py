@@ -243,10 +243,11 @@ class Recorder:
         self._functional.record(k, bank, self.passes.batch_rows, row)
 
     def _keep_weights_alone(self) -> None:
-        """Weights without gradients or updates: whether they move at all."""
+        """Weights without gradients or updates: whether they move at all. Not of parts, which only all ranks together can measure."""
         for k, bank in enumerate(self.banks):
-            bank.keep_weights(alone=True)
-            self._kept_before.add(k)
+            if not bank.sharded:
+                bank.keep_weights(alone=True)
+                self._kept_before.add(k)
 
     def _plan(self) -> None:
         if self.passes.graph is not None:

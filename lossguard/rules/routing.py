@@ -17,11 +17,13 @@ def running(history: History, n: int) -> set[str]:
 
 
 def routes(history: History) -> bool:
-    """Some numbered part of the model ran in one sample and not in another: what runs depends on the batch."""
+    """Some numbered part of the model ran, did not, and ran again: what runs depends on the batch. To stop alone says nothing: modules whose
+    output shows in the activation behind them are no longer looked at once steps are not dense."""
     seen = history.seen("activation_rms")
     seen = seen[seen.any(axis=1)]
-    varies = np.atleast_1d(seen.any(axis=0) & ~seen.all(axis=0)) if seen.size else np.zeros(0, dtype=np.bool_)
-    return any(v and any(part.isdigit() for part in u.name.split(".")) for u, v in zip(history.units, varies.tolist(), strict=False))
+    rested = np.maximum.accumulate(np.maximum.accumulate(seen, axis=0) & ~seen, axis=0)
+    again = np.atleast_1d((seen & rested).any(axis=0)) if seen.size else np.zeros(0, dtype=np.bool_)
+    return any(v and any(part.isdigit() for part in u.name.split(".")) for u, v in zip(history.units, again.tolist(), strict=False))
 
 
 def passed_over(history: History, site: int, n: int) -> bool:
