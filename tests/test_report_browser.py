@@ -52,9 +52,10 @@ def wide(path):
 
 
 def point(page, spot, shown):
-    """Point there until this shows: a drawing that ends under a pointer at rest tells it nothing."""
+    """Point there until this shows: a drawing that ends under a pointer at rest tells it nothing. spot: (x, y), or asked anew for each try."""
     for nudge in range(15):
-        page.mouse.move(spot[0] - nudge % 2, spot[1])
+        x, y = spot() if callable(spot) else spot
+        page.mouse.move(x - nudge % 2, y)
         try:
             return page.locator(shown).wait_for(timeout=2000)
         except playwright.sync_api.TimeoutError:
@@ -269,9 +270,13 @@ def test_not_a_number_is_told_by_a_colour_of_its_own(visit):
     page.wait_for_function("gridOf().signal === 'grad_norm'")
     page.evaluate("drawing")
     page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")  # a smooth scroll would still be under way
-    page.locator("#heat").scroll_into_view_if_needed()
-    box = page.locator("#heat .nsewdrag").first.bounding_box()
-    point(page, (box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"]), "#tip:not([hidden])")
+
+    def corner():  # a page that is still being laid out moves it
+        page.locator("#heat").scroll_into_view_if_needed()
+        box = page.locator("#heat .nsewdrag").first.bounding_box()
+        return box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"]
+
+    point(page, corner, "#tip:not([hidden])")
     assert "NaN" in page.locator("#tip").inner_text()
     assert "Not finite in 4 rows, first in 0.weight, step 60." in page.locator("#heat-note").inner_text()
 
