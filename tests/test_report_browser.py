@@ -54,7 +54,7 @@ def wide(path):
 def point(page, spot, shown):
     """Point there until this shows: a drawing that ends under a pointer at rest tells it nothing. spot: (x, y), or asked anew for each try."""
     for nudge in range(15):
-        x, y = spot() if callable(spot) else spot
+        x, y = (spot() if callable(spot) else spot)[:2]
         page.mouse.move(x - nudge % 2, y)
         try:
             return page.locator(shown).wait_for(timeout=2000)
