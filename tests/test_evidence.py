@@ -129,8 +129,8 @@ def test_noise_has_no_rhythm(kind):
     assert sum(readings.rhythm(x) > 0 for x in made) <= 2
 
 
-def parts_in_turn(module):
-    """One guarded run of 60 steps of a small classifier; its findings above information."""
+def heard_of(module):
+    """What a guard says, above information, of 240 steps of a small classifier; whatever is frozen thaws at step 100."""
     torch.manual_seed(0)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
     with Guard(module, optimizer, every=2) as guard:
@@ -150,9 +150,9 @@ def test_parameters_that_thaw_and_are_in_no_optimizer_are_named():
     """The optimizer was built from what was trainable at first: what is unfrozen later never moves, and is named soon after."""
     module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     module[0].requires_grad_(False)
-    [(diagnosis, cause, step)] = parts_in_turn(module)
+    [(diagnosis, cause, step)] = heard_of(module)
     assert (diagnosis, cause) == ("unchanged_weights", "not given to the optimizer") and 98 <= step <= 120
-    assert parts_in_turn(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))) == []
+    assert heard_of(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))) == []
 
 
 @pytest.mark.parametrize("keep", [list, tuple, lambda parts: dict(enumerate(parts))])
@@ -173,9 +173,67 @@ def test_modules_in_a_plain_list_are_named(keep):
                 self.taught = self.teacher[0](x)
             return self.head(x)
 
-    [(diagnosis, cause, step)] = parts_in_turn(Model(keep))
+    [(diagnosis, cause, step)] = heard_of(Model(keep))
     assert (diagnosis, cause, step) == ("unchanged_weights", "not given to the optimizer", 0)
-    assert parts_in_turn(Model(nn.ModuleList)) == []
+    assert heard_of(Model(nn.ModuleList)) == []
+
+
+def test_an_optimizer_that_never_steps_is_no_accumulation_for_ever():
+    """Gradients that add up excuse missing steps for a while, and not for 256 of them."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3)
+    with Guard(model, torch.optim.SGD(model.parameters(), lr=0.1)) as guard:
+        for step in range(300):
+            x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+            loss = F.cross_entropy(model(x), x[:, :3].argmax(1))
+            loss.backward()
+            guard.step(loss)
+            told = [f.causes[0].name for f in guard.findings if f.diagnosis == "unchanged_weights" and f.severity >= Severity.WARNING]
+            assert step >= 256 or not told
+    assert told == ["optimizer.step() is never called"]
+
+
+@pytest.mark.parametrize(("height", "expected"), [(0.5, []), (2.0, [("unchanged_weights", "learning rate schedule")])])
+def test_a_schedule_that_ends_what_has_learned_leaves_weights_alone(height, expected):
+    """Updates that round to nothing at the end of a schedule are its business; where nothing was learned before, the schedule is the fault."""
+
+    def ends(step, values, facts):
+        facts["lr"] = 1e-3 if step < 300 else 1e-9
+
+    still = both(at("update_norm", ALL, 0.0, since=300), at("weight_norm", ALL, 1.0), loss(lambda t, v: height + (2.3 - height) * np.exp(-t / 30)))
+    assert one("unchanged_weights", both(still, ends), steps=500) == expected
+
+
+@pytest.mark.parametrize(("stands", "expected"), [(3.9, ["overfitting"]), (2.4, [])])
+def test_a_wide_gap_needs_less_of_a_further_fall(stands, expected):
+    """Validation stands, training falls on to half: overfitting where the gap is half of what was learned, not where it is a quarter."""
+    falls = loss(lambda t, v: 8.0 * np.exp(-t / 8) + 0.4 * np.exp(-max(0, t - 60) / 200))
+    holds = validation(lambda t, v: stands + 1.2 * np.exp(-t / 8))
+    assert [name for name, _ in one("overfitting", both(falls, holds), steps=300)] == expected
+
+
+def test_what_runs_inside_of_torch_func_is_passed_over(recwarn):
+    """Per-sample gradients by vmap call the model and its criterion with tensors of the transform's own: no recorder fails, and it is listed."""
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def owed(weights, x, y):
+        return criterion(torch.func.functional_call(model, weights, (x[None],)), y[None])
+
+    with Guard(model, optimizer) as guard:
+        for step in range(60):
+            x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+            y = x[:, :3].argmax(1)
+            torch.func.vmap(torch.func.grad(owed), in_dims=(None, 0, 0))(dict(model.named_parameters()), x, y)
+            loss = criterion(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            guard.step(loss)
+    assert [str(w.message) for w in recwarn if "lossguard" in str(w.message)] == [] and guard.findings == []
+    assert {"activation_rms", "logit_peak", "grad_norm", "update_norm"} <= set(guard.coverage.observed)
+    assert "inside of torch.func" in guard.coverage.not_observed["0"]
 
 
 def test_a_rate_at_which_nothing_can_come_far_is_too_low():

@@ -41,6 +41,17 @@ def own_seed(worker):
     np.random.seed(torch.initial_seed() % 2**32)
 
 
+def test_the_size_of_each_batch_is_known():
+    """How many samples each step's batch had stands beside its loss, in plain and sampled steps; NaN where none was shown."""
+    sizes = [16, 16, 4] * 30
+    guard = train([(torch.randn(n, 16), torch.zeros(n, dtype=torch.long)) for n in sizes], dense=5)
+    assert guard.history.batch_sizes().tolist() == sizes
+    model = mlp()
+    with Guard(model, torch.optim.Adam(model.parameters())) as guard:
+        guard.step(torch.tensor(1.0))
+    assert np.isnan(guard.history.batch_sizes()).all()
+
+
 def train(batches, *, epochs=1, steps=200, **keywords):
     torch.manual_seed(0)
     model = mlp()

@@ -175,6 +175,26 @@ def test_gradients_below_adams_epsilon(scale, found):
         assert finding.causes[0].name == "adam epsilon" and 0 < finding.remedies[0].change["eps"] < 1e-8
 
 
+@pytest.mark.parametrize(("eps", "found"), [(1e-8, [("nonfinite_weight", "adam epsilon")]), (1e-4, [])])
+def test_an_epsilon_that_is_nothing_in_float16(eps, found):
+    """Weights kept in float16: Adam's 1e-8 is 0 there, and where a gradient is 0 as well the update is 0/0. 1e-4 is not."""
+    torch.manual_seed(0)
+    model = mlp().half()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, eps=eps)
+    with Guard(model, optimizer, halt=None) as guard:
+        for _ in range(30):
+            x = torch.randn(16, 16)
+            x[:, 0] = 0.0  # an input that is always 0
+            loss = F.cross_entropy(model(x.half()).float(), x[:, 1:5].argmax(1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            guard.step(loss)
+    told = [(f.diagnosis, f.causes[0].name) for f in guard.findings if f.severity >= Severity.HALT]
+    assert told[:1] == found
+    assert all(f.remedies[0].change["eps"] == 1e-4 for f in guard.findings if f.causes[0].name == "adam epsilon")
+
+
 # ---- skipped steps
 
 

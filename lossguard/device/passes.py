@@ -68,9 +68,6 @@ class Passes:
 
     def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward pass of a module that is ``asked`` ended. Recomputations and evaluation are passed over."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            self.forward.unwatched.add(f"{self.asked[id(module)][0]}: it ran inside of torch.func (vmap, grad, ...), whose tensors are the transform's own")
-            return
         if not torch.is_grad_enabled():
             self.extras.ran_without_gradients(module)
         if not module.training or torch._C._current_graph_task_id() != -1:  # an activation checkpoint recomputes: counted already

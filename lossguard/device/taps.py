@@ -72,7 +72,10 @@ class Taps:
         if self._captured():
             return
         known = self._recorder.passes.asked.get(id(module))
-        if known is not None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            if known is not None:
+                self._recorder.passes.forward.unwatched.add(f"{known[0]}: it ran inside of torch.func (vmap, grad, ...), whose tensors are the transform's own")
+        elif known is not None:
             self._watch(self._recorder.passes.module_called, module, args, output, part=known[0])
         elif type(module) is nn.CrossEntropyLoss:
             self._watch(self._recorder.passes.criterion_called, args, part="CrossEntropyLoss")

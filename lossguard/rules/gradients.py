@@ -96,10 +96,12 @@ class ExplodingGradient:
         losses = history.losses(self.past)
         losses = losses[np.isfinite(losses)]
         half, recent = losses.size // 2, history.step - since + 1
+        if half == 0:
+            return False
         old = float(middle(losses[:half]))
-        need = self.fall * abs(old) * (-1.0 if half and middle(losses) < 0 else 1.0)
-        if half == 0 or middle(losses[half:]) < old - need:
-            return half > 0
+        need = self.fall * abs(old) * (-1.0 if middle(losses) < 0 else 1.0)
+        if middle(losses[half:]) < old - need:
+            return True
         noise = readings.ERRORS * float(losses[:half].std()) * recent**-0.5
         return recent < half and middle(losses[-recent:]) < old - max(noise, self.rounding * abs(old))
 
