@@ -11,8 +11,11 @@ from torch import nn
 
 from lossguard import Guard, signal
 from lossguard.device import signals
-from lossguard.device.logits import together
+from lossguard.device.logits import logits_numbers, together
 from lossguard.device.signals import SIGNALS
+from lossguard.device.tape import Row
+from lossguard.host import softmaxes
+from lossguard.host.decode import Decoder
 from lossguard.host.history import History, Sample
 
 SHAPES = {"gradient": (3, 40), "weight": (3, 40), "update": (3, 40), "activation": (3, 16, 5), "logits": (16, 5)}
@@ -317,3 +320,42 @@ def test_a_failing_signal_is_one_warning(registry):
     assert len([w for w in caught if w.category is RuntimeWarning]) == 1
     assert guard.coverage.observed["grad_norm"] == guard.coverage.observed["activation_rms"] * 2 == 2
     assert "ArithmeticError" in guard.coverage.not_observed["signal broken"]
+
+
+ODD_LOGITS = {
+    "masked": lambda x: x.masked_fill(x > 4, -math.inf),
+    "all masked in one row": lambda x: torch.cat([x[:-1], torch.full((1, x.shape[1]), -math.inf)]),
+    "a NaN": lambda x: x.index_fill(0, torch.tensor([3]), math.nan),
+    "infinite": lambda x: x.index_fill(0, torch.tensor([3]), math.inf),
+    "far from zero": lambda x: x - 500.0,
+    "certain": lambda x: 40 * x,
+    "as they are": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(32) % 7, torch.arange(32) % 9 - 1], ids=["alone", "labels", "labels that are no class"])
+@pytest.mark.parametrize("name", ODD_LOGITS)
+def test_softmax_on_either_side(name, labels):
+    """What the host makes of logits that came whole is what the device makes of larger ones."""
+    logits = ODD_LOGITS[name](4 * torch.randn(32, 7, generator=torch.Generator().manual_seed(1)))
+    expected = {"logit_peak": signals.logit_peak(logits).item(), **(named(logits, labels))}
+    with np.errstate(all="ignore"):
+        found = softmaxes.measure(logits.double().numpy(), None if labels is None else labels.double().numpy())
+    assert dict(zip(softmaxes.NAMES + softmaxes.LABELLED, found, strict=False)) == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+def test_logits_of_several_heads():
+    """Whole logits of several heads, and measured ones of others, come to one number a head; labels count beside logits of as many rows."""
+    heads = {0: torch.randn(6, 4), 2: torch.randn(3, 5)}
+    row = Row(torch.device("cpu"))
+    for head, logits in heads.items():
+        logits_numbers(head, logits, -1, torch.arange(6) % 4 if head == 0 else None, row)
+    logits_numbers(1, torch.full((8, 1000), 2.0), -1, None, row)
+    numbers, layout = row.lay_down()
+    sample = Decoder().decode(0, [(numbers.numpy(), layout)], {}, [])
+    assert {name: dict(zip(*map(list, of), strict=True)) for name, of in sample.values.items()}["logit_peak"] == pytest.approx(
+        {0: float(heads[0].abs().max()), 1: 2.0, 2: float(heads[2].abs().max())}, rel=1e-6
+    )
+    assert {name: sorted(sites.tolist()) for name, (sites, _) in sample.values.items()} == {
+        name: [0, 1, 2] if name in softmaxes.NAMES else [0] for name in softmaxes.NAMES + softmaxes.LABELLED
+    }

@@ -106,6 +106,8 @@ class Forward:
 
     def keep(self, site: Site, output: Tensor) -> bool:
         """A shortcut of :meth:`add` for a module known to be called once a step; False if that does not serve."""
+        if output.layout is not torch.strided or output.is_nested or output.is_inference():
+            return False
         nbytes = output.nbytes
         if not 0 < output.numel() <= SMALL or self._bytes + nbytes > self.room or site.name in self._calls or site.index in self._at_once:
             return False

@@ -22,6 +22,7 @@ WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 _attached: set[int] = set()
 _listeners: dict[int, weakref.ref[Any]] = {}
+_hearing: tuple[weakref.ref[Any], ...] = ()  # the same, as calls go through them
 _key: list[int] = []  # under which the hook is known to torch, the same for good: compiled code is specialised on it
 
 
@@ -50,6 +51,8 @@ def _set(key: int, listener: weakref.ref[Any] | None, *, keep: bool) -> None:
         _listeners[key] = listener
     else:
         _listeners.pop(key, None)
+    global _hearing
+    _hearing = tuple(_listeners.values())
     SWITCH.on = len(_listeners) > 0
     wanted = SWITCH.on or (len(_attached) > 0 and (SWITCH.traced or keep))
     hooks = torch.nn.modules.module._global_forward_hooks
@@ -69,7 +72,7 @@ def _forward_ended(module: nn.Module, args: tuple[Any, ...], output: Any) -> Non
         if torch.compiler.is_dynamo_compiling():
             compiled.traced(module, args, output)
         return
-    for listener in tuple(_listeners.values()):
+    for listener in _hearing:
         taps = listener()
         if taps is not None:
             taps.forward_ended(module, args, output)

@@ -24,6 +24,8 @@ MAX_HEADS = 16  # explicit softmax modules watched besides the one at the loss
 SOFTMAXES = ("Softmax", "LogSoftmax")
 MAX_INPUTS = 4  # float inputs of the first module watched
 
+_task = torch._C._current_graph_task_id  # -1 outside of backward passes
+
 
 class Passes:
     """The forward passes of one model. row: the row of a device, made at first sight."""
@@ -66,18 +68,22 @@ class Passes:
         self._few = (-1, {})
         self._ordinary.clear()
 
+    def keeps(self, module: nn.Module, output: Any) -> bool:
+        """Whether this was an ordinary module's call, whose output is kept now: what :meth:`module_called` would do, at a fifth of its price."""
+        site = None if self._dense else self._ordinary.get(id(module))
+        ordinary = site is not None and type(output) is Tensor and module.training and torch.is_grad_enabled() and _task() == -1
+        return ordinary and not self.extras.may_bootstrap and site is not None and self.forward.keep(site, output)
+
     def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward pass of a module that is ``asked`` ended. Recomputations and evaluation are passed over."""
         if not torch.is_grad_enabled():
             self.extras.ran_without_gradients(module)
-        if not module.training or torch._C._current_graph_task_id() != -1:  # an activation checkpoint recomputes: counted already
+        if not module.training or _task() != -1:  # an activation checkpoint recomputes: counted already
             self.extras.in_evaluation = self.extras.in_evaluation or (not module.training and torch.is_grad_enabled())
             return
-        site = self._ordinary.get(id(module)) if not self._dense and type(output) is Tensor else None
         if self.extras.may_bootstrap and torch.is_grad_enabled():
             self.extras.ran_with_gradients(module)
-        if site is None or not self.forward.keep(site, output):
-            self._record_module(module, *self.asked[id(module)], args, output)
+        self._record_module(module, *self.asked[id(module)], args, output)
 
     def called_inside(self, name: str, kind: str, given: tuple[Tensor, ...], output: Tensor, graded: bool) -> None:
         """The forward pass of a module ended inside compiled code, whose memory is the compiler's: small outputs are copied."""
@@ -95,7 +101,7 @@ class Passes:
 
     def criterion_called(self, args: tuple[Any, ...]) -> None:
         """A ``nn.CrossEntropyLoss`` was called: its logits, and its targets."""
-        if torch.is_grad_enabled() and len(args) == 2 and isinstance(args[0], Tensor) and torch._C._current_graph_task_id() == -1:
+        if torch.is_grad_enabled() and len(args) == 2 and isinstance(args[0], Tensor) and _task() == -1:
             self._criterion_seen = True
             self._logits(args[0], 1 if args[0].dim() > 1 else 0, args[1])
 

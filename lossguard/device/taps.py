@@ -21,7 +21,10 @@ from lossguard.device.capture import capturing
 from lossguard.device.recorder import Recorder
 
 FIRST = 2  # steps for which the forward hook stays, sampled or not: what is compiled in them is compiled under it
+HEARD = (nn.CrossEntropyLoss, nn.parallel.DistributedDataParallel)  # whose calls tell something, though their outputs are not measured
 WITNESSES = 3  # parameters of an optimizer whose gradient hook tells that a backward pass is under way
+
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 class Taps:
@@ -68,18 +71,20 @@ class Taps:
         listening.listen(self._key, self, on, keep=self._steps <= FIRST)
 
     def forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A module was called, outside of compiled code."""
-        if self._captured():
+        """A module was called, outside of compiled code. Most are none of ours, or their output is kept and looked at later."""
+        passes = self._recorder.passes
+        known = passes.asked.get(id(module))
+        if (known is None and not isinstance(module, HEARD)) or self._captured():
             return
-        known = self._recorder.passes.asked.get(id(module))
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if _transform() is not None:
             if known is not None:
-                self._recorder.passes.forward.unwatched.add(f"{known[0]}: it ran inside of torch.func (vmap, grad, ...), whose tensors are the transform's own")
+                passes.forward.unwatched.add(f"{known[0]}: it ran inside of torch.func (vmap, grad, ...), whose tensors are the transform's own")
         elif known is not None:
-            self._watch(self._recorder.passes.module_called, module, args, output, part=known[0])
-        elif type(module) is nn.CrossEntropyLoss:
-            self._watch(self._recorder.passes.criterion_called, args, part="CrossEntropyLoss")
-        elif isinstance(module, nn.parallel.DistributedDataParallel):
+            if not passes.keeps(module, output):
+                self._watch(passes.module_called, module, args, output, part=known[0])
+        elif isinstance(module, nn.CrossEntropyLoss):
+            self._watch(passes.criterion_called, args, part="CrossEntropyLoss")
+        else:
             self._watch(self._recorder.wrapper_called, module)
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lossguard.host.history import Param, Sample
+from lossguard.host.softmaxes import unpack
 
 Sites = npt.NDArray[np.intp]
 Numbers = tuple[Sites, npt.NDArray[np.float64]]
@@ -60,6 +61,7 @@ class Decoder:
         over their norm after the backward pass, per optimizer; learning rates that live on the device become the fact ``lr``.
         """
         collected, known = self._collect(parts), dict(facts)
+        unpack(collected)
         _unscale(collected, known)
         _clip(collected, known, params)
         rates = collected.pop("lr", None)
