@@ -257,9 +257,12 @@ def input_is_bad(history: History, step: int) -> bool:
 
 def lr_remedy(history: History, factor: float) -> Remedy:
     """The learning rate now and the one to try."""
-    now = history.lr
-    if not math.isfinite(now) or now <= 0:
-        word = f"divide the learning rate by {1 / factor:g}" if factor < 1 else f"multiply the learning rate by {factor:g}"
+    now, rates = history.lr, history.fact("lr")
+    rates = rates[np.isfinite(rates)]
+    scheduled = rates.size > 1 and float(rates.min()) < float(rates.max()) * (1 - 1e-6)
+    if not math.isfinite(now) or now <= 0 or scheduled:
+        word = f"divide the learning rate by {1 / factor:.3g}" if factor < 1 else f"multiply the learning rate by {factor:.3g}"
+        word += f", and with it the whole schedule (now {number(now)})" if scheduled else ""
         return Remedy(word, {"lr_factor": factor})
     return Remedy(f"learning rate {number(now)} -> {number(now * factor)}", {"lr": now * factor})
 

@@ -59,7 +59,8 @@ def _after_steps(recorder: Recorder, history: History, observed: Collection[str]
     quiet = sorted(name for name, _ in recorder.passes.modules.values() if name not in recorder.passes.fired)
     if quiet:
         shown = ", ".join(quiet[:5]) + (f" and {len(quiet) - 5} more" if len(quiet) > 5 else "")
-        why = _why_quiet(recorder)
+        evaluates = bool((history.fact("in_evaluation", default=0.0) > 0).any())
+        why = "the model is in evaluation mode, call model.train() before training" if evaluates else _why_quiet(recorder)
         unseen["activations"] = f"no forward pass in training mode was seen of {shown}: {why}"
     unseen.update(_fallen_silent(history))
     if not backward_seen and "grad_norm" not in observed:

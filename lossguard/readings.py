@@ -36,6 +36,7 @@ DOUBLE = math.log(2.0)  # between the highest and the lowest step of a rhythm: b
 BEATS = 256  # losses in which a rhythm is looked for
 TURNS = 6  # times that a rhythm has to be seen; our own choice
 BEAT = 10.0  # variance ratio above which a rhythm is no chance: 1e-4 for the shortest, over 30 lengths; our own choice
+ENDLESS = (30, 100.0, 1.5)  # losses in a third of a run; depth below 0; growth of the fall: a likelihood falls ever slower; our own choices
 NORMAL = 1.4826  # standard deviation over MAD of a normal distribution
 
 
@@ -202,6 +203,40 @@ def risen(read: Curves, since: int) -> bool:
     """The training loss now is above what it was at an evaluation by more than noise: both curves rise, which is no overfitting."""
     margin = max(read.share(MOVE, read.training[since]), ERRORS * float(np.hypot(read.error[since], read.error[-1])))
     return bool(read.training[-1] > read.training[since] + margin)
+
+
+@dataclass(frozen=True)
+class Downfall:
+    """A loss that falls ever faster: where it is now, the highest it was, and its fall in the last third of the run over that before."""
+
+    now: float
+    high: float
+    faster: float
+
+    @property
+    def depth(self) -> float:
+        """How many times as far below 0 it is as it ever was above, and 1 at least."""
+        return -self.now / max(abs(self.high), 1.0)
+
+
+def downfall(history: History, least: int) -> Downfall | None:
+    """Whether the loss falls ever faster, from the first step on, by means over thirds of ``least`` losses or more."""
+    losses = history.losses()
+    losses = losses[np.isfinite(losses)]
+    many = losses.size // 3
+    if many < least or history.first_step != 0:
+        return None
+    thirds = [float(part.mean()) for part in np.split(losses[losses.size - 3 * many :], 3)]
+    falls = thirds[0] - thirds[1], thirds[1] - thirds[2]
+    if not falls[1] > falls[0] > 0:
+        return None
+    return Downfall(float(middle(losses[-least:])), float(losses.max()), falls[1] / falls[0])
+
+
+def endless(history: History) -> bool:
+    """The loss has no floor: far below 0 and falling ever faster."""
+    found = downfall(history, ENDLESS[0])
+    return found is not None and found.depth > ENDLESS[1]
 
 
 def last_improvement(read: Curves) -> int:

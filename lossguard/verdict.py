@@ -72,7 +72,7 @@ def read(history: History) -> Verdict:
     training, validation = readings.trend(losses), readings.direction(curves)
     also = ("validation below training",) if readings.below_training(curves) else ()
     now = float(losses[-readings.LEAST // 2 :].mean())
-    word = _word(curves, training, validation, now, trained_before(history))
+    word = "diverging" if readings.endless(history) else _word(curves, training, validation, now, trained_before(history))
     return Verdict(word, training=training, validation=validation, best_step=best, also=also)
 
 

@@ -42,7 +42,7 @@ LOGIT_LOSSES = {
     "BinaryCrossEntropyWithLogitsBackward0": "binary cross entropy with logits",
 }  # fmt: skip
 SQUASHING = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid"}
-RESHAPES = VIEWS[:7]
+RESHAPES = (*VIEWS[:7], "ToCopyBackward")  # and casts, as autocast puts them between a softmax and the loss
 RELUS = ("ReluBackward0", "ThresholdBackward0", "HardtanhBackward0")
 OPAQUE = {"CompiledFunctionBackward": "compiled", "CheckpointFunctionBackward": "reentrant checkpoint"}
 

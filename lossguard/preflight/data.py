@@ -76,7 +76,7 @@ class NonfiniteInput:
                 [Remedy("add 1e-8 before dividing", {"eps": 1e-8})],
             ),
         ]
-        return finding(self.diagnosis, where, f"samples {named} of the batch hold NaN or Inf", evidence, advice)
+        return finding(self.diagnosis, where, f"of the batch, samples number {named} hold NaN or Inf", evidence, advice)
 
 
 @dataclass(frozen=True)

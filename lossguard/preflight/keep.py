@@ -7,6 +7,7 @@ attributes, small containers and random generators. Afterwards all is written ba
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import sys
@@ -77,7 +78,8 @@ class Keeper:
                 self._generators.append(put)
                 continue
             if not isinstance(thing, (nn.Module, Optimizer)) and callable(getattr(type(thing), "load_state_dict", None)):
-                self._loaders.append((thing, copy.deepcopy(thing.state_dict())))
+                with contextlib.suppress(Exception):  # a wrapper may have the methods and nothing behind them: then there is no state to put back
+                    self._loaders.append((thing, copy.deepcopy(thing.state_dict())))
             children = list(_children(thing))
             shape = _shape(thing)
             if shape is not None:

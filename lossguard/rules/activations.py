@@ -183,7 +183,7 @@ class SaturatedActivation:
             remedy = Remedy(f"normalise the input: divide it by {number(loud)}", {"normalize_input": True})
             pairs.append((Cause("input not normalised", 0.8, f"its root mean square is {number(loud)}"), [remedy]))
         causes, remedies = ranked(pairs)
-        message = f"{share:.0%} of its units are at their rails on more than 95 % of the positions; {int(sick.sum())} layers are"
+        message = f"{share:.0%} of its units are at their rails on more than 95 % of the positions; layers like it: {int(sick.sum()) - 1}"
         evidence = (Evidence("share of saturated units", share, self.share),)
         return Finding(self.diagnosis, Severity.WARNING, int(history.steps(n)[0]), f"{unit.name} ({unit.kind})", message, evidence, causes, remedies)
 
@@ -263,7 +263,8 @@ class CollapsedActivation:
             pairs = [(Cause("constant weights or identical inputs", 0.6, "no measured layer tells samples apart"),
                       [Remedy(f"look at one batch, and initialise {unit.name} at random", {"init": "he"})])]  # fmt: skip
         causes, remedies = ranked(pairs)
-        message = f"its output is the same for every sample, and so is that of the {tail.size - 1} layers after it"
+        after = {0: "", 1: ", and so is that of the layer after it"}.get(tail.size - 1, f", and so is that of the {tail.size - 1} layers after it")
+        message = f"its output is the same for every sample{after}"
         evidence = (Evidence("between-sample variance over second moment", value, limit),)
         return Finding(self.diagnosis, severity, int(history.steps(n)[0]), f"{unit.name} ({unit.kind})", message, evidence, causes, remedies)
 

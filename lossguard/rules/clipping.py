@@ -114,9 +114,20 @@ class ClippingDominates:
         left = middle(rms[: able.size][able & np.isfinite(rms)]) * float(np.nanmin(kept))
         return bool(left > self.epsilons * float(epsilon))
 
+    @staticmethod
+    def _wider(history: History, n: int, site: int, median: float) -> Remedy:
+        """A clip value above the one that binds: about the median gradient norm of a calm run, that of now where the run was never calm."""
+        calm, total, kept = clip_remedy(history), history.last("grad_total", n), history.last("clip_coefficient", n)[:, site]
+        norms = total[:, 0] if total.size else np.full(len(kept), np.nan)
+        seen = np.isfinite(norms) & np.isfinite(kept)
+        if not seen.any() or history.optimizers > 1 or float(str(calm.change.get("max_norm", "inf"))) > float(middle((norms * kept)[seen])):
+            return calm
+        value = float(f"{float(middle(norms[seen])):.1g}")
+        return Remedy(f"clip the gradient norm at {number(value)}, its median now: {number(median)} times the clip value", {"max_norm": value})
+
     def _finding(self, history: History, n: int, site: int, share: float, median: float, excess: float) -> Finding:
         causes, remedies = ranked([
-            (Cause("clip value too low", 0.6, f"the median gradient norm is {number(median)} times the clip value"), [clip_remedy(history)]),
+            (Cause("clip value too low", 0.6, f"the median gradient norm is {number(median)} times the clip value"), [self._wider(history, n, site, median)]),
             (Cause("learning rate too high", 0.4, f"clipping divides it by {number(median)}"), [lr_remedy(history, 0.1)]),
         ])  # fmt: skip
         severity = Severity.INFO if informational(history) or self._rescaled(history, n) else Severity.WARNING

@@ -267,7 +267,7 @@ class DivergingLoss:
             (Cause("labels or sign of the loss", 0.3, f"it climbs away from its best, {number(best)}"),
              [Remedy("check the loss's sign and 20 labels by eye", {"look_at": 20})]),
         ])  # fmt: skip
-        lasts = Evidence("steps above", float(run), float(self.sustained))
+        lasts = Evidence("steps above its start", float(run), float(self.sustained))
         evidence = (Evidence("mean of the last losses", now, limit), Evidence("best mean so far", best), lasts)
         severity = Severity.INFO if informational(history) else severity
         return Finding(self.diagnosis, severity, step, "loss", f"{number(best)} -> {number(now)}, above its start for {run} steps", evidence, causes, remedies)

@@ -7,10 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import Advice, finite_losses, informational, middle, ranked
+from lossguard import readings
+from lossguard.advice import Advice, informational, middle, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import History
 from lossguard.rules.rule import rule
+from lossguard.rules.suspects import no_floor
 
 
 @rule
@@ -20,17 +22,18 @@ class NegativeLoss:
 
     Law: the loss is below -1e-6 of its size, and it is known to be a cross entropy, a binary cross entropy, a squared, absolute or
     Huber error, a CTC loss or a KL divergence and nothing else: declared as ``loss_family``, or read from the graph of the loss. Law
-    (mirrored), for a loss of another make beside labels that were shown: over 10 samples and more it is the labels' negative
+    (mirrored), for any other loss beside labels that were shown: over 10 samples and more it is the labels' negative
     log-likelihood times one and the same negative number. Law (bottomless), beside labels of which some are no class (padding) in 10
-    samples: the loss is further below 0 than it ever was above, and has fallen faster in each third of the run than in the one before.
+    samples: the loss is further below 0 than it ever was above, and has fallen faster in each third of the run than in the one before. Law
+    (endless): it is 100 times as far below 0 as it ever was above, and fell 1.5 times as far in each third of the run as in the one before.
 
     Why: targets out of range (-1 used as padding, 0 to 255 instead of 0 to 1); ``nll_loss`` on probabilities or logits instead of
     log-probabilities; unnormalised distributions in a divergence; a minus sign too many; negative sample weights.
     Do: check that targets lie in [0, 1] (binary) or are class numbers; feed ``log_softmax`` to ``nll_loss``, or logits to
     ``cross_entropy``; normalise both sides of a divergence to sum 1; weights of 0 or more.
     False alarm: unlearning by gradient ascent is the mirrored law by design: mute it. Gaussian likelihoods, ELBO, policy gradients,
-    adversarial, cosine and contrastive losses may be negative: their family is not among these, and a sum of terms in which something
-    is subtracted is not judged. Rounding stays within the limit.
+    adversarial, cosine and contrastive losses may be negative: they are not of these families, and none of the last three laws holds for
+    them, since a likelihood falls ever slower. Rounding stays within the limit.
     """
 
     diagnosis: ClassVar[str] = "negative_loss"
@@ -41,7 +44,9 @@ class NegativeLoss:
     mirrored: int = 10  # samples in which loss and log-likelihood are compared; our own choice
     same: float = 0.01  # of their ratio: its whole range, about rounding in half precision; our own choice
     varied: float = 0.05  # of the log-likelihood: its range in them is larger, so that a constant loss proves nothing; our own choice
-    third: int = 30  # losses in a third of the run, at least; our own choice, as for a mean elsewhere and half of it more
+    endless: float = readings.ENDLESS[1]  # times as far below 0 as the loss ever was above, and 1 at least; our own choice
+    faster: float = readings.ENDLESS[2]  # times as far a third of the run must have fallen as the one before; our own choice
+    third: int = readings.ENDLESS[0]  # losses in a third of the run, at least; our own choice, as for a mean elsewhere and half of it more
     grace: int = 0  # steps; exact test
     patience: int = 1  # answers; exact test
 
@@ -49,8 +54,9 @@ class NegativeLoss:
         """The law of the class docstring, on the newest data."""
         if history.loss_family not in self.families or not history.notes.get("loss_is_nonnegative", False):
             newest = history.losses(1)
-            odd = history.loss_family == "unknown" and newest.size > 0 and bool(newest[0] < 0)
-            return self._mirrored(history) or self._bottomless(history) if odd else None
+            if not newest.size or not newest[0] < 0 or informational(history):
+                return None
+            return self._mirrored(history) or self._bottomless(history) or self._endless(history)
         losses = history.losses()
         fresh = losses[-history.fresh_losses :] if history.fresh_losses else losses[:0]
         if not fresh.size or not np.nanmin(fresh, initial=0.0) < -self.rounding:
@@ -85,28 +91,34 @@ class NegativeLoss:
         )
         causes, remedies = ranked([(cause, [Remedy("turn the sign of the loss: minimise -log p(label)", {"sign": -1.0})])])
         evidence = (Evidence("loss over the labels' negative log-likelihood", float(ratio[-1]), 0.0), Evidence("loss", float(newest[0])))
-        severity = Severity.INFO if informational(history) else Severity.WARNING
         message = f"it is {number(float(newest[0]))}: it falls as the labels become less likely"
-        return Finding(self.diagnosis, severity, int(steps[at][0]), "loss", message, evidence, causes, remedies)
+        return Finding(self.diagnosis, Severity.WARNING, int(steps[at][0]), "loss", message, evidence, causes, remedies)
 
     def _bottomless(self, history: History) -> Finding | None:
         """Some rows have no label and pull the loss down, without end."""
-        counted, losses = history.last("labelled_fraction", self.mirrored), finite_losses(history)[0]
-        many = losses.size // 3
-        if len(counted) < self.mirrored or not ((counted > 0) & (counted < 1)).all() or many < self.third or history.first_step != 0:
+        counted = history.last("labelled_fraction", self.mirrored)
+        if len(counted) < self.mirrored or not ((counted > 0) & (counted < 1)).all():
             return None
-        thirds = [float(part.mean()) for part in np.split(losses[losses.size - 3 * many :], 3)]
-        now, high = middle(losses[-self.third :]), float(losses.max())
-        if not thirds[1] - thirds[2] > thirds[0] - thirds[1] > 0 or not now < -abs(high):
+        fall = readings.downfall(history, self.third)
+        if fall is None or not fall.now < -abs(fall.high):
             return None
         without = 1.0 - float(counted[-1].min())
         labels = Remedy("give padding a weight of 0, and not one made from its label; or cross_entropy(..., ignore_index=-1)", {"labels": "repair"})
         because = f"{without:.0%} of the labels are no class, and the loss falls ever faster"
         causes, remedies = ranked([(Cause("padding value", 0.8, because), [labels])])
-        evidence = (Evidence("loss", now, -abs(high)), Evidence("share of labels that are no class", without, 0.0))
-        severity = Severity.INFO if informational(history) else Severity.WARNING
-        message = f"it is {number(now)} and falls ever faster, and {without:.0%} of the labels are no class"
-        return Finding(self.diagnosis, severity, history.step, "loss", message, evidence, causes, remedies)
+        evidence = (Evidence("loss", fall.now, -abs(fall.high)), Evidence("share of labels that are no class", without, 0.0))
+        message = f"it is {number(fall.now)} and falls ever faster, and {without:.0%} of the labels are no class"
+        return Finding(self.diagnosis, Severity.WARNING, history.step, "loss", message, evidence, causes, remedies)
+
+    def _endless(self, history: History) -> Finding | None:
+        """Law (endless)."""
+        fall = readings.downfall(history, self.third)
+        if fall is None or not fall.depth > self.endless or not fall.faster > self.faster:
+            return None
+        causes, remedies = ranked(no_floor(history))
+        message = f"it is {number(fall.now)} and falls ever faster, though it never was above {number(fall.high)}"
+        evidence = (Evidence("times as far below 0 as ever above", fall.depth, self.endless), Evidence("its fall over that before", fall.faster, self.faster))
+        return Finding(self.diagnosis, Severity.WARNING, history.step, "loss", message, evidence, causes, remedies)
 
     @staticmethod
     def _advice(history: History, value: float) -> Advice:

@@ -138,7 +138,8 @@ class NonfiniteActivation:
         where = self._name(history, signal, first)
         many = int(units.sum()), int(history.seen("activation_rms", 1).sum())
         causes, remedies = nonfinite_advice(history, step)
-        message = f"the output is {number(value)} although the input is finite" + (f"; {many[0]} of {many[1]} modules are not finite" if many[0] else "")
+        output = number(value) if np.isnan(value) or not units.any() else "infinite, or beyond 1e19, where squares in float32 are"
+        message = f"the output is {output}, although the input is finite" + (f"; {many[0]} of {many[1]} modules are not finite" if many[0] else "")
         evidence = (Evidence("root mean square" if units.any() else "largest logit", value),)
         return Finding(self.diagnosis, self._severity(history, step, value, signal), step, where, message, evidence, causes, remedies)
 

@@ -124,7 +124,8 @@ class LearningBottleneck:
     is still above half of its first value and the size of the updates lies outside of the healthy band, or the network's make speaks
     against it (see loss_plateau). Law (held), a warning: training no longer falls, is above 5 % of where it began, and weight decay by itself
     takes 1 % of the weights in a step: what was learned is forgotten within 100. Law (by heart), a warning: in 8 evaluations and 100 steps
-    a classifier's validation was never 2 % below the loss of equally likely classes, while training is.
+    a classifier's validation was never 2 % below the loss of equally likely classes, while training is. Law (guesses), a warning: in as many
+    evaluations the accuracy that was told stays at chance, while training falls by 10 %.
 
     Why: a learning rate too high to settle, or too low to move; batches too small; a network too small for the data; a weight decay that
     outweighs the gradient; labels that do not belong to their inputs, so that all that can be learned are single samples; or the run is
@@ -151,6 +152,9 @@ class LearningBottleneck:
     chance: float = 0.02  # of the loss of equally likely classes: validation further below has learned something; as in loss_plateau
     little: float = readings.LEARNED  # the same for training: what fell further is overfitting
     evaluations: int = 8  # that never left chance; our own choice, of healthy runs only delayed generalisation stays so long, and trains to 0 meanwhile
+    twice: float = 2.0  # times chance, and
+    above: float = 0.05  # over it: a higher accuracy is no guess; our own choices
+    exact: float = 0.5  # of chance: a lower accuracy counts something else, such as whole sequences; our own choice
     after: int = 100  # steps; as in loss_plateau
     grace: int = 100  # steps; the laws of both curves wait for `span`, detectors A
     patience: int = 1  # evaluations; `least` is the patience
@@ -160,7 +164,11 @@ class LearningBottleneck:
         read = readings.curves(history)
         if history.lr < self.lr_share * history.lr_peak:
             return None
-        return self._by_heart(history, read) or (self._held(history, read) or self._standing(history, read) if history.step >= self.span else None)
+        return (
+            self._by_heart(history, read)
+            or self._guesses(history, read)
+            or (self._held(history, read) or self._standing(history, read) if history.step >= self.span else None)
+        )
 
     def _by_heart(self, history: History, read: Curves) -> Finding | None:
         """Law (by heart)."""
@@ -172,12 +180,28 @@ class LearningBottleneck:
             return None
         evidence = (Evidence("lowest validation loss over that of equally likely classes", float(read.loss.min()) / chance, 1 - self.chance),
                     Evidence("training loss over the same", low))  # fmt: skip
+        message = f"in {len(read)} evaluations validation was never below chance ({number(chance)}); it is {number(float(read.loss[-1]))}"
+        return self._unpaired(history, read, "validation loss", message, evidence)
+
+    def _guesses(self, history: History, read: readings.Curves) -> Finding | None:
+        """Law (guesses)."""
+        many, told = structure.classes(history), read.accuracy[np.isfinite(read.accuracy)]
+        if many < 2 or told.size < self.evaluations or history.step < full_speed_since(history, self.full) + self.after:
+            return None
+        limit = min(self.twice, 1 + self.above * many) / many
+        low = float(read.training[-1]) / read.first if read.positive and read.first > 0 else math.nan
+        if not told.max() <= limit or not middle(told) * many > self.exact or not self.settled < low < 1 - self.little:
+            return None
+        evidence = (Evidence("highest accuracy told", float(told.max()), limit), Evidence("training loss over the first losses", low))
+        message = f"in {told.size} evaluations the accuracy was never above chance ({number(1 / many)}) by more than luck; it is {number(float(told[-1]))}"
+        return self._unpaired(history, read, "validation accuracy", message, evidence)
+
+    def _unpaired(self, history: History, read: readings.Curves, where: str, message: str, evidence: tuple[Evidence, ...]) -> Finding:
         because = f"training comes to {number(float(read.training[-1]))} by single samples, of which nothing holds for others"
         look = Remedy("compare 20 samples with their labels, and repair the pairing", {"labels": "repair", "look_at": 20})
         causes, remedies = ranked([(Cause("labels or targets do not belong to the inputs", 0.7, because), [look])])
-        message = f"in {len(read)} evaluations validation was never below chance ({number(chance)}); it is {number(float(read.loss[-1]))}"
         severity = Severity.INFO if informational(history) else Severity.WARNING
-        return Finding(self.diagnosis, severity, int(read.steps[-1]), "validation loss", message, evidence, causes, remedies)
+        return Finding(self.diagnosis, severity, int(read.steps[-1]), where, message, evidence, causes, remedies)
 
     def _held(self, history: History, read: Curves) -> Finding | None:
         """Law (held)."""

@@ -10,12 +10,14 @@ import math
 
 import numpy as np
 
-from lossguard.advice import HEALTHY, Advice, clip_remedy, matrices, medians, middle, ranked, slower
+from lossguard import readings
+from lossguard.advice import HEALTHY, Advice, clip_remedy, informational, matrices, medians, middle, ranked, slower
 from lossguard.findings import Cause, Remedy, number
 from lossguard.host.history import History
 
 Suspects = list[tuple[Cause, list[Remedy]]]
 
+FALLING = 8  # losses in a third of a run that falls ever faster; our own choice
 ROSE = 2.0  # a learning rate over the one of a sample before that is a rise and no schedule's slope; our own choice
 RECENT = 200  # steps in which a change is looked for; the horizon of a cascade
 CHANGED = 3.0  # an input's scale over or under its median that is a change; our own choice: batches of one loader differ by per cents
@@ -46,8 +48,23 @@ def suspects(history: History) -> Suspects:
     """All causes of too large steps that this run shows."""
     if not history.samples:
         return []
+    below = readings.downfall(history, FALLING)
+    if below is not None and below.now < -abs(below.high) and below.faster > readings.ENDLESS[2] and not informational(history):
+        return no_floor(history)
     looks = (rate, rise, change, overwritten, decay, loud_input, summed, far_targets, loud_weights, term)
     return [found for found in (look(history) for look in looks) if found is not None]
+
+
+def no_floor(history: History) -> Suspects:
+    """Why a loss falls below 0 without end: a sign, or targets that its formula is not made for. Of several terms the lowest is named."""
+    name = min(history.terms, key=lambda term: float(np.nanmin(history.term(term), initial=np.inf)), default=None)
+    what = "the loss" if name is None else f"the term {name!r}"
+    because = f"{what} falls below 0, and ever faster: it has no floor"
+    turn = Remedy(f"turn the sign of {what}, if it is to be minimised", {"sign": -1.0})
+    labels = Remedy("check that every target is in range: 0 to 1 for a binary cross entropy", {"labels": "repair"})
+    inputs = history.last("input_rms", 1)
+    beyond = history.loss_family == "binary" and bool(np.isfinite(inputs).any()) and np.nanmax(inputs) > 1.0  # as the targets of an autoencoder are
+    return [(Cause("sign of the loss", 0.92, because), [turn]), (Cause("targets out of range", 0.94 if beyond else 0.4, because), [labels])]
 
 
 def born_out_of_scale(history: History) -> Suspects:

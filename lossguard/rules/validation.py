@@ -24,12 +24,12 @@ class Overfitting:
     """overfitting: training goes on falling and validation does not (detectors A, overfitting; SYMPTOMS A2, A3, A10).
 
     Law (turned): the last 3 evaluations are above the best by 10 %, by 3 standard deviations of a single evaluation and by 3 % of
-    what the run has learned, while training is no higher than at the best. The step is that of the best evaluation: the checkpoint
-    to keep. Law (drifts), for validation that swings: the same for means of a quarter of all evaluations, 4 at least, beside the standard
-    error of such means. Law (stands): validation has not improved for a third of the run, training fell on by a tenth of what was learned, and
-    the gap between them is a quarter of it; or training fell to half and the gap is half of it. Law (accuracies, if told): the gap is
-    above 0.25 for 3 evaluations; above 0.1, a line of
-    information. Information only while the told validation accuracy still rises: then it is the calibration that drifts.
+    what the run has learned, while training is no higher than at the best, and falls or is below validation. The step is that of the
+    best evaluation: the checkpoint to keep. Law (drifts), for validation that swings: the same for means of a quarter of all
+    evaluations, 4 at least, beside the standard error of such means. Law (stands): validation has not improved for a third of the run,
+    training fell on by a tenth of what was learned, and the gap between them is a quarter of it; or training fell to half and the gap
+    is half of it. Law (accuracies, if told): the gap is above 0.25 for 3 evaluations; above 0.1, a line of information. Information
+    only while the told validation accuracy still rises: then it is the calibration that drifts.
 
     Why: too few different samples for the capacity; no or weak regularisation; training on after the turning point; noisy labels
     that are learned by heart; a validation set that is drawn differently.
@@ -71,13 +71,15 @@ class Overfitting:
 
     def _turned(self, history: History, read: Curves) -> Finding | None:
         best = readings.turned(read, self.lasting, self.rise, self.material, self.noise)
-        if best is None or readings.risen(read, best):
+        if best is None or readings.risen(read, best) or _stands_above(read, best):
             return None
         now, low = float(read.loss[-1]), float(read.loss[best])
         limit = readings.turning_limit(read, best, self.rise, self.material, self.noise)
         evidence = (Evidence("validation loss", now, limit), Evidence("best validation loss", low),
                     Evidence("training loss then", float(read.training[best])), Evidence("training loss now", float(read.training[-1])))  # fmt: skip
-        message = f"validation {number(low)} at step {int(read.steps[best])} -> {number(now)} while training fell on: keep the checkpoint of that step"
+        message = (
+            f"validation {number(low)} at step {int(read.steps[best])} -> {number(now)} while training {_went(read, best)}: keep the checkpoint of that step"
+        )
         return self._finding(history, read, best, message, evidence)
 
     def _drifts(self, history: History, read: Curves) -> Finding | None:
@@ -90,10 +92,11 @@ class Overfitting:
         best = int(np.argmin(means[:-many]))
         level, now = float(means[best]), float(means[-1])
         limit = level + max(read.share(self.rise, level), self.material * read.learned, self.noise * read.noise * (2 / many) ** 0.5)
-        if not now > limit or readings.risen(read, best + many // 2):
+        if not now > limit or readings.risen(read, best + many // 2) or _stands_above(read, best + many // 2):
             return None
         evidence = (Evidence(f"mean of the last {many} validation losses", now, limit), Evidence(f"best mean of {many}", level))
-        message = f"validation drifts from {number(level)} about step {int(read.steps[best + many // 2])} to {number(now)} while training fell on"
+        since = best + many // 2
+        message = f"validation drifts from {number(level)} about step {int(read.steps[since])} to {number(now)} while training {_went(read, since)}"
         return self._finding(history, read, best + many // 2, message, evidence)
 
     def _stands(self, history: History, read: Curves) -> Finding | None:
@@ -144,6 +147,17 @@ class Overfitting:
         if informational(history) or _still_rises(read.accuracy, self.lasting):
             severity = Severity.INFO
         return Finding(self.diagnosis, severity, step, "validation loss", message, evidence, causes, remedies)
+
+
+def _stands_above(read: Curves, since: int) -> bool:
+    """Training does not fall by more than noise, and is above validation: nothing is learned by heart."""
+    error = readings.ERRORS * float(np.hypot(read.error[since], read.error[-1]))
+    return bool(read.loss[-1] < read.training[-1] and read.training[-1] > read.training[since] - error)
+
+
+def _went(read: Curves, since: int) -> str:
+    """What training did meanwhile, in words."""
+    return "fell on" if read.training[-1] < read.training[since] else f"stood at {number(float(read.training[-1]))}"
 
 
 def _still_rises(accuracy: Array, newest: int) -> bool:

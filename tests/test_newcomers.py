@@ -1,0 +1,222 @@
+"""What people broke by hand and a guard once missed or misnamed: each law hears its fault, and is silent on what looks like it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_beginnings import small
+from test_curves import decay, names, play
+from test_evidence import CLASSIFIER, one
+from test_rules import ALL, at, both, fact, loss, run, times, validation
+from torch import nn
+
+from lossguard import Guard, Severity, preflight, readings
+from lossguard.advice import lr_remedy
+from lossguard.host.history import History, Sample
+from lossguard.rules import RULES
+from lossguard.rules.suspects import suspects
+from lossguard.verdict import read
+
+
+def trained(loss_of, *, model=None, steps=60, autocast=False, lr=0.01, scale=None, **options):
+    """A small classifier under a guard, or with ``scale`` what has its inputs, from 0 to it, for targets; the guard."""
+    model = small() if model is None else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    draw = torch.Generator().manual_seed(0)
+    with Guard(model, optimizer, halt=None, **options) as guard:
+        for _ in range(steps):
+            x, y = torch.randn(16, 8, generator=draw), torch.randint(3, (16,), generator=draw)
+            if scale is not None:
+                x = y = scale * torch.rand(16, 8, generator=draw)
+            guard.batch(x, y)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                value = loss_of(model(x), y)
+            total = sum(value.values()) if isinstance(value, dict) else value
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step(value)
+    return guard
+
+
+def alarms(guard):
+    return [(f.diagnosis, f.causes[0].name) for f in guard.findings if f.severity >= Severity.WARNING]
+
+
+# ---- signs and floors
+
+
+def test_a_cross_entropy_with_a_minus_sign_is_named_first():
+    """The graph says cross entropy, and the loss falls below 0: the sign is the first alarm. With the sign right there is none."""
+    assert alarms(trained(lambda out, y: -F.cross_entropy(out, y)))[0] == ("negative_loss", "sign of the loss")
+    assert alarms(trained(F.cross_entropy)) == []
+
+
+def test_a_term_without_a_floor_is_named():
+    """Of two terms one has the wrong sign: the loss falls below 0 ever faster, and the term is named."""
+    guard = trained(lambda out, y: {"fit": F.cross_entropy(out[:, :3], y), "size": -out.square().mean()}, steps=300)
+    found = [f for f in guard.findings if f.diagnosis == "negative_loss"]
+    assert [f.causes[0].name for f in found] == ["sign of the loss"] and "'size'" in found[0].causes[0].because
+    assert guard.verdict == "diverging"
+
+
+def test_targets_beyond_one_make_a_binary_cross_entropy_bottomless():
+    """Pixels of 0 to 16 where 0 to 1 is expected: the targets are the first cause of whatever is told."""
+    guard = trained(autoencoded, model=nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)), steps=300, scale=16.0)
+    assert guard.history.loss_family == "binary" and not guard.history.notes["loss_is_nonnegative"]
+    assert ("negative_loss", "targets out of range") in alarms(guard)
+
+
+def test_inputs_within_one_speak_for_the_sign():
+    """A divergence that is subtracted, beside pixels of 0 to 1: the sign, and not the targets."""
+    guard = trained(lambda out, x: F.binary_cross_entropy_with_logits(out, x) - out.square().mean(), model=nn.Linear(8, 8), steps=300, lr=0.1, scale=1.0)
+    assert ("negative_loss", "sign of the loss") in alarms(guard)
+
+
+def autoencoded(out, x):
+    """A loss that is not of one make, on targets that are the inputs."""
+    return F.binary_cross_entropy_with_logits(out, x) + 0.0 * out.square().sum()
+
+
+@pytest.mark.parametrize("shape", [lambda t: 3.0 - 400.0 * t / 300, lambda t: 3.0 - 600.0 * np.sqrt(t / 300), lambda t: 3.0 - 1.5 * t / 300])
+def test_a_likelihood_that_falls_ever_slower_has_a_floor(shape):
+    """Far below 0, but not ever faster: the likelihood of a density. Not far below: any loss."""
+    assert one("negative_loss", loss(lambda t, v: shape(t)), steps=300, loss_family="unknown", notes={}) == []
+
+
+def test_a_loss_without_a_floor_is_what_makes_gradients_explode():
+    """Where the loss falls below 0 ever faster, its sign is the cause of large steps, and no learning rate."""
+
+    def run_of(path):
+        history = History(loss_family="unknown")
+        for step in range(60):
+            history.add_loss(step, path(step))
+        history.add_sample(Sample(59, {}, {"lr": 0.1}))
+        return [cause.name for cause, _ in suspects(history)]
+
+    assert run_of(lambda t: 2.0 - 0.01 * 2.0 ** (t / 3)) == ["sign of the loss", "targets out of range"]
+    assert run_of(lambda t: 2.0 - np.sqrt(t)) == [] == run_of(lambda t: 2.0 - 0.001 * 2.0 ** (t / 6))
+
+
+def test_a_loss_without_a_floor_reads_as_diverging():
+    """However it falls, a loss that runs away below 0 learns nothing."""
+    history = History()
+    for step in range(200):
+        history.add_loss(step, 1.0 - 0.01 * step**3)
+    assert read(history) == "diverging" and readings.endless(history)
+
+
+# ---- what the graph shows
+
+
+@pytest.mark.parametrize("name", ["softmax", "none"])
+def test_a_softmax_before_cross_entropy_is_seen_through_casts(name):
+    """Under autocast a cast stands between the softmax and the loss."""
+    heard = alarms(trained(lambda out, y: F.cross_entropy(out.softmax(1) if name == "softmax" else out, y), steps=12, autocast=True))
+    assert heard == ([("wrong_output_activation", "softmax before cross entropy")] if name == "softmax" else [])
+
+
+def test_a_model_that_trains_in_evaluation_mode_is_called_so():
+    """Hooks see no training pass because there is none: coverage says why."""
+    model = small().eval()
+    why = trained(F.cross_entropy, model=model, steps=20).coverage.not_observed["activations"]
+    assert "evaluation mode" in why and "model.train()" in why
+
+
+# ---- what evaluations tell
+
+GUESSING = both(loss(lambda t, v: 5.0 * (0.7 + 0.3 * np.exp(-t / 200))), validation(lambda t, v: (4.0, 1 / 64, 1 / 64)))
+
+
+def test_an_accuracy_that_stays_a_guess_while_training_falls_is_an_alarm():
+    """Eight evaluations at chance beside a training loss that falls: labels that do not belong to the inputs."""
+    assert one("learning_bottleneck", GUESSING, notes=CLASSIFIER) == [("learning_bottleneck", "labels or targets do not belong to the inputs")]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        pytest.param(lambda t: 0.0, id="whole sequences"),
+        pytest.param(lambda t: 3 / 64, id="above chance"),
+        pytest.param(lambda t: 1 / 64 if t < 150 else 0.9, id="at last"),
+    ],
+)
+def test_an_accuracy_that_counts_something_else_or_rises_is_none(told):
+    """Exact matches of sequences begin at 0; what is above chance has learned; a late start in time is a start."""
+    assert one("learning_bottleneck", both(GUESSING, validation(lambda t, v: (4.0, told(t), told(t)))), notes=CLASSIFIER) == []
+
+
+def test_validation_below_a_training_that_does_not_fall_is_no_overfitting():
+    """Validation rises from its best and stands below training, which rose as well: nothing was learned by heart."""
+    train, val = (lambda t: decay(t, 0.25, 20) + 2e-5 * t), (lambda t: max(decay(t, 0.02, 20), 0.02 + 9e-4 * (t - 150)))
+    assert "overfitting" not in names(play(train, val, steps=360)[1])
+    assert "overfitting" in names(play(lambda t: decay(t, 0.01, 60), val, steps=360)[1])
+
+
+# ---- remedies
+
+
+def test_a_rate_on_a_schedule_is_changed_by_a_factor():
+    """During a warm-up the rate of the moment is not what a user wrote: the remedy says by how much to change what was."""
+    history = History()
+    for step, lr in enumerate((0.01, 0.02, 0.03)):
+        history.add_sample(Sample(step, {}, {"lr": lr}))
+    remedy = lr_remedy(history, 0.01)
+    assert remedy.text == "divide the learning rate by 100, and with it the whole schedule (now 0.03)" and remedy.change == {"lr_factor": 0.01}
+    steady = History()
+    for step in range(3):
+        steady.add_sample(Sample(step, {}, {"lr": 0.03}))
+    assert lr_remedy(steady, 0.01).change == {"lr": pytest.approx(3e-4)}
+
+
+def test_a_clip_value_that_binds_is_never_made_smaller():
+    """The remedy for a clip value that is too low is a larger one, also where the run began with small gradients."""
+    seen: list[float] = []
+
+    def total(step, values, facts):
+        seen.append(float(np.sqrt(np.nansum(np.square(values["grad_norm"])))))
+
+    grown = both(at("clip_coefficient", 0, 0.02), times("grad_norm", ALL, 1e-3, until=20), fact("adam_eps", None), total)
+    finding = run([RULES["clipping_dominates"]()], grown, steps=120)[0][1]
+    assert finding.causes[0].name == "clip value too low"
+    assert finding.remedies[0].change["max_norm"] > 0.02 * seen[-1]
+
+
+# ---- before the first step
+
+
+class Wrapped:
+    """A loader that has the methods of one with a state, and nothing behind them."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def state_dict(self):
+        return self.dl_state_dict
+
+    def load_state_dict(self, state):
+        raise AttributeError("no state")
+
+
+def test_a_loader_without_the_state_that_it_promises_is_looked_at():
+    """A prepared loader whose state_dict() fails is judged as any other."""
+    data = [(torch.randn(16, 8), torch.randint(3, (16,))) for _ in range(4)]
+    model = small()
+    assert preflight(model, Wrapped(data), nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1)).answers["invalid_labels"] == "pass"
+
+
+def test_a_rate_below_the_range_is_not_said_to_lie_within():
+    """A rate that works but is not among the fastest is told so."""
+    data = [(torch.randn(16, 8), torch.randint(3, (16,))) for _ in range(4)]
+    model = small()
+    lines = str(preflight(model, data, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=1e-3)))
+    (line,) = [text for text in lines.splitlines() if "learning_rate_range" in text][:1]
+    assert "within the good range" not in line
