@@ -20,7 +20,7 @@ from lossguard.host.history import Array, History, Mask
 Advice = tuple[tuple[Cause, ...], tuple[Remedy, ...]]
 MOST = 3  # causes of one finding; more is a lecture
 STOPPED = 1e-5  # learning rate over its peak, below which the schedule took it away; our own choice: a cosine's end is seldom below 1e-4
-HEALTHY = 1e-2  # updates over weights up to which a learning rate is healthy (detectors A: 3e-5 to 1.4e-2)
+HEALTHY = 1e-2  # updates over weights up to which a learning rate is healthy (survey: 3e-5 to 1.4e-2)
 FURTHEST = 100.0  # times, by which a learning rate is lowered at once; the first updates of RMSprop are 10 times its later ones
 YOUNG = 3  # samples at the run's beginning by which the effect of the learning rate is measured: a run that blows up rewrites its weights
 TO_A_TARGET = frozenset({"mse", "l1", "huber", "unknown"})  # losses that can be a distance to targets of the network's own making
@@ -170,7 +170,7 @@ def listing(names: Iterable[str], most: int = 3) -> str:
 
 
 def informational(history: History) -> bool:
-    """Loss curves of this run have no order: several optimizers, an adversarial or reinforcement loss (detectors A, machinery 4),
+    """Loss curves of this run have no order: several optimizers, an adversarial or reinforcement loss (survey, machinery 4),
     a loss that other trainable networks make as well, such as a judge of its own optimizer, terms named after a policy and its
     critic or after a generator and its discriminator, or moving targets."""
     others = history.optimizers > 1 or bool(history.notes.get("loss_of_others"))

@@ -20,6 +20,10 @@ from lossguard.preflight import CHECKS
 from lossguard.rules import RULES
 
 CHECKED = "by lossguard.preflight, on a copy of the model or on weights that are put back, before the first step"
+SOURCES = (
+    "Where limits come from: `survey` is docs/survey.md in the repository, healthy and faulty runs that were measured before the rules were written; "
+    "`our own choice` was made with the project's gallery of runs in view."
+)
 SECTIONS = ("Why", "Do", "False alarm")
 # What rules read beside the registered signals.
 DERIVED = {
@@ -82,7 +86,7 @@ def page(name: str) -> str:
     parts = [f"{name} ({severity.label}): {summary}"]
     for title, paragraphs in chapters(name):
         parts.append("\n".join([title, *(f"  {line}" for line in paragraphs)]))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, SOURCES]).replace("``", "")
 
 
 def chapters(name: str) -> list[tuple[str, list[str]]]:
@@ -142,7 +146,9 @@ def fields(cls: type) -> list[tuple[str, object, str]]:
 
 def markdown() -> str:
     """All pages as one Markdown document, by family."""
-    lines = ["# Diagnoses", "", "Written by `python -m lossguard explain --markdown`; change the docstrings and not this file.", ""]
+    lines = ["# Diagnoses", "", "Written by `python -m lossguard explain --markdown`; change the docstrings and not this file.", "",
+             "Where limits come from: `survey` is [survey.md](survey.md), healthy and faulty runs that were measured before the rules were written; "
+             "`our own choice` was made with the project's gallery of runs in view.", ""]  # fmt: skip
     for family, names in families().items():
         links = [f"| [`{name}`](#{name}) | {DIAGNOSES[name][0].label} | {DIAGNOSES[name][1]} |" for name in names]
         lines += [f"**{family}**", "", "| diagnosis | severity | meaning |", "|---|---|---|", *links, ""]

@@ -17,7 +17,7 @@ Pairs = list[tuple[Cause, Sequence[Remedy]]]
 SAMPLES = 20  # newest samples that speak of the present state
 CERTAIN = 0.6  # confidence from which a cause is evidence, and not a guess
 
-# Limits outside of the healthy envelopes (detectors 0.2), nearer to them than those of the rules of their own.
+# Limits outside of the healthy envelopes (survey), nearer to them than those of the rules of their own.
 SLOW = 1e-5  # median update ratio; healthy from 3.3e-5
 STIRRED = 0.01  # of the weights, that all updates so far can have changed; healthy from scratch 1.7e-4 a step, so 0.017 in the 100 steps of a plateau
 FAST = 3e-2  # median update ratio; healthy up to 1.4e-2
@@ -27,12 +27,12 @@ RAILED = 0.5  # share of a layer's units at their rails
 ALIKE = 1e-4  # between-sample variance over second moment; healthy from 7e-4
 LOUD = 100.0  # largest logit at the loss; healthy up to 28
 WRONG = 0.1  # share of rows that are certain and wrong; healthy far below
-GREW = 10.0  # times a weight norm has grown since the start; detectors A, update_ratio_high (b), there within 100 steps
-KNOWN = 0.3466  # half of ln 2: a classifier whose first loss is below was trained before; detectors A, loss_plateau (0.5 ln K)
+GREW = 10.0  # times a weight norm has grown since the start; survey, update_ratio_high (b), there within 100 steps
+KNOWN = 0.3466  # half of ln 2: a classifier whose first loss is below was trained before; survey, loss_plateau (0.5 ln K)
 KNOWING = 0.1  # share of nearly one-hot rows in the first batch of a network that was trained before; our own choice
-COARSE = 10.0  # root mean square of the input; detectors A, unnormalized_input
+COARSE = 10.0  # root mean square of the input; survey, unnormalized_input
 
-# Values at which a loss sticks, and what they are: detectors A, constant_loss.
+# Values at which a loss sticks, and what they are: survey, constant_loss.
 SPECIAL_LOSSES = (
     (87.3365, "-ln(smallest float32)", "softmax underflow"),
     (103.2789, "-ln(smallest float32 denormal)", "softmax underflow"),
@@ -209,7 +209,7 @@ def _scales(history: History) -> Pairs:
 
 
 def constant_advice(history: History, value: float) -> Advice:
-    """Why a loss sticks at this value (SYMPTOMS B7, B8)."""
+    """Why a loss sticks at this value."""
     pairs: list[tuple[Cause, Sequence[Remedy]]] = []
     for special, formula, name in SPECIAL_LOSSES:
         if abs(value - special) < 2e-3 * special:

@@ -66,7 +66,7 @@ class Ladder:
     cuts: int = 1  # of the learning rate without going back, in the whole run; our own choice, one look at whether it helps
     rollbacks: int = 3  # in the whole run; our own choice, because what three halved rates do not cure is no matter of the rate
     factor: float = 0.5  # on every learning rate at each cut and rollback; our own choice, 1.0 leaves it alone
-    every: int = 100  # steps between snapshots; PaLM went back about 100 steps (detectors C)
+    every: int = 100  # steps between snapshots; PaLM went back about 100 steps (survey)
     keep: int = 1  # good snapshots
     settle: int | None = None  # steps until a snapshot counts as good; None: lag, and the patience of the rules in sampled steps
     cooldown: int = 50  # steps after a cure in which findings over finite numbers wait; our own choice, the windows of the spike rule

@@ -21,7 +21,7 @@ def test_every_rule_has_every_section(name):
     """The first sentence names its sources; law, causes, cures with a number and false alarms are said in more than a few words."""
     text = explain.sections(RULES[name])
     assert text[""].startswith(f"{name}: ")
-    assert "detectors A" in text[""]
+    assert "survey" in text[""]
     assert len(text["Law"].split()) >= 10
     for section in explain.SECTIONS:
         assert len(text[section].split()) >= 8, section
@@ -60,7 +60,7 @@ def test_other_registries_are_consulted(monkeypatch):
 
     @dataclasses.dataclass(frozen=True)
     class Check:
-        """dead_relu: a check of it (detectors A).
+        """dead_relu: a check of it (survey).
 
         A law.
 

@@ -48,7 +48,7 @@ def sampled(step: int) -> bool:
 
 
 def healthy_step(step: int, rng: np.random.Generator, scale: float) -> tuple[Values, dict[str, Any]]:
-    """One step of a run that learns: all signals inside the envelopes of detectors 0.2."""
+    """One step of a run that learns: all signals inside the envelopes of survey."""
     fade, noise = np.exp(-step / 60), lambda n: 1 + 0.1 * rng.standard_normal(n)
     sizes = np.sqrt([p.numel for p in PARAMS])
     relu, rails = np.array([i == 2 for i in range(9)]), np.array([i in (5, 7) for i in range(9)])
@@ -226,7 +226,7 @@ ILL: dict[str, tuple[Edit, int, int, str, Severity]] = {
     "validation_below_training": (validation(lambda t, v: 0.6 * v), 0, 120, "validation", Severity.INFO),
     "oscillating_validation": (validation(lambda t, v: 0.96 if t // EVALUATED % 2 else 0.6), 0, 180, "validation", Severity.WARNING),
 }  # fmt: skip
-# diagnosis -> something healthy that comes near to the fault (the false-alarm column of detectors A)
+# diagnosis -> something healthy that comes near to the fault (the false-alarm column of survey)
 NEAR: dict[str, Edit] = {
     "nonfinite_input": fact("input_finite", NAN),
     "nonfinite_activation": both(fact("scaler", 1.0), times("activation_rms", ALL, 1e4)),

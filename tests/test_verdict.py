@@ -1,4 +1,4 @@
-"""The two curves, read in a word: SYMPTOMS A1 to A7."""
+"""The two curves, read in a word: every pair."""
 
 import math
 

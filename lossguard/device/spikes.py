@@ -25,8 +25,8 @@ class Limit:
     ValueError: Limit(times=0.5) would leave out usual updates; give a factor above 1, such as 32.0
     """
 
-    times: float = 32.0  # over the geometric mean of accepted norms; healthy single steps reach 31.7 times the median (detectors A)
-    sigmas: float = 6.0  # deviations of the logarithm; OLMo-core's bar for norms, there on a linear scale (detectors A)
+    times: float = 32.0  # over the geometric mean of accepted norms; healthy single steps reach 31.7 times the median (survey)
+    sigmas: float = 6.0  # deviations of the logarithm; OLMo-core's bar for norms, there on a linear scale (survey)
     warmup: int = 64  # accepted updates before anything is a spike; OLMo-core: half a window of 128
     horizon: int = 100  # updates that the running statistics reach back; our own choice, near the 128 of the rules
     patience: int = 10  # spikes in a row after which the new level is learnt; our own choice, below the bound at which skipping halts

@@ -21,7 +21,7 @@ __all__ = ["PER_PARAMETER", "ZERO_BORN_RMS", "Array", "History", "Mask", "Param"
 
 FIRST = 50  # losses of the run's beginning that are never forgotten
 
-# A tensor born with a root mean square below this is zero-born (zero-gamma, LoRA B, zero heads and biases): detectors measure it as a role.
+# A tensor born with a root mean square below this is zero-born (zero-gamma, LoRA B, zero heads and biases): the survey's role of that name.
 ZERO_BORN_RMS = 1e-3
 
 

@@ -20,7 +20,7 @@ from lossguard.preflight.take import tensors
 @check
 @dataclass(frozen=True)
 class ClassImbalance:
-    """class_imbalance: some classes are starved (detectors A, class_imbalance; SYMPTOMS E6).
+    """class_imbalance: some classes are starved (survey, class_imbalance).
 
     The largest class over the smallest that occurs, over the labels looked at. Moderate imbalance is an info: 20:1 was measured to be
     learned all the same. It is a warning where a class is starved: fewer than ten samples in the whole data set, which is less than is
@@ -34,13 +34,13 @@ class ClassImbalance:
     """
 
     diagnosis: ClassVar[str] = "class_imbalance"
-    ratio: float = 20.0  # largest class over smallest, an info above; detectors A
+    ratio: float = 20.0  # largest class over smallest, an info above; survey
     few: int = 10  # samples of a class in the whole data set, a warning below; our own choice: three in ten right is then a standard error of 15 %
     tail: int = 20  # classes, above which a long tail is the nature of the data; our own choice: letters, species, words
     starved: float = 100.0  # largest class over smallest, one half of a warning; our own choice: one answer is then right on over 99 %
     seldom: float = 0.2  # samples of the class per batch, the other half below; our own choice: four batches in five push the other way
-    labels: int = 200  # labels needed; detectors A has 2000 for a stream, a whole pass of a small data set is exact
-    most_classes: int = 1000  # above, the labels are a vocabulary; detectors A
+    labels: int = 200  # labels needed; survey has 2000 for a stream, a whole pass of a small data set is exact
+    most_classes: int = 1000  # above, the labels are a vocabulary; survey
 
     def look(self, bench: Bench) -> Answer:
         """The law of the class docstring."""
@@ -89,7 +89,7 @@ class ClassImbalance:
 @check
 @dataclass(frozen=True)
 class UnshuffledData:
-    """unshuffled_data: samples come sorted by label, so that batches hold few classes (detectors A, unshuffled_data; SYMPTOMS E7).
+    """unshuffled_data: samples come sorted by label, so that batches hold few classes (survey, unshuffled_data).
 
     The entropy of each batch's labels, over what batches of that size drawn at random would have, and the share of neighbours with equal
     labels, over what chance gives. Sorted data has about as many runs of equal labels as classes. Continuous targets, one a sample, are
@@ -102,13 +102,13 @@ class UnshuffledData:
     """
 
     diagnosis: ClassVar[str] = "unshuffled_data"
-    entropy: float = 0.7  # of a batch's labels, over a random batch's; detectors A; shuffled 1.00 (least 0.97), sorted 0.11
-    sigmas: float = 6.0  # of the share of equal neighbours above chance; detectors A
+    entropy: float = 0.7  # of a batch's labels, over a random batch's; survey; shuffled 1.00 (least 0.97), sorted 0.11
+    sigmas: float = 6.0  # of the share of equal neighbours above chance; survey
     runs: float = 3.0  # runs of equal labels per class up to which the data is sorted; our own choice: sorted data has 1, two files in a row 2
     labels: int = 50  # labels needed; our own choice: continuous ones in order by chance have odds of 1 to 50!
     distinct: int = 25  # different values among continuous targets, so that grades and constants are no order; our own choice: odds of 1 to 25!
     batches: int = 4  # batches needed; our own choice
-    most_classes: int = 1000  # above, the labels are a vocabulary; detectors A
+    most_classes: int = 1000  # above, the labels are a vocabulary; survey
 
     def look(self, bench: Bench) -> Answer:
         """The law of the class docstring."""

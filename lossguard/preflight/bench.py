@@ -26,7 +26,7 @@ from lossguard.preflight.keep import Keeper
 from lossguard.preflight.listen import LabelFault, Listener, LossCall, total_of
 from lossguard.preflight.take import Sample, chosen, fresh, mapped, sizes
 
-PASSES = 3  # batches whose first loss is looked at; detectors A, initial_loss_off
+PASSES = 3  # batches whose first loss is looked at; survey, initial_loss_off
 STOCHASTIC = ("DropPath", "StochasticDepth", "DropBlock")  # modules that drop at random without torch's own dropout
 SLOW = 1 / 200  # of the time budget for one pass, from which batches are cut: some 200 passes are made
 FEW = 8  # samples to which they are cut

@@ -19,7 +19,7 @@ from lossguard.preflight.take import Bad
 @check
 @dataclass(frozen=True)
 class NonfiniteInput:
-    """nonfinite_input: a sample holds NaN or Inf (detectors A, nonfinite_input; SYMPTOMS E10).
+    """nonfinite_input: a sample holds NaN or Inf (survey, nonfinite_input).
 
     Every float tensor of every batch looked at is tested. A batch whose loss is finite all the same is one that the model copes
     with (missing values that it masks) and is no finding; where the loss cannot be had, the values are.
@@ -97,7 +97,7 @@ class _Scale:
 @check
 @dataclass(frozen=True)
 class UnnormalizedInput:
-    """unnormalized_input: what reaches the first weights is far from zero mean and unit scale (detectors A, unnormalized_input; SYMPTOMS E4).
+    """unnormalized_input: what reaches the first weights is far from zero mean and unit scale (survey, unnormalized_input).
 
     Looked at is what enters each layer with weights before which no parameters stand, so that normalising inside the model counts. Ill is
     a standard deviation above or below the bounds, a mean many deviations from zero, or one feature on another scale than the median; and an
@@ -111,10 +111,10 @@ class UnnormalizedInput:
     """
 
     diagnosis: ClassVar[str] = "unnormalized_input"
-    high: float = 10.0  # standard deviation; detectors A (1e1)
-    low: float = 3e-3  # standard deviation; detectors A has 1e-2, but rows of unit length with 1e4 features are healthy
-    offset: float = 3.0  # |mean| over the standard deviation; detectors A
-    apart: float = 1e3  # largest feature's standard deviation over the median one's; detectors A
+    high: float = 10.0  # standard deviation; survey (1e1)
+    low: float = 3e-3  # standard deviation; survey has 1e-2, but rows of unit length with 1e4 features are healthy
+    offset: float = 3.0  # |mean| over the standard deviation; survey
+    apart: float = 1e3  # largest feature's standard deviation over the median one's; survey
     bounded: float = 1.05  # magnitude up to which values are healthy whatever their mean: images in [0, 1]; our own choice
     sparse: float = 0.5  # share of exact zeros from which inputs are sparse and have no common scale; our own choice
     sparse_peak: float = 100.0  # largest magnitude of sparse inputs; raw pixels reach 255, counts are mostly below; our own choice

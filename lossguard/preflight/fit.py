@@ -24,7 +24,7 @@ from lossguard.preflight.trial import trial
 @check
 @dataclass(frozen=True)
 class CannotOverfitBatch:
-    """cannot_overfit_batch: the model cannot learn even a few samples by heart (detectors A, cannot_overfit_batch; SYMPTOMS E3).
+    """cannot_overfit_batch: the model cannot learn even a few samples by heart (survey, cannot_overfit_batch).
 
     A copy is trained by Adam on a few samples of the first batch, dropout off, without weight decay, at several learning rates in turn until one
     brings the loss near the least it can reach on these targets, or the labels right. The yardstick is the best constant answer: a model
@@ -38,12 +38,12 @@ class CannotOverfitBatch:
     """
 
     diagnosis: ClassVar[str] = "cannot_overfit_batch"
-    near: float = 0.05  # of the best constant answer's loss above the floor: learned; detectors A
-    right: float = 0.95  # share of right labels: learned; detectors A
+    near: float = 0.05  # of the best constant answer's loss above the floor: learned; survey
+    right: float = 0.95  # share of right labels: learned; survey
     far: float = 0.3  # of the best constant answer's loss above the floor: not learned; our own choice, between is "cannot tell"
-    steps: int = 300  # for each learning rate; detectors A
-    rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1e-4)  # of Adam; detectors A has 1e-3 with a retry
-    samples: int = 8  # at most; detectors A has 16 to 32, fewer are easier for a healthy model and as hard for a broken one
+    steps: int = 300  # for each learning rate; survey
+    rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1e-4)  # of Adam; survey has 1e-3 with a retry
+    samples: int = 8  # at most; survey has 16 to 32, fewer are easier for a healthy model and as hard for a broken one
     dense_samples: int = 2  # where a sample has many targets: sequences with equal beginnings contradict each other; our own choice
     alike: float = 0.1  # of chance: a constant answer this good leaves nothing to learn by heart; our own choice
     weights: int = 50  # trainable elements per sample; our own choice

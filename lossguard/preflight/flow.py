@@ -18,7 +18,7 @@ from lossguard.preflight.trial import STEPS, Trial, trial
 @check
 @dataclass(frozen=True)
 class UnreachedWeights:
-    """unchanged_weights: a trainable parameter would not be trained (detectors A, unchanged_weights; SYMPTOMS E12).
+    """unchanged_weights: a trainable parameter would not be trained (survey, unchanged_weights).
 
     A copy is trained for a few steps. Parameters that get a gradient must belong to an optimizer; layers that run must get a gradient,
     and one that is not zero at every step.

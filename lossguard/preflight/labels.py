@@ -49,7 +49,7 @@ def in_order(bench: Bench) -> list[Tensor]:
 @check
 @dataclass(frozen=True)
 class InvalidLabels:
-    """invalid_labels: the loss function cannot take the labels, or takes them for something else (detectors A, invalid_labels; SYMPTOMS E5).
+    """invalid_labels: the loss function cannot take the labels, or takes them for something else (survey, invalid_labels).
 
     Class numbers must lie in [0, classes) or be the ignored index, and be integers; probabilities must lie in [0, 1] and sum to one;
     outputs and targets of a regression must have one shape (else they are broadcast against each other, also in a loss written by hand);
@@ -62,11 +62,11 @@ class InvalidLabels:
     """
 
     diagnosis: ClassVar[str] = "invalid_labels"
-    off: float = 1e-3  # by how much soft labels may miss a sum of 1; detectors A
+    off: float = 1e-3  # by how much soft labels may miss a sum of 1; survey
     one_class: int = 100  # labels seen before one class only is a fault; our own choice: by chance at 9:1 once in 4e4 times
     gray: float = 100.0  # targets up to 255 and above this are pixels; our own choice, as in unnormalized_input
     blind: float = 1e-5  # relative change of a loss by exchanging all targets, below which it pairs all with all; rounding stays below
-    padding: tuple[int, ...] = (-100, -1, 255)  # values that mean "no label" in common data sets; detectors A
+    padding: tuple[int, ...] = (-100, -1, 255)  # values that mean "no label" in common data sets; survey
 
     def look(self, bench: Bench) -> Answer:
         """The law of the class docstring."""

@@ -25,7 +25,7 @@ Advice = list[tuple[Cause, list[Remedy]]]
 @check
 @dataclass(frozen=True)
 class InitialLossOff:
-    """initial_loss_off: the first loss is not what knowing nothing gives (detectors A, initial_loss_off; SYMPTOMS E1, E2, F8).
+    """initial_loss_off: the first loss is not what knowing nothing gives (survey, initial_loss_off).
 
     With dropout off, the mean of the first batches against chance: ln(classes), ln 2 for yes or no, the targets' variance for squared error,
     made by the same loss function with even predictions. Then the batch is repeated (a mean stays, a sum doubles), and dropout and penalties
@@ -40,10 +40,10 @@ class InitialLossOff:
     """
 
     diagnosis: ClassVar[str] = "initial_loss_off"
-    high: float = 2.0  # first loss over chance, an info from there; detectors A
-    trained: float = 3.0  # the same, a warning from there, and nothing below where the weights were trained before; detectors A
+    high: float = 2.0  # first loss over chance, an info from there; survey
+    trained: float = 3.0  # the same, a warning from there, and nothing below where the weights were trained before; survey
     offset: float = 10.0  # |mean| of regression targets over their standard deviation; our own choice: prices at 3 train well
-    large: float = 10.0  # root mean square of regression targets; detectors A (unnormalized_input)
+    large: float = 10.0  # root mean square of regression targets; survey (unnormalized_input)
     bounded: float = 1.05  # magnitude up to which targets are healthy whatever their mean: images in [0, 1]; our own choice
     blown: float = 2.0  # loss in the first steps at the chosen rate over the first loss; our own choice: one batch again and again should fall
     rewrites: float = 0.3  # first update over the weights; our own choice: three times the warning of update_ratio_high, for one step is not many

@@ -19,7 +19,7 @@ from lossguard.preflight.loss import data_call
 @check
 @dataclass(frozen=True)
 class TrainEvalMismatch:
-    """validation_mismatch: the same batch has another loss in eval mode (detectors A, validation_mismatch; SYMPTOMS F9).
+    """validation_mismatch: the same batch has another loss in eval mode (survey, validation_mismatch).
 
     Dropout is off on both sides. Batch-norm layers that have seen nothing yet first learn their statistics from the kept batches, on a copy.
     Apart from that, eval mode is run twice: a loss that changes between the two only while dropout is let through is dropout left on.
@@ -30,7 +30,7 @@ class TrainEvalMismatch:
     """
 
     diagnosis: ClassVar[str] = "validation_mismatch"
-    apart: float = 0.5  # difference of the two losses over the larger; detectors A
+    apart: float = 0.5  # difference of the two losses over the larger; survey
     floor: float = 0.1  # of chance: smaller differences are none; our own choice
     random: float = 1e-5  # relative difference of two equal passes from which a model is random; rounding stays below
 

@@ -33,7 +33,7 @@ SAYS = {"Relu": "ReLU", "LogSoftmax": "log-softmax", "Hardtanh": "hardtanh"}
 @check
 @dataclass(frozen=True)
 class WrongOutputActivation:
-    """wrong_output_activation: the last operation does not fit the loss (detectors A, wrong_output_activation; SYMPTOMS E8).
+    """wrong_output_activation: the last operation does not fit the loss (survey, wrong_output_activation).
 
     Read from the graph behind what the loss function got, through views: softmax, sigmoid, tanh or ReLU before cross entropy; sigmoid or
     softmax before a binary cross entropy with logits; no log-softmax before the negative log likelihood, or one over another dimension than
@@ -48,9 +48,9 @@ class WrongOutputActivation:
     """
 
     diagnosis: ClassVar[str] = "wrong_output_activation"
-    outside: float = 0.05  # share of targets out of reach; detectors A
-    sum_off: float = 1e-3  # by how much probabilities may miss a sum of 1; detectors A
-    values: int = 100  # outputs needed before their values count as evidence; detectors A
+    outside: float = 0.05  # share of targets out of reach; survey
+    sum_off: float = 1e-3  # by how much probabilities may miss a sum of 1; survey
+    values: int = 100  # outputs needed before their values count as evidence; survey
 
     def look(self, bench: Bench) -> Answer:
         """The law of the class docstring."""

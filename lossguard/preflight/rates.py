@@ -21,7 +21,7 @@ FALL = 1e-3  # of the first loss: a smaller fall in some steps is none
 @check
 @dataclass(frozen=True)
 class LearningRateRange:
-    """learning_rate_range: the learning rate lies at an edge of the range that works, or outside (SYMPTOMS E11; detectors A, update_ratio).
+    """learning_rate_range: the learning rate lies at an edge of the range that works, or outside (survey, update_ratio).
 
     A short sweep in the log domain: copies are trained for a few steps by a fresh optimizer of the same kind at half decades around the
     chosen rate, all groups by the same factor. The good range is where the loss falls by a good part of the best fall. It is an info: few
@@ -33,7 +33,7 @@ class LearningRateRange:
     """
 
     diagnosis: ClassVar[str] = "learning_rate_range"
-    steps: int = 12  # of each rate; our own choice: a rate far too high shows within 10 (detectors A, update_ratio_high)
+    steps: int = 12  # of each rate; our own choice: a rate far too high shows within 10 (survey, update_ratio_high)
     decades: float = 2.0  # searched on either side of the chosen rate, in half decades; our own choice
     further: float = 5.0  # decades searched where no rate within the first ones works; our own choice
     works: float = 0.05  # of the first loss: a smaller fall at every rate sends the sweep further; our own choice

@@ -20,7 +20,7 @@ LEAST = 3  # samples: one that is exchanged, one in its place, one that is watch
 @check
 @dataclass(frozen=True)
 class CrossSampleLeak:
-    """cross_sample_leak: the output for one sample depends on the other samples of its batch (SYMPTOMS E12).
+    """cross_sample_leak: the output for one sample depends on the other samples of its batch (survey).
 
     In eval mode and without dropout, one sample of a batch is exchanged for a copy of another: the outputs of the rest must stay as they are.
 

@@ -21,7 +21,7 @@ from lossguard.preflight.trial import Trial, trial
 @check
 @dataclass(frozen=True)
 class PoorInitialization:
-    """poor_initialization: the initial weights keep the network from learning (detectors A, poor_initialization; SYMPTOMS E9, D8).
+    """poor_initialization: the initial weights keep the network from learning (survey, poor_initialization).
 
     A weight matrix is symmetric if all its rows are equal and still are after some training steps of a copy: zero ends of branches, zero heads
     and LoRA's B break their symmetry at the first step. Two layers in a row whose weights are all one number other than zero are as good as
@@ -35,9 +35,9 @@ class PoorInitialization:
     """
 
     diagnosis: ClassVar[str] = "poor_initialization"
-    grows: float = 2.0  # mean gain per layer, above; detectors A
+    grows: float = 2.0  # mean gain per layer, above; survey
     grown: float = 100.0  # gain in all, above; our own choice: He x 3 over four layers
-    shrinks: float = 0.25  # mean gain per layer, below; detectors A has 0.5, torch's default with ReLU is 0.41
+    shrinks: float = 0.25  # mean gain per layer, below; survey has 0.5, torch's default with ReLU is 0.41
     shrunk: float = 1e-3  # gain in all, below; our own choice: three layers at a tenth
     lost: float = 1e-5  # gain in all below which the mean gain does not matter; our own choice: 13 default ReLU layers
     rails: float = 0.25  # share of a layer's inputs at each end of a tanh or sigmoid, above; our own choice: Xavier with gain 5/3 has 0.1 in all

@@ -42,7 +42,7 @@ def unit_at(history: History, site: int) -> Unit:
 @rule
 @dataclass(frozen=True)
 class DeadRelu:
-    """dead_relu: more than half of a layer's units are silent for every sample of a whole window (detectors A, dead_relu; SYMPTOMS D5).
+    """dead_relu: more than half of a layer's units are silent for every sample of a whole window (survey, dead_relu).
 
     Law: a unit is silent if it gave 0 for every sample and position of a window of at least 30 samples; a layer is ill if more than
     0.5 of its units are (0.75 below 32 units, all below 8), an error above 0.9. Up to 0.75 it is information while the loss comes
@@ -60,9 +60,9 @@ class DeadRelu:
     diagnosis: ClassVar[str] = "dead_relu"
     reads: ClassVar[tuple[str, ...]] = ("dead_fraction",)
     slow: ClassVar[bool] = True
-    share: float = 0.5  # share of units, warns; detectors A
-    grave: float = 0.9  # share of units, error; detectors A
-    few: int = 8  # units; a narrower layer must be dead altogether; detectors A
+    share: float = 0.5  # share of units, warns; survey
+    grave: float = 0.9  # share of units, error; survey
+    few: int = 8  # units; a narrower layer must be dead altogether; survey
     narrow: int = 32  # units; below it chance is large (bottleneck of 16: 0.36), and the share must exceed `narrow_share`; our own choice
     narrow_share: float = 0.75  # share of units in a narrow layer; our own choice
     memory: int = 64  # samples for which a window's verdict stands; windows end at every 30 samples or more
@@ -143,7 +143,7 @@ class DeadRelu:
 @rule
 @dataclass(frozen=True)
 class SaturatedActivation:
-    """saturated_activation: more than half of a hidden layer's sigmoid or tanh units sit at their rails (detectors A, saturated_activation; SYMPTOMS D6).
+    """saturated_activation: more than half of a hidden layer's sigmoid or tanh units sit at their rails (survey, saturated_activation).
 
     Law: a unit is at its rails if its normalised derivative is below 0.02 on more than 95 % of the positions; a hidden layer is ill if
     more than half of its units are, in every sample of 20 steps. The output that feeds the loss and gates are excluded.
@@ -157,8 +157,8 @@ class SaturatedActivation:
     diagnosis: ClassVar[str] = "saturated_activation"
     reads: ClassVar[tuple[str, ...]] = ("saturated_fraction",)
     slow: ClassVar[bool] = True
-    share: float = 0.5  # share of units whose normalised derivative is below 0.02 on more than 95 % of positions; detectors A
-    span: int = 20  # steps (detectors A: 100 batches; a share over a whole batch is steady, and short runs must hear it)
+    share: float = 0.5  # share of units whose normalised derivative is below 0.02 on more than 95 % of positions; survey
+    span: int = 20  # steps (survey: 100 batches; a share over a whole batch is steady, and short runs must hear it)
     least: int = 3  # samples in the span
     grace: int = 0  # steps; the span is the grace
     patience: int = 1  # samples; the span is the patience
@@ -179,7 +179,7 @@ class SaturatedActivation:
         loud = float(np.nanmax(rms)) if np.isfinite(rms).any() else 1.0
         pairs = [(Cause("weights or learning rate too large", 0.5, f"{share:.0%} of the units of {unit.name} are at their rails"),
                   [Remedy(f"initialise the layer before {unit.name} by Xavier", {"init": "xavier"}), lr_remedy(history, 0.1)])]  # fmt: skip
-        if loud > 10:  # detectors A, unnormalized_input: std outside [1e-2, 1e1]
+        if loud > 10:  # survey, unnormalized_input: std outside [1e-2, 1e1]
             remedy = Remedy(f"normalise the input: divide it by {number(loud)}", {"normalize_input": True})
             pairs.append((Cause("input not normalised", 0.8, f"its root mean square is {number(loud)}"), [remedy]))
         causes, remedies = ranked(pairs)
@@ -202,7 +202,7 @@ class SaturatedActivation:
 @rule
 @dataclass(frozen=True)
 class CollapsedActivation:
-    """collapsed_activation: a layer, and all that follow it, give the same output for every sample (detectors A, collapsed_activation; SYMPTOMS D12).
+    """collapsed_activation: a layer, and all that follow it, give the same output for every sample (survey, collapsed_activation).
 
     Law: between-sample variance over second moment < 1e-6 (error), or < 1e-5 after step 100 (warning), for 20 steps. Healthy >= 7e-4.
     Layers that are followed by one that tells samples apart (positional streams, residual branches) do not count. Law (agreed), a
@@ -219,12 +219,12 @@ class CollapsedActivation:
     diagnosis: ClassVar[str] = "collapsed_activation"
     reads: ClassVar[tuple[str, ...]] = ("sample_variance",)
     slow: ClassVar[bool] = True
-    variance: float = 1e-6  # of the second moment, error; detectors A
-    mild: float = 1e-5  # of the second moment, warning; detectors A
-    mild_after: int = 100  # steps; detectors A
-    span: int = 20  # steps; detectors A (20 in a row)
+    variance: float = 1e-6  # of the second moment, error; survey
+    mild: float = 1e-5  # of the second moment, warning; survey
+    mild_after: int = 100  # steps; survey
+    span: int = 20  # steps; survey (20 in a row)
     least: int = 3  # samples in the span; two decades of margin
-    alike: float = 7e-4  # of the second moment: outputs that are compared with one another, after they were different; detectors A, the healthy end
+    alike: float = 7e-4  # of the second moment: outputs that are compared with one another, after they were different; survey, the healthy end
     kept: float = 0.01  # of their first such variance; our own choice, healthy runs keep 0.025 and more
     agreed: float = 0.01  # of the first losses: the loss that is solved so; our own choice
     learning: float = 0.5  # loss over the first loss below which the network evidently tells samples apart; our own choice

@@ -16,7 +16,7 @@ from lossguard.rules.rule import rule
 @rule
 @dataclass(frozen=True)
 class AttentionLogitGrowth:
-    """attention_logit_growth: the largest attention logit S grows out of scale (detectors A, attention_logit_growth; SYMPTOMS D13).
+    """attention_logit_growth: the largest attention logit S grows out of scale (survey, attention_logit_growth).
 
     Law: in each of the last samples of 20 steps S > 50, and S has at least doubled since the start: a warning, above 100
     an error. S is max |q.k| / sqrt(d): of softmax modules over all of a sample of rows, of attentions over at most 64 queries and
@@ -35,13 +35,13 @@ class AttentionLogitGrowth:
     diagnosis: ClassVar[str] = "attention_logit_growth"
     reads: ClassVar[tuple[str, ...]] = ("attention_logit", "logit_peak", "attention_head")
     slow: ClassVar[bool] = True
-    level: float = 50.0  # |q.k| / sqrt(d), warns; detectors A, healthy <= 9
-    grave: float = 100.0  # |q.k| / sqrt(d), error; detectors A
-    certain: float = 1e3  # |q.k| / sqrt(d) that counts though the loss was halved; detectors (the loss worsens near 1e3, beyond 1e4 all diverged)
+    level: float = 50.0  # |q.k| / sqrt(d), warns; survey, healthy <= 9
+    grave: float = 100.0  # |q.k| / sqrt(d), error; survey
+    certain: float = 1e3  # |q.k| / sqrt(d) that counts though the loss was halved; survey (the loss worsens near 1e3, beyond 1e4 all diverged)
     growth: float = 2.0  # times the first value; our own choice, pretrained attentions may begin large
-    doublings: float = 8.0  # times the first value, for information although the loss was halved; detectors A (S doubling 3 times)
+    doublings: float = 8.0  # times the first value, for information although the loss was halved; survey (S doubling 3 times)
     learned: float = 0.5  # loss over the first loss below which sharp heads are what was learned; our own choice
-    span: int = 20  # steps; detectors A (10 in a row)
+    span: int = 20  # steps; survey (10 in a row)
     least: int = 3  # samples in the span
     turns: int = 2  # measured values of a fused attention, which are looked at in turn; our own choice
     round: int = 4  # fused attentions among which the turn goes; as many as the device side watches

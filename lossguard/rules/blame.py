@@ -15,7 +15,7 @@ from lossguard.findings import Cause, Remedy, number
 from lossguard.host.history import Array, History, Mask
 from lossguard.rules.suspects import born_out_of_scale, rate
 
-GREW = 10.0  # growth of loss or gradient norm before the fault that is called an explosion (SYMPTOMS C1; healthy medians stay below)
+GREW = 10.0  # growth of loss or gradient norm before the fault that is called an explosion (healthy medians stay below)
 SOUND_RMS = 1e4  # root mean square of a module's output up to which it did not explode (healthy logits stay below 28)
 LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d")  # modules whose output is a sum of products of their input and weights
 EARLY = 100  # steps in which what was out of scale from the beginning is the cause: later it would have shown; our own choice
@@ -27,7 +27,7 @@ HALF_LEAST = 2.0**-25  # a smaller number rounds to 0 in float16
 
 
 def nonfinite_advice(history: History, step: int) -> Advice:
-    """The causes of non-finite values (SYMPTOMS C1 to C6), ranked by what this run shows."""
+    """The causes of non-finite values, ranked by what this run shows."""
     pairs: list[tuple[Cause, list[Remedy]]] = []
     broken = rate(history) or scale_too_high(history, step) or lost_epsilon(history)
     if broken is not None:

@@ -18,7 +18,7 @@ from lossguard.rules.rule import rule
 @rule
 @dataclass(frozen=True)
 class MissingZeroGrad:
-    """missing_zero_grad: most gradients are carried over an update without being cleared (detectors A, missing_zero_grad; SYMPTOMS D11).
+    """missing_zero_grad: most gradients are carried over an update without being cleared (survey, missing_zero_grad).
 
     Law: an exact test, read from the gradient tensors' versions: at least half of them still held those of the last update when the next
     backward pass began, three looks in a row.
@@ -33,8 +33,8 @@ class MissingZeroGrad:
     diagnosis: ClassVar[str] = "missing_zero_grad"
     reads: ClassVar[tuple[str, ...]] = ("grad_norm",)
     slow: ClassVar[bool] = True
-    share: float = 0.5  # share of gradients not cleared; detectors A
-    times: int = 3  # consecutive looks; detectors A
+    share: float = 0.5  # share of gradients not cleared; survey
+    times: int = 3  # consecutive looks; survey
     grace: int = 0  # steps; exact test
     patience: int = 1  # samples; the consecutive looks are the patience
 
@@ -58,7 +58,7 @@ class MissingZeroGrad:
 @rule
 @dataclass(frozen=True)
 class ClippingDominates:
-    """clipping_dominates: nearly every step is clipped, and by much (detectors A, clipping_dominates; SYMPTOMS D9).
+    """clipping_dominates: nearly every step is clipped, and by much (survey, clipping_dominates).
 
     Law: > 90 % of steps clipped and median G/c >= 2 over 200 steps. A median G/c >= 10 needs 30 steps only. Healthy transformers
     clip 45 to 61 % at G/c 1.03; a share above half alone is no finding.
@@ -74,14 +74,14 @@ class ClippingDominates:
     diagnosis: ClassVar[str] = "clipping_dominates"
     reads: ClassVar[tuple[str, ...]] = ("clip_coefficient",)
     slow: ClassVar[bool] = True
-    share: float = 0.9  # share of clipped samples; detectors A
-    excess: float = 2.0  # median G/c; detectors A
-    strong: float = 10.0  # median G/c that is heard early; detectors A (there at a share of 0.5 over 200 steps)
-    span: int = 200  # steps; detectors A
-    epsilons: float = 10.0  # what is left of the gradients over the optimizer's epsilon; detectors A (adam_epsilon_floor)
+    share: float = 0.9  # share of clipped samples; survey
+    excess: float = 2.0  # median G/c; survey
+    strong: float = 10.0  # median G/c that is heard early; survey (there at a share of 0.5 over 200 steps)
+    span: int = 200  # steps; survey
+    epsilons: float = 10.0  # what is left of the gradients over the optimizer's epsilon; survey (adam_epsilon_floor)
     early: int = 30  # steps for a strong excess; our own choice for short runs
     least: int = 15  # samples in either span; our own choice
-    grace: int = 20  # steps of warm-up that do not count; detectors A, machinery 3
+    grace: int = 20  # steps of warm-up that do not count; survey, machinery 3
     patience: int = 1  # samples; the window is the patience
 
     def check(self, history: History) -> Finding | None:
@@ -139,7 +139,7 @@ class ClippingDominates:
 @rule
 @dataclass(frozen=True)
 class SkippedSteps:
-    """skipped_steps: updates are not applied again and again, by a loss scaler or by our own gate (detectors A, nonfinite_gradient; SYMPTOMS F1).
+    """skipped_steps: updates are not applied again and again, by a loss scaler or by our own gate (survey, nonfinite_gradient).
 
     Law: 8 samples in a row without an update under a loss scaler after the first 20 steps, or more than 10 % of the last 50; or 3 updates
     in a row left out by the guard's own gate (skip=), a halt at 20; or more than 10 % of 200 updates left out by it, a halt from one half
@@ -156,15 +156,15 @@ class SkippedSteps:
 
     diagnosis: ClassVar[str] = "skipped_steps"
     reads: ClassVar[tuple[str, ...]] = ("update_norm", "consecutive_skips", "total_skips")
-    skips: int = 8  # samples in a row under a loss scaler; detectors A
-    search: int = 20  # steps in which a loss scaler looks for its scale; detectors A
-    share: float = 0.1  # share of samples after the search; detectors A (10 % of 200)
+    skips: int = 8  # samples in a row under a loss scaler; survey
+    search: int = 20  # steps in which a loss scaler looks for its scale; survey
+    share: float = 0.1  # share of samples after the search; survey (10 % of 200)
     window: int = 50  # samples for the share; our own choice, 200 steps at the default intervals
     gate: int = 3  # updates in a row skipped by our own gate; our own choice
-    halvings: int = 8  # of the loss scale, net, within `spanned` steps; detectors A (8 skips in a row)
-    spanned: int = 200  # steps; detectors A
+    halvings: int = 8  # of the loss scale, net, within `spanned` steps; survey (8 skips in a row)
+    spanned: int = 200  # steps; survey
     halt_after: int = 20  # updates in a row skipped by our own gate after which the run halts; our own choice
-    updates: int = 200  # over which the share left out by our own gate is taken; detectors A
+    updates: int = 200  # over which the share left out by our own gate is taken; survey
     most: float = 0.5  # share of them at which the run halts; our own choice, because such a run learns from what it is not meant to
     grace: int = 0  # steps; the search is excluded above
     patience: int = 1  # samples; the run of skips is the patience

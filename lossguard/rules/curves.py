@@ -31,7 +31,7 @@ def robust_z(value: float, past: Array) -> float:
 @rule
 @dataclass(frozen=True)
 class LossSpike:
-    """loss_spike: one loss stands far above its recent past (detectors A, loss_spike; SYMPTOMS B5).
+    """loss_spike: one loss stands far above its recent past (survey, loss_spike).
 
     Law: robust z > 8 over the 128 losses before (healthy <= 6.7), L > 1.5 median, and three times as far above the median as the
     second largest of them; where signs mix, z > 12. The mean over a batch of fewer samples than usual scatters more: its z is multiplied by
@@ -49,10 +49,10 @@ class LossSpike:
 
     diagnosis: ClassVar[str] = "loss_spike"
     reads: ClassVar[tuple[str, ...]] = ("loss",)
-    sigmas: float = 8.0  # robust deviations above the median; detectors A
-    mixed: float = 12.0  # the same where the past has both signs; detectors A
+    sigmas: float = 8.0  # robust deviations above the median; survey
+    mixed: float = 12.0  # the same where the past has both signs; survey
     logarithmic: float = 5.0  # robust deviations of ln L about its trend; our own choice
-    rise: float = 0.5  # of |median| above the median; detectors A
+    rise: float = 0.5  # of |median| above the median; survey
     floor: float = 0.2  # of the largest of the run's first losses: spikes below it harm nobody; our own choice, healthy runs near convergence reach 0.12
     beyond: float = 3.0  # times the second largest earlier distance from the median; our own choice: last batches of one sample come every epoch
     slight: float = 0.5  # of the same: a spike below it, after which the loss is as before, is information; a batch of garbage owes more
@@ -60,9 +60,9 @@ class LossSpike:
     settle: int = 3  # later losses to wait for; our own choice
     raised: float = 1.5  # a learning rate or an input's scale over its past median, and
     jumped: float = 3.0  # an update ratio over its own, that speak for a cause; our own choice
-    window: int = 128  # losses of the past; detectors A
-    least: int = 64  # losses of the past; detectors A
-    grace: int = 64  # steps; detectors A
+    window: int = 128  # losses of the past; survey
+    least: int = 64  # losses of the past; survey
+    grace: int = 64  # steps; survey
     patience: int = 1  # answers; a spike is an event
 
     def check(self, history: History) -> Finding | None:
@@ -210,7 +210,7 @@ class LossSpike:
 @rule
 @dataclass(frozen=True)
 class DivergingLoss:
-    """diverging_loss: the loss rises and stays above where it was (detectors A, diverging_loss; SYMPTOMS A7, B4).
+    """diverging_loss: the loss rises and stays above where it was (survey, diverging_loss).
 
     Law: for 20 steps the mean of 20 losses is above the best such mean so far by max(4 sd, 10 % of it), and above the mean of
     the first 20 (by 25 % where half of it was never reached), and the median of the newest 20 with it. Halts if that goes on for 300 steps.
@@ -226,14 +226,14 @@ class DivergingLoss:
 
     diagnosis: ClassVar[str] = "diverging_loss"
     reads: ClassVar[tuple[str, ...]] = ("loss",)
-    width: int = 20  # losses in a mean; detectors A
-    deviations: float = 4.0  # standard deviations of single losses, at the best and at the first; detectors A
-    rise: float = 0.1  # of the |best mean|; detectors A
+    width: int = 20  # losses in a mean; survey
+    deviations: float = 4.0  # standard deviations of single losses, at the best and at the first; survey
+    rise: float = 0.1  # of the |best mean|; survey
     learned: float = 0.5  # of the first mean: a run whose best is above it has to rise above its start by more than losses that
     hover: float = 0.25  # of the first mean; our own choice: undeclared adversarial losses wander by 0.12 of it
-    sustained: int = 20  # steps; detectors A
+    sustained: int = 20  # steps; survey
     halt_after: int = 300  # steps above, after which the run is lost; our own choice
-    grace: int = 40  # steps; detectors A
+    grace: int = 40  # steps; survey
     patience: int = 1  # answers; `sustained` is the patience
 
     def check(self, history: History) -> Finding | None:

@@ -32,7 +32,7 @@ from lossguard.rules.suspects import large_steps
 @rule
 @dataclass(frozen=True)
 class ExplodingGradient:
-    """exploding_gradient: the gradient norm G has left its own past (detectors A, exploding_gradient (a) and (c); SYMPTOMS D4).
+    """exploding_gradient: the gradient norm G has left its own past (survey, exploding_gradient (a) and (c)).
 
     Law: median of the newest G > 10 times the median of the 128 before, or G > 1000 times it twice within 20 samples; in both
     cases G is also above its first value, for a converged run has tiny gradients to compare with. Healthy single steps reach 31.7.
@@ -47,20 +47,20 @@ class ExplodingGradient:
 
     diagnosis: ClassVar[str] = "exploding_gradient"
     reads: ClassVar[tuple[str, ...]] = ("grad_norm",)
-    times: float = 10.0  # newest median over the past median; detectors A (a)
-    catastrophe: float = 1e3  # single samples over the past median; detectors A (c)
-    recent: int = 10  # steps covered by the newest median; detectors A (a)
+    times: float = 10.0  # newest median over the past median; survey (a)
+    catastrophe: float = 1e3  # single samples over the past median; survey (c)
+    recent: int = 10  # steps covered by the newest median; survey (a)
     least: int = 5  # samples in the newest median; healthy single steps reach 31.7, so that one or two may not decide
-    window: int = 20  # samples in which two catastrophes count; detectors A (c)
-    past: int = 128  # samples of the past; detectors A
+    window: int = 20  # samples in which two catastrophes count; survey (c)
+    past: int = 128  # samples of the past; survey
     short: int = 10  # samples of the past that a catastrophe needs; our own choice, a factor 1000 needs no fine median
-    grace: int = 20  # steps; detectors A, machinery 3
+    grace: int = 20  # steps; survey, machinery 3
     patience: int = 1  # samples; the medians are the patience
     harm: float = 0.1  # of the median loss: a smaller rise is noise; our own choice, as in diverging_loss
     stride: float = 3.0  # times their past median, from which updates have grown as well; our own choice, as for a spike
     fall: float = 0.02  # of the median loss: growing gradients of a loss that falls by more are those of learning; our own benchmark's plateau
     rounding: float = 1e-6  # of the loss, below which it has not fallen: ten times the spacing of float32
-    enough: int = 40  # samples of the past that the median law needs (history of 50 with the newest 10); detectors A
+    enough: int = 40  # samples of the past that the median law needs (history of 50 with the newest 10); survey
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
@@ -140,7 +140,7 @@ class ExplodingGradient:
 @dataclass(frozen=True)
 class VanishingGradient:
     """vanishing_gradient: some layers get less than 1e-5 of the largest gradient, or all fall below Adam's epsilon
-    (detectors A, vanishing_gradient; SYMPTOMS D3, F7).
+    (survey, vanishing_gradient).
 
     Law: the rms of a matrix's gradient is below 1e-5 of the largest one in every sample of 20 steps (healthy minimum over matrices 6e-4,
     deep sigmoid 2e-9); or more than half of the matrices are below 10 times Adam's epsilon while their updates die. An exact zero counts
@@ -157,11 +157,11 @@ class VanishingGradient:
     diagnosis: ClassVar[str] = "vanishing_gradient"
     reads: ClassVar[tuple[str, ...]] = ("grad_norm",)
     slow: ClassVar[bool] = True
-    share: float = 1e-5  # rms of a matrix's gradient over the largest; detectors A
-    epsilons: float = 10.0  # rms of a gradient over Adam's epsilon; detectors A (adam_epsilon_floor)
-    most: float = 0.5  # share of matrices below Adam's epsilon; detectors A
+    share: float = 1e-5  # rms of a matrix's gradient over the largest; survey
+    epsilons: float = 10.0  # rms of a gradient over Adam's epsilon; survey (adam_epsilon_floor)
+    most: float = 0.5  # share of matrices below Adam's epsilon; survey
     dying: float = 1e-5  # update ratio below which an epsilon counts as a fault and not as a choice; healthy from 3.3e-5
-    span: int = 20  # steps the fault lasts; detectors A (20 in a row)
+    span: int = 20  # steps the fault lasts; survey (20 in a row)
     least: int = 3  # samples in the span; two decades of margin on either side
     grace: int = 20  # steps; LoRA A while B is 0
     patience: int = 1  # samples; the span is the patience

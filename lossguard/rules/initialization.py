@@ -22,7 +22,7 @@ _MATRICES = ("Linear", "Conv", "Bilinear")  # parts of the names of module class
 @rule
 @dataclass(frozen=True)
 class PoorInitialization:
-    """poor_initialization: the weights begin so that layers cannot learn (detectors A, poor_initialization; SYMPTOMS D8).
+    """poor_initialization: the weights begin so that layers cannot learn (survey, poor_initialization).
 
     Law, on the first samples of a run only. (a) Two matrices that follow one another have all elements equal, so that their
     units are the same for ever. (b) Half of the matrices, two at least, begin at exactly 0 and get exactly no gradient in 5
@@ -41,8 +41,8 @@ class PoorInitialization:
 
     diagnosis: ClassVar[str] = "poor_initialization"
     reads: ClassVar[tuple[str, ...]] = ("activation_rms", "weight_range", "grad_norm")
-    shrink: float = 0.5  # gain of a layer; detectors A (b)
-    grow: float = 2.0  # gain of a layer; detectors A (b)
+    shrink: float = 0.5  # gain of a layer; survey (b)
+    grow: float = 2.0  # gain of a layer; survey (b)
     factor: float = 100.0  # over the whole depth; our own choice, torch's default convolutions shrink 20 times until their biases carry
     layers: int = 4  # gains in the chain at least; our own choice, few layers are an architecture and no trend
     samples: int = 5  # first samples in which zero matrices stay without gradient; our own choice, two zero layers in a row thaw within 3
@@ -129,7 +129,7 @@ class PoorInitialization:
 @rule
 @dataclass(frozen=True)
 class FirstLossOff:
-    """initial_loss_off: the first cross entropy is far above that of equally likely classes (detectors A, initial_loss_off; SYMPTOMS E1).
+    """initial_loss_off: the first cross entropy is far above that of equally likely classes (survey, initial_loss_off).
 
     Law: the loss of step 0, before any update, is torch's own mean cross entropy and above 3 ln C; where the number of classes C cannot be
     seen, above 3 ln 262144, for hardly a softmax has more. Where the input, or what a layer before the last one gives, is far above unit
@@ -144,7 +144,7 @@ class FirstLossOff:
 
     diagnosis: ClassVar[str] = "initial_loss_off"
     reads: ClassVar[tuple[str, ...]] = ("loss", "input_rms", "activation_rms")
-    times: float = 3.0  # ln C; detectors A has 2 for a line of information, healthy runs have 0.86 to 1.38
+    times: float = 3.0  # ln C; survey has 2 for a line of information, healthy runs have 0.86 to 1.38
     most: int = 262144  # classes, where they cannot be seen: the largest vocabularies in use
     start: int = 10  # steps; later the first loss is no news
     grace: int = 0  # steps; the start is what is judged

@@ -93,7 +93,7 @@ class Judge:
 
     rules: Sequence[Rule]
     mute: frozenset[str] = frozenset()
-    horizon: int = 200  # steps; healthy cascades of detectors' faulty runs unfold within this
+    horizon: int = 200  # steps; the cascades of the survey's faulty runs unfold within this
     echo: int = 30  # steps before a root was seen in which what follows from it may have been seen; three samples at the default interval
     calm: int = 20  # quiet answers
     rest: int = 2  # a slow rule that has been quiet for ``calm`` answers is asked at every so many samples

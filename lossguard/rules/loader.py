@@ -17,7 +17,7 @@ from lossguard.rules.rule import rule
 @rule
 @dataclass(frozen=True)
 class DuplicateBatches:
-    """duplicate_batches: each batch comes several times in a row, always equally often (detectors A.3; SYMPTOMS F3).
+    """duplicate_batches: each batch comes several times in a row, always equally often (survey).
 
     W workers that share a seed, or that all read the same stream, deliver in turn, so every batch comes exactly W times
     in a row. Law: over the newest 256 batches that were shown, the longest run of equal batches is W >= 2; from the first

@@ -18,7 +18,7 @@ from lossguard.rules.suspects import no_floor
 @rule
 @dataclass(frozen=True)
 class NegativeLoss:
-    """negative_loss: a loss that cannot be negative is (detectors A, negative_loss; SYMPTOMS B6).
+    """negative_loss: a loss that cannot be negative is (survey, negative_loss).
 
     Law: the loss is below -1e-6 of its size, and it is known to be a cross entropy, a binary cross entropy, a squared, absolute or
     Huber error, a CTC loss or a KL divergence and nothing else: declared as ``loss_family``, or read from the graph of the loss. Law
@@ -39,8 +39,8 @@ class NegativeLoss:
     diagnosis: ClassVar[str] = "negative_loss"
     reads: ClassVar[tuple[str, ...]] = ("loss",)
     slow: ClassVar[bool] = True
-    rounding: float = 1e-6  # of max(1, |median of the losses|); detectors A
-    families: tuple[str, ...] = ("cross_entropy", "binary", "mse", "l1", "huber", "ctc", "kl")  # losses that are never negative; detectors A
+    rounding: float = 1e-6  # of max(1, |median of the losses|); survey
+    families: tuple[str, ...] = ("cross_entropy", "binary", "mse", "l1", "huber", "ctc", "kl")  # losses that are never negative; survey
     mirrored: int = 10  # samples in which loss and log-likelihood are compared; our own choice
     same: float = 0.01  # of their ratio: its whole range, about rounding in half precision; our own choice
     varied: float = 0.05  # of the log-likelihood: its range in them is larger, so that a constant loss proves nothing; our own choice

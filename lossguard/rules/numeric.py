@@ -50,7 +50,7 @@ def lasting(history: History, run: int, samples: int, after: int, sparse: int = 
 @rule
 @dataclass(frozen=True)
 class NonfiniteInput:
-    """nonfinite_input: a batch holds NaN or Inf (detectors A, exact test; SYMPTOMS C3).
+    """nonfinite_input: a batch holds NaN or Inf (survey, exact test).
 
     Law: any non-finite value in the first float tensors of the batch. Halts where the loss of that step is not finite either. A model
     that digests such input (missing-value codes, float masks) keeps a finite loss: then it warns only if batches were finite so far, and
@@ -104,7 +104,7 @@ class NonfiniteInput:
 @dataclass(frozen=True)
 class NonfiniteActivation:
     """nonfinite_activation: a module's output is NaN or Inf though input and weights were finite; names the first in execution order
-    (detectors A, exact test; SYMPTOMS C5, C6).
+    (survey, exact test).
 
     Law: any non-finite value in a module's output or in the logits. Inf with a finite loss is legal (masks before a softmax):
     information. Under a loss scaler one sample may overflow: a warning, and a halt from the second in a row.
@@ -164,7 +164,7 @@ class NonfiniteActivation:
 @rule
 @dataclass(frozen=True)
 class NonfiniteGradient:
-    """nonfinite_gradient: gradients are NaN or Inf; names the first in backward order (detectors A, exact test; SYMPTOMS C1, C6).
+    """nonfinite_gradient: gradients are NaN or Inf; names the first in backward order (survey, exact test).
 
     Law: any non-finite gradient, before clipping. A loss scaler meets infinities by design while it searches its scale: then only 8 in a
     row after the first 20 steps are a fault.
@@ -178,8 +178,8 @@ class NonfiniteGradient:
 
     diagnosis: ClassVar[str] = "nonfinite_gradient"
     reads: ClassVar[tuple[str, ...]] = ("grad_norm",)
-    skips: int = 8  # samples in a row under a loss scaler; detectors A
-    search: int = 20  # steps in which a loss scaler looks for its scale (65536 halves at most 16 times); detectors A
+    skips: int = 8  # samples in a row under a loss scaler; survey
+    search: int = 20  # steps in which a loss scaler looks for its scale (65536 halves at most 16 times); survey
     grace: int = 0  # steps; exact test
     patience: int = 1  # samples; exact test
 
@@ -206,7 +206,7 @@ class NonfiniteGradient:
 @rule
 @dataclass(frozen=True)
 class NonfiniteWeight:
-    """nonfinite_weight: parameters, or the updates applied to them, are NaN or Inf (detectors A, exact test; SYMPTOMS C5).
+    """nonfinite_weight: parameters, or the updates applied to them, are NaN or Inf (survey, exact test).
 
     Law: any non-finite value in a trained parameter or in its last update. The run is lost from there on.
 
@@ -241,7 +241,7 @@ class NonfiniteWeight:
 @rule
 @dataclass(frozen=True)
 class NonfiniteLoss:
-    """nonfinite_loss: the loss is NaN or Inf; says the exact step and which of four causes (detectors A, exact test; SYMPTOMS C1 to C4).
+    """nonfinite_loss: the loss is NaN or Inf; says the exact step and which of four causes (survey, exact test).
 
     Law: any non-finite loss. Halts if it lasts for two steps, or if gradients (without a loss scaler) or weights are not finite. A single
     one with sound weights warns: a batch whose labels are all ignored, or an overflow that the loss scaler skipped.

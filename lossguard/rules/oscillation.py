@@ -20,7 +20,7 @@ from lossguard.rules.rule import rule
 @rule
 @dataclass(frozen=True)
 class OscillatingLoss:
-    """oscillating_loss: the loss fell and then bounces at a height (detectors A, oscillating_loss; SYMPTOMS B3).
+    """oscillating_loss: the loss fell and then bounces at a height (survey, oscillating_loss).
 
     Law (alternates): in 3 windows of 64 losses in a row, without their quadratic trend, neighbours are opposite (autocorrelation
     below -0.6), the deviation is above 10 % of the median, and the windows do not fall; a warning if updates change more than 3 % of the
@@ -40,15 +40,15 @@ class OscillatingLoss:
 
     diagnosis: ClassVar[str] = "oscillating_loss"
     reads: ClassVar[tuple[str, ...]] = ("loss", "update_norm", "weight_norm")
-    window: int = 64  # losses; detectors A
-    windows: int = 3  # in a row; detectors A
-    correlation: float = -0.6  # lag-1 autocorrelation; detectors A (healthy from -0.44)
-    deviation: float = 0.1  # standard deviation over |median|; detectors A
+    window: int = 64  # losses; survey
+    windows: int = 3  # in a row; survey
+    correlation: float = -0.6  # lag-1 autocorrelation; survey (healthy from -0.44)
+    deviation: float = 0.1  # standard deviation over |median|; survey
     height: float = 0.25  # of the best mean: above it the loss bounces; our own choice
     errors: float = 4.0  # standard errors of a mean; as in diverging_loss
     learned: float = 0.05  # of the first losses: a run that stands below has converged; as in readings.CONVERGED
     swing: float = 0.2  # standard deviation over median of losses that are restless; our own choice, twice that of those that alternate
-    fast: float = 3e-2  # median update ratio; detectors A, target band
+    fast: float = 3e-2  # median update ratio; survey, target band
     pace: int = 32  # steps; asked at most once in so many, half of a window
     grace: int = 192  # steps; three windows
     patience: int = 1  # samples; the windows are the patience
@@ -146,7 +146,7 @@ class OscillatingLoss:
 @rule
 @dataclass(frozen=True)
 class OscillatingValidation:
-    """oscillating_validation: validation swings up and down (detectors A, oscillating_validation; SYMPTOMS A9).
+    """oscillating_validation: validation swings up and down (survey, oscillating_validation).
 
     Law: of the last 6 changes from one evaluation to the next, 4 are opposite to the one before, both larger than 10 % of the loss
     and than 5 % of what the run has learned. Information while the newest 3 evaluations have a best that is 10 % below all before them.
@@ -162,12 +162,12 @@ class OscillatingValidation:
 
     diagnosis: ClassVar[str] = "oscillating_validation"
     reads: ClassVar[tuple[str, ...]] = ("loss", "validation")
-    times: int = readings.SWINGS[0]  # of the last 6 changes are large and opposite; detectors A (4)
-    swing: float = readings.SWING  # of the validation loss: a smaller change is no swing; detectors A (0.1)
+    times: int = readings.SWINGS[0]  # of the last 6 changes are large and opposite; survey (4)
+    swing: float = readings.SWING  # of the validation loss: a smaller change is no swing; survey (0.1)
     material: float = readings.SWING_MATERIAL  # of what was learned: the same; our own choice (0.05)
-    calm: float = 0.1  # sd over mean of the training losses, about their trend, above which training swings as well; detectors A, oscillating_loss
+    calm: float = 0.1  # sd over mean of the training losses, about their trend, above which training swings as well; survey, oscillating_loss
     newest: int = 3  # evaluations, half of the 6: a best among them that is clearly below all before says that validation still falls
-    least: int = 8  # evaluations; our own choice (detectors A: 6), the first changes are those of learning
+    least: int = 8  # evaluations; our own choice (survey: 6), the first changes are those of learning
     grace: int = 0  # steps; evaluations are counted
     patience: int = 1  # evaluations; the changes are the patience
 

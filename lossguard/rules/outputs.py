@@ -15,7 +15,7 @@ from lossguard.rules.rule import rule
 @rule
 @dataclass(frozen=True)
 class SquashedLogits:
-    """wrong_output_activation: a loss that takes logits is given what a softmax or a sigmoid made (detectors A, wrong_output_activation; SYMPTOMS E8).
+    """wrong_output_activation: a loss that takes logits is given what a softmax or a sigmoid made (survey, wrong_output_activation).
 
     Law: in the graph behind the first recorded loss a softmax or a sigmoid feeds ``cross_entropy`` or
     ``binary_cross_entropy_with_logits``, with nothing but views between. Exact; no number decides. The loss squashes once more, so that

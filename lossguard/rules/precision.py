@@ -19,7 +19,7 @@ HALVES = ("float16", "bfloat16")
 @rule
 @dataclass(frozen=True)
 class OverflowRisk:
-    """overflow_risk: activations or gradients in float16 come near 65504, its largest number (detectors A.3; SYMPTOMS F5).
+    """overflow_risk: activations or gradients in float16 come near 65504, its largest number (survey).
 
     Law: in each of the last 3 samples the largest finite magnitude of a module's output, or of a parameter's gradient where
     no loss scaler is at work, is above half of 65504, and it is not the same bit for bit; or it is above a tenth, has risen
@@ -78,7 +78,7 @@ class OverflowRisk:
 @rule
 @dataclass(frozen=True)
 class FrozenWeightsChanged:
-    """frozen_weights_changed: the optimizer's own step moves parameters whose requires_grad is False (detectors A.3; SYMPTOMS F4).
+    """frozen_weights_changed: the optimizer's own step moves parameters whose requires_grad is False (survey).
 
     Law: an exact test over 3 samples in a row: a parameter that was frozen when the step began is not what it was when the
     step ended. What other code does between the steps (a teacher's moving average, a target network, load_state_dict, the

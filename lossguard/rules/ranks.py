@@ -18,7 +18,7 @@ from lossguard.rules.rule import rule
 @rule
 @dataclass(frozen=True)
 class ReplicaDivergence:
-    """replica_divergence: weights that are equal on all ranks of a data-parallel run are not (SYMPTOMS F2; detectors A.3).
+    """replica_divergence: weights that are equal on all ranks of a data-parallel run are not (survey).
 
     Every tenth round of votes each rank sends a projection of every parameter tensor on fixed random signs (of large tensors, of
     a spread sample). Law: the greatest minus the smallest projection over the ranks exceeds 1e-4 of the tensor's norm, for a
@@ -108,7 +108,7 @@ class ReplicaDivergence:
 @rule
 @dataclass(frozen=True)
 class RankOutlier:
-    """rank_outlier: one rank's loss or gradient norm lies far from those of all others, again and again (detectors A.3; asks).
+    """rank_outlier: one rank's loss or gradient norm lies far from those of all others, again and again (survey; asks).
 
     Every tenth round of votes each rank tells the median of its losses, and of its total gradient norms, since the exchange before. Law:
     over the newest 4 exchanges of at least 3 ranks, a rank's deviation from the median of the others has one sign and always
@@ -126,7 +126,7 @@ class RankOutlier:
     diagnosis: ClassVar[str] = "rank_outlier"
     reads: ClassVar[tuple[str, ...]] = ("weight_print",)
     window: int = 4  # exchanges, newest first; our own choice: one sign four times
-    sigmas: float = 8.0  # spreads; our own choice, as for spikes of the loss (detectors A): healthy shards of one data set stay below 4
+    sigmas: float = 8.0  # spreads; our own choice, as for spikes of the loss (survey): healthy shards of one data set stay below 4
     floor: float = 0.02  # of the median; our own choice, so that ranks of nearly equal losses do not deviate by nothing
     fewest: int = 3  # ranks; of two, neither is the odd one
     grace: int = 0  # steps; the window is the grace

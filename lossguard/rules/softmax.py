@@ -16,7 +16,7 @@ from lossguard.rules.rule import rule
 @rule
 @dataclass(frozen=True)
 class SaturatedSoftmax:
-    """saturated_softmax: confident and wrong, or logits out of scale (detectors A, saturated_softmax; SYMPTOMS D7, B7).
+    """saturated_softmax: confident and wrong, or logits out of scale (survey, saturated_softmax).
 
     Law: for 20 steps more than 20 % of the rows have p > 0.99 for another class than their label, or the labels' mean negative
     log-likelihood is at the float32 floor, or a logit is beyond 1e3, or |mean log Z| beyond 50. Confidence alone is no fault (healthy:
@@ -34,13 +34,13 @@ class SaturatedSoftmax:
     diagnosis: ClassVar[str] = "saturated_softmax"
     reads: ClassVar[tuple[str, ...]] = ("logit_peak", "confident_wrong", "label_nll", "log_normalizer")
     slow: ClassVar[bool] = True
-    wrong: float = 0.2  # share of rows with p_max > 0.99 and another label; detectors A
-    nll: float = 87.0  # mean negative log likelihood of the labels; the float32 floor is 87.3365; detectors A
-    peak: float = 1e3  # magnitude of a logit; detectors A, faulty from 5e3
-    normalizer: float = 50.0  # |mean log Z|; detectors A
+    wrong: float = 0.2  # share of rows with p_max > 0.99 and another label; survey
+    nll: float = 87.0  # mean negative log likelihood of the labels; the float32 floor is 87.3365; survey
+    peak: float = 1e3  # magnitude of a logit; survey, faulty from 5e3
+    normalizer: float = 50.0  # |mean log Z|; survey
     growth: float = 10.0  # of a logit peak away from the loss, over its first; our own choice
     learned: float = 0.5  # loss over the first loss below which a large logit is no fault; our own choice
-    span: int = 20  # steps; detectors A (20 batches)
+    span: int = 20  # steps; survey (20 batches)
     least: int = 3  # samples in the span
     apart: float = 0.5  # of the larger: label NLL and loss further apart are of different labels (a sample of rows is within a few per cent)
     grace: int = 0  # steps; the span is the grace

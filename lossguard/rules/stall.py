@@ -37,7 +37,7 @@ class Stall:
 @rule
 @dataclass(frozen=True)
 class StalledTraining:
-    """stalled_training: no step has ended for far longer than steps take (SYMPTOMS F10; detectors A has no law for it).
+    """stalled_training: no step has ended for far longer than steps take (the survey has no law for it).
 
     A thread of the guard's own, on by default where several ranks agree, else with ``Guard(stall=True)``, compares the time since
     the last ``guard.step`` with a limit: the largest of 300 seconds, 50 times the median of the newest 64 steps, and 3 times the

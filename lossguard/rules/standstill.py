@@ -25,7 +25,7 @@ from lossguard.rules.suspects import decay, forgets
 @rule
 @dataclass(frozen=True)
 class LossPlateau:
-    """loss_plateau: the loss has not fallen since the start of the run (detectors A, loss_plateau; SYMPTOMS B1).
+    """loss_plateau: the loss has not fallen since the start of the run (survey, loss_plateau).
 
     Law: 100 steps after the learning rate has reached its peak, the mean of the newest losses (50 or more) is below that of the first 20 neither
     by 2 % nor by 4 standard errors, and no 50 losses in a row ever were; or a classifier's losses have settled at those of equally likely
@@ -56,16 +56,16 @@ class LossPlateau:
         "logit_peak",
     )
     slow: ClassVar[bool] = True
-    fall: float = 0.02  # of the mean of the first losses; detectors A
+    fall: float = 0.02  # of the mean of the first losses; survey
     near: float = 0.05  # of the loss of equally likely classes: a loss this near above it has settled there; our own choice
-    errors: float = 4.0  # standard errors of the difference of the means; detectors A
-    first: int = 20  # losses of the beginning; detectors A
-    newest: int = 50  # losses of the present, at least; detectors A
-    after: int = 100  # steps at the full learning rate; detectors A
+    errors: float = 4.0  # standard errors of the difference of the means; survey
+    first: int = 20  # losses of the beginning; survey
+    newest: int = 50  # losses of the present, at least; survey
+    after: int = 100  # steps at the full learning rate; survey
     full: float = 0.9  # of the peak learning rate: the warm-up is over; our own choice
     long: int = 1500  # steps after which even a classifier without a visible fault warns; our own choice, known plateaus last about 1000
     pace: int = 10  # steps; asked at most once in so many, the law spans more than a hundred
-    grace: int = 100  # steps; detectors A
+    grace: int = 100  # steps; survey
     patience: int = 3  # samples; our own choice
 
     def check(self, history: History) -> Finding | None:
@@ -117,7 +117,7 @@ class LossPlateau:
 @rule
 @dataclass(frozen=True)
 class LearningBottleneck:
-    """learning_bottleneck: neither curve moves any more though the learning rate has not been lowered (detectors A; SYMPTOMS A5, A6).
+    """learning_bottleneck: neither curve moves any more though the learning rate has not been lowered (survey).
 
     Law: over the last 30 % of the evaluations (at least 6) and of at least 300 steps both curves stand still within noise, and the
     learning rate is at least half of its peak. A noise floor looks the same: it is information, and a warning only where the loss
@@ -138,14 +138,14 @@ class LearningBottleneck:
 
     diagnosis: ClassVar[str] = "learning_bottleneck"
     reads: ClassVar[tuple[str, ...]] = ("loss", "validation", "update_norm", "weight_norm")
-    share: float = 0.3  # of the evaluations over which nothing moves; detectors A
-    least: int = 6  # evaluations that stand; detectors A has 5 in all
-    span: int = 300  # steps of the run; detectors A
-    lr_share: float = 0.5  # of the peak learning rate; detectors A
+    share: float = 0.3  # of the evaluations over which nothing moves; survey
+    least: int = 6  # evaluations that stand; survey has 5 in all
+    span: int = 300  # steps of the run; survey
+    lr_share: float = 0.5  # of the peak learning rate; survey
     full: float = 0.9  # of the peak learning rate, reached before the standstill: the warm-up is over; our own choice
-    high: float = 0.5  # of the first losses: above it little was learned; detectors A
-    slow: float = 1e-4  # update ratio below which the learning rate is too low for that; detectors A, target band
-    fast: float = 3e-2  # update ratio above which it is too high; detectors A, target band
+    high: float = 0.5  # of the first losses: above it little was learned; survey
+    slow: float = 1e-4  # update ratio below which the learning rate is too low for that; survey, target band
+    fast: float = 3e-2  # update ratio above which it is too high; survey, target band
     forgets: float = HEALTHY  # of the weights that decay alone takes in a step: all that a healthy update changes; healthy runs have up to 3e-3
     least_losses: int = 100  # in which training stands while weights are held; the time in which they are forgotten
     settled: float = readings.CONVERGED  # of the first losses: a run below it has learned in spite of its decay
@@ -156,7 +156,7 @@ class LearningBottleneck:
     above: float = 0.05  # over it: a higher accuracy is no guess; our own choices
     exact: float = 0.5  # of chance: a lower accuracy counts something else, such as whole sequences; our own choice
     after: int = 100  # steps; as in loss_plateau
-    grace: int = 100  # steps; the laws of both curves wait for `span`, detectors A
+    grace: int = 100  # steps; the laws of both curves wait for `span`, survey
     patience: int = 1  # evaluations; `least` is the patience
 
     def check(self, history: History) -> Finding | None:
@@ -247,7 +247,7 @@ class LearningBottleneck:
 @rule
 @dataclass(frozen=True)
 class ConstantLoss:
-    """constant_loss: the loss is the same for 20 different batches; says what a special value means (detectors A, constant_loss; SYMPTOMS B7, B8).
+    """constant_loss: the loss is the same for 20 different batches; says what a special value means (survey, constant_loss).
 
     Law: the range of 20 losses is at most 1e-6 of their mean. Silent at exactly 0, on a converged run, and while the learning rate is 0.
     A loss that came down and settled smoothly (full-batch descent) is information only. Values that speak are named: 87.3365 and others
@@ -264,8 +264,8 @@ class ConstantLoss:
     diagnosis: ClassVar[str] = "constant_loss"
     reads: ClassVar[tuple[str, ...]] = ("loss",)
     slow: ClassVar[bool] = True
-    range: float = 1e-6  # of |mean|; detectors A
-    window: int = 20  # losses; detectors A
+    range: float = 1e-6  # of |mean|; survey
+    window: int = 20  # losses; survey
     near: float = 0.01  # of the value: the losses before the standstill lie within it if the run settled; our own choice
     solved: float = 0.5  # the same below which it has, however it got there: a second-order method takes a few steps; our own choice
     fell: float = 0.9  # value over the first loss below which a settled run has learned something; our own choice

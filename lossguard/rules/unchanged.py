@@ -19,7 +19,7 @@ from lossguard.rules.rule import rule
 @rule
 @dataclass(frozen=True)
 class UnchangedWeights:
-    """unchanged_weights: trainable weights never change (detectors A, unchanged_weights; SYMPTOMS D10, E12, F6).
+    """unchanged_weights: trainable weights never change (survey, unchanged_weights).
 
     Law: static: parameters in no optimizer, or an optimizer of another model, or modules in a plain list that the loss depends on.
     Running: exact zeros of the update over 20 applied steps while the weight norm stays the same bit for bit; no step at all for 4 times
@@ -41,7 +41,7 @@ class UnchangedWeights:
     diagnosis: ClassVar[str] = "unchanged_weights"
     reads: ClassVar[tuple[str, ...]] = ("update_norm", "weight_norm", "grad_norm", "net_update", "void_update", "outside_update")
     slow: ClassVar[bool] = True
-    span: int = 20  # applied steps; detectors A
+    span: int = 20  # applied steps; survey
     least: int = 4  # samples in the span; the weight norms between them are compared as well
     idle: int = 3  # samples in a row without a step after steps were the rule; our own choice, each waited for one
     gaps: float = 4.0  # times the longest time without a step before, after which steps have stopped; our own choice

@@ -32,7 +32,7 @@ from lossguard.rules.suspects import large_steps
 @rule
 @dataclass(frozen=True)
 class UpdateRatioHigh:
-    """update_ratio_high: updates rewrite the weights (detectors A, update_ratio_high (a) and (b); SYMPTOMS D1). Matrices that are not zero-born.
+    """update_ratio_high: updates rewrite the weights (survey, update_ratio_high (a) and (b)). Matrices that are not zero-born.
 
     Law (b): a weight norm grows more than 10 times within 100 steps, at once and without grace (healthy <= 3.97, faulty 20 to 1e15).
     Law (a): the median of u = |dw|/|w| over 20 steps is above 0.1, or over 5 samples above 0.5, in a third of the matrices (healthy singles <= 0.19).
@@ -48,18 +48,18 @@ class UpdateRatioHigh:
 
     diagnosis: ClassVar[str] = "update_ratio_high"
     reads: ClassVar[tuple[str, ...]] = ("update_norm", "weight_norm")
-    ratio: float = 0.1  # median of u over the span; detectors A (a)
+    ratio: float = 0.1  # median of u over the span; survey (a)
     drastic: float = 0.5  # median of u over few samples; a learning rate 100 times too high shows for 5 to 10 steps only
     few: int = 5  # samples for the drastic ratio; our own choice
     share: float = 1 / 3  # of the matrices, so that one odd layer is no alarm; our own choice
-    settle: int = 5  # first steps that the median over the span ignores; detectors 0.2 (u after step 5)
-    span: int = 20  # steps; detectors A (a)
-    growth: float = 10.0  # weight norm now over that up to `within` steps ago; detectors A (b)
+    settle: int = 5  # first steps that the median over the span ignores; survey (u after step 5)
+    span: int = 20  # steps; survey (a)
+    growth: float = 10.0  # weight norm now over that up to `within` steps ago; survey (b)
     headlong: float = 100.0  # the same for the last matrix of a regression alone; our own choice (raw targets of 152: 10.7)
-    within: int = 100  # steps; detectors A (b)
+    within: int = 100  # steps; survey (b)
     scale: float = 1.0  # a grown matrix counts once its rms is above numel^-1/4, the Xavier scale: tiny initial heads may grow
-    grace: int = 0  # steps; detectors A (b)
-    patience: int = 1  # samples; detectors A (b)
+    grace: int = 0  # steps; survey (b)
+    patience: int = 1  # samples; survey (b)
 
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
@@ -146,7 +146,7 @@ class UpdateRatioHigh:
 @rule
 @dataclass(frozen=True)
 class UpdateRatioLow:
-    """update_ratio_low: the weights hardly move (detectors A, update_ratio_low; SYMPTOMS D2, B2).
+    """update_ratio_low: the weights hardly move (survey, update_ratio_low).
 
     Law: the median of u over 20 steps, and over matrices, lies between 0 and 1e-6 (healthy fine-tuning 3.3e-5, a far too small rate
     3.9e-7). Silent in a schedule's tail, while the learning rate rises in the first 200 steps, and on a converged run. Law (rounding): of
@@ -166,10 +166,10 @@ class UpdateRatioLow:
     diagnosis: ClassVar[str] = "update_ratio_low"
     reads: ClassVar[tuple[str, ...]] = ("update_norm", "weight_norm")
     slow: ClassVar[bool] = True
-    ratio: float = 1e-6  # median of u; detectors A
-    span: int = 20  # steps; detectors A
+    ratio: float = 1e-6  # median of u; survey
+    span: int = 20  # steps; survey
     least: int = 3  # samples in the span; a median over matrices is steady
-    moved: float = 0.01  # share of elements of weights in halves that change in a step, though their gradients are not zero; detectors A
+    moved: float = 0.01  # share of elements of weights in halves that change in a step, though their gradients are not zero; survey
     starved: float = 0.25  # the same share where little was learned for long; our own choice, plain bfloat16 that learns begins with 0.8 to 0.95
     drained: int = 100  # steps in which it is below that
     many: int = 10  # samples in them
@@ -177,7 +177,7 @@ class UpdateRatioLow:
     stuck: float = 0.95  # of the first losses: a loss above has hardly moved; our own choice
     warm: int = 200  # steps: a warm-up that has moved nothing until then is a fault itself; our own choice
     pace: int = 10  # steps; asked at most once in so many, half of the span
-    grace: int = 20  # steps; detectors A, machinery 3
+    grace: int = 20  # steps; survey, machinery 3
     patience: int = 1  # samples; the span is the patience
 
     def check(self, history: History) -> Finding | None:

@@ -21,7 +21,7 @@ from lossguard.rules.rule import rule
 @rule
 @dataclass(frozen=True)
 class Overfitting:
-    """overfitting: training goes on falling and validation does not (detectors A, overfitting; SYMPTOMS A2, A3, A10).
+    """overfitting: training goes on falling and validation does not (survey, overfitting).
 
     Law (turned): the last 3 evaluations are above the best by 10 %, by 3 standard deviations of a single evaluation and by 3 % of
     what the run has learned, while training is no higher than at the best, and falls or is below validation. The step is that of the
@@ -42,11 +42,11 @@ class Overfitting:
 
     diagnosis: ClassVar[str] = "overfitting"
     reads: ClassVar[tuple[str, ...]] = ("loss", "validation")
-    least: int = 6  # evaluations; detectors A
-    lasting: int = 3  # evaluations above the best, or with the accuracy gap; detectors A
-    rise: float = readings.RISE  # of the best validation loss; detectors A (0.1; at 0.05 one healthy run of 22 was flagged)
+    least: int = 6  # evaluations; survey
+    lasting: int = 3  # evaluations above the best, or with the accuracy gap; survey
+    rise: float = readings.RISE  # of the best validation loss; survey (0.1; at 0.05 one healthy run of 22 was flagged)
     material: float = readings.MATERIAL  # of what was learned: a smaller rise is the drift of a converged run; our own runs (0.03)
-    noise: float = readings.NOISE  # standard deviations of one evaluation; our own choice (3; detectors A: 2 standard errors)
+    noise: float = readings.NOISE  # standard deviations of one evaluation; our own choice (3; survey: 2 standard errors)
     drift: int = 4  # evaluations in a mean, so that 16 are needed; our own choice
     stand: float = 1 / 3  # of the evaluations without improvement; our own choice, a standstill is weaker evidence than a rise
     stand_least: int = 5  # evaluations without improvement; our own choice
@@ -58,7 +58,7 @@ class Overfitting:
     never: float = 0.05  # of the first losses: validation that was never lower by more learned nothing at all; our own choice
     by_heart: float = 0.5  # of the first losses: training above it has learned slowly; our own choice
     accuracy_gap: float = 0.25  # training above validation accuracy; well trained networks on 100 classes reach 0.23; our own choice
-    accuracy_line: float = 0.1  # the same, for information; the published detector of detectors 2 has 0.1
+    accuracy_line: float = 0.1  # the same, for information; a published detector has 0.1
     grace: int = 0  # steps; evaluations are counted
     patience: int = 2  # evaluations; `lasting` is the patience, and one more for small validation sets that swing back; our own choice
 
@@ -169,7 +169,7 @@ def _still_rises(accuracy: Array, newest: int) -> bool:
 @rule
 @dataclass(frozen=True)
 class ValidationMismatch:
-    """validation_mismatch: the validation data, or how they are evaluated, do not belong to the training (detectors A; SYMPTOMS A4, F9).
+    """validation_mismatch: the validation data, or how they are evaluated, do not belong to the training (survey).
 
     Law (falls alone): over 6 evaluations validation falls by 10 % and by more than noise while training, which has something left to
     learn, follows by less than a quarter of that. A warning if training never learned or validation is the lower of the two, else
@@ -193,8 +193,8 @@ class ValidationMismatch:
     follow: float = 0.25  # of that fall: training follows by less; our own choice
     never: float = 0.1  # of the first losses: training that came down by less never learned; our own choice
     chance: float = 0.05  # of the first losses: validation this near to them is at chance; our own choice
-    fell: float = 0.3  # of the first losses: training came down by more; detectors A
-    least: int = 6  # evaluations; our own choice (detectors A: 3)
+    fell: float = 0.3  # of the first losses: training came down by more; survey
+    least: int = 6  # evaluations; our own choice (survey: 3)
     lasting: int = 2  # evaluations that are not finite; one alone may be an empty batch
     idle: int = 3  # sampled steps in a row in evaluation mode; our own choice, an exact test
     grace: int = 0  # steps; evaluations are counted
@@ -290,7 +290,7 @@ class ValidationMismatch:
 @rule
 @dataclass(frozen=True)
 class ValidationBelowTraining:
-    """validation_below_training: validation is the lower curve (detectors A, validation_below_training; SYMPTOMS A8).
+    """validation_below_training: validation is the lower curve (survey, validation_below_training).
 
     Law: validation is below the training loss by 5 %, and by more than noise, in 3 evaluations in a row. Always information.
 
@@ -304,8 +304,8 @@ class ValidationBelowTraining:
 
     diagnosis: ClassVar[str] = "validation_below_training"
     reads: ClassVar[tuple[str, ...]] = ("loss", "validation")
-    lasting: int = 3  # evaluations; detectors A
-    below: float = readings.BELOW  # of the training loss; detectors A (0.05)
+    lasting: int = 3  # evaluations; survey
+    below: float = readings.BELOW  # of the training loss; survey (0.05)
     least: int = 5  # evaluations; the noise of validation is unknown before
     grace: int = 0  # steps; evaluations are counted
     patience: int = 1  # evaluations; `lasting` is the patience
