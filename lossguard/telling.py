@@ -5,6 +5,7 @@ The parts that a guard wired together flow in; what people and programs read flo
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -82,6 +83,9 @@ class Teller:
         return notebook.of_guard(about, state, self.steps, self.verdict, self.findings, seen.observed, seen.not_observed)
 
     def __repr__(self) -> str:
-        state, found = "closed" if self.closed else "watching", len(self.findings)
+        state, found = "closed" if self.closed else "watching", self.findings
         what = f"{len(self._recorder.roster.trained)} parameter tensors, {self.steps} steps"
-        return f"<lossguard.Guard {state} {type(self.model).__name__}: {what}, {found or 'no'} finding{'' if found == 1 else 's'}>"
+        grave = Counter(f.severity for f in found)
+        told = ", ".join(f"{n} {severity.label}" for severity, n in sorted(grave.items(), reverse=True))
+        count = f"{len(found) or 'no'} finding{'' if len(found) == 1 else 's'}" + (f" ({told})" if told else "")
+        return f"<lossguard.Guard {state} {type(self.model).__name__}: {what}, {count}>"

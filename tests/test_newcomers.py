@@ -14,6 +14,7 @@ from torch import nn
 
 from lossguard import Guard, Severity, preflight, readings
 from lossguard.advice import lr_remedy
+from lossguard.findings import DIAGNOSES
 from lossguard.host.history import History, Sample
 from lossguard.rules import RULES
 from lossguard.rules.suspects import suspects
@@ -182,6 +183,12 @@ def test_a_clip_value_that_binds_is_never_made_smaller():
     finding = run([RULES["clipping_dominates"]()], grown, steps=120)[0][1]
     assert finding.causes[0].name == "clip value too low"
     assert finding.remedies[0].change["max_norm"] > 0.02 * seen[-1]
+
+
+def test_a_guard_says_how_grave_its_findings_are():
+    """A line of information is not counted as an alarm in the one line that everybody prints."""
+    assert repr(trained(F.cross_entropy)).endswith("60 steps, no findings>")
+    assert "1 finding (1 warning)>" in repr(trained(lambda out, y: -F.cross_entropy(out, y), mute=set(DIAGNOSES) - {"negative_loss"}))
 
 
 # ---- before the first step
