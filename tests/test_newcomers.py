@@ -220,6 +220,14 @@ def test_a_loader_without_the_state_that_it_promises_is_looked_at():
     assert preflight(model, Wrapped(data), nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1)).answers["invalid_labels"] == "pass"
 
 
+def test_columns_of_many_units_are_normalised_one_by_one():
+    """One number for all columns would leave most of them tiny: where their spreads differ, each is divided by its own."""
+    columns = torch.tensor([1e3, 300.0, 2.0, 1.0, 0.5, 1.0, 2.0, 1.0])
+    data = [(columns * torch.randn(16, 8, generator=torch.Generator().manual_seed(i)), torch.randint(3, (16,))) for i in range(8)]
+    (finding,) = [f for f in preflight(small(), data, nn.CrossEntropyLoss()) if f.diagnosis == "unnormalized_input"]
+    assert finding.causes[0].name == "features in different units" and "each feature" in finding.remedies[0].text
+
+
 def test_a_rate_below_the_range_is_not_said_to_lie_within():
     """A rate that works but is not among the fastest is told so."""
     data = [(torch.randn(16, 8), torch.randint(3, (16,))) for _ in range(4)]

@@ -114,6 +114,7 @@ class UnnormalizedInput:
     high: float = 10.0  # standard deviation; survey (1e1)
     low: float = 3e-3  # standard deviation; survey has 1e-2, but rows of unit length with 1e4 features are healthy
     offset: float = 3.0  # |mean| over the standard deviation; survey
+    uneven: float = 10.0  # the same, from which on raw features are normalised one by one and not by one number; our own choice
     apart: float = 1e3  # largest feature's standard deviation over the median one's; survey
     bounded: float = 1.05  # magnitude up to which values are healthy whatever their mean: images in [0, 1]; our own choice
     sparse: float = 0.5  # share of exact zeros from which inputs are sparse and have no common scale; our own choice
@@ -183,11 +184,12 @@ class UnnormalizedInput:
 
     def _finding(self, layer: Layer, s: _Scale, message: str, evidence: Evidence) -> Finding:
         what = [evidence, Evidence("mean", s.mean), Evidence("standard deviation", s.std), Evidence("largest magnitude", s.peak)]
-        if "another scale" in message:
-            cause = Cause("features in different units", 0.9, f"feature {s.worst} spreads {number(s.ratio)} times as much as the median feature")
-            remedies = [
-                Remedy("divide each feature by its own standard deviation over the training set, after subtracting its mean", {"normalize_input": True})
-            ]
+        each = Remedy("divide each feature by its own standard deviation over the training set, after subtracting its mean", {"normalize_input": True})
+        if "another scale" in message or (s.ratio > self.uneven and s.std > self.high and not s.pixels):  # one number for all leaves most of them tiny
+            cause, remedies = (
+                Cause("features in different units", 0.9, f"feature {s.worst} spreads {number(s.ratio)} times as much as the median feature"),
+                [each],
+            )
         elif s.std < self.low:
             cause = Cause("normalised twice, or in too small a unit", 0.8, f"standard deviation {number(s.std)}")
             remedies = [Remedy(f"multiply the input by {number(1 / s.std)} (divide by its standard deviation {number(s.std)})", {"normalize_input": True})]
