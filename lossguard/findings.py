@@ -149,7 +149,7 @@ class Cause:
 # What a remedy may change: the keys of ``Remedy.change`` and what their values are. Numbers and short words only.
 CHANGES: dict[str, str] = {
     "lr": "the new learning rate",
-    "lr_factor": "factor on a learning rate that is not known",
+    "lr_factor": "factor on a learning rate that is not known or on a schedule, and on all of the schedule",
     "momentum": "of batch-norm's running statistics",
     "max_norm": "value to clip the gradient norm at",
     "head_scale": "factor on the last layer's initial weights",

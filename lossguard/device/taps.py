@@ -82,9 +82,9 @@ class Taps:
         elif known is not None:
             if not passes.keeps(module, output):
                 self._watch(passes.module_called, module, args, output, part=known[0])
-        elif isinstance(module, nn.CrossEntropyLoss):
+        elif type(module) is nn.CrossEntropyLoss:
             self._watch(passes.criterion_called, args, part="CrossEntropyLoss")
-        else:
+        elif isinstance(module, nn.parallel.DistributedDataParallel):
             self._watch(self._recorder.wrapper_called, module)
 
     @property
