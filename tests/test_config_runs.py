@@ -40,6 +40,7 @@ def quiet(monkeypatch):
 def nobody_else(monkeypatch):
     """A guard that another test forgot keeps the process's hook in place where code was compiled under it: not counted here."""
     monkeypatch.setattr(nn.modules.module, "_global_forward_hooks", OrderedDict())
+    monkeypatch.setattr(listening, "_attached", set())  # else it comes back with the next guard that ends
 
 
 @pytest.fixture
