@@ -63,6 +63,13 @@ def point(page, spot, shown):
     raise AssertionError(f"{shown} did not show")
 
 
+def late_cell(page):
+    """A spot in a cell of the first row, late in the run: asked anew, since a page that is still being laid out moves it."""
+    page.locator("#heat").scroll_into_view_if_needed()
+    box = page.locator("#heat .nsewdrag").first.bounding_box()
+    return box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"]
+
+
 def eventful(folder):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))
@@ -270,15 +277,21 @@ def test_not_a_number_is_told_by_a_colour_of_its_own(visit):
     page.wait_for_function("gridOf().signal === 'grad_norm'")
     page.evaluate("drawing")
     page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")  # a smooth scroll would still be under way
-
-    def corner():  # a page that is still being laid out moves it
-        page.locator("#heat").scroll_into_view_if_needed()
-        box = page.locator("#heat .nsewdrag").first.bounding_box()
-        return box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"]
-
-    point(page, corner, "#tip:not([hidden])")
+    point(page, lambda: late_cell(page), "#tip:not([hidden])")
     assert "NaN" in page.locator("#tip").inner_text()
     assert "Not finite in 4 rows, first in 0.weight, step 60." in page.locator("#heat-note").inner_text()
+
+
+def test_a_scroll_hides_the_words_of_a_cell_and_the_next_movement_within_it_shows_them_again(visit):
+    page = visit("nan")
+    page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")
+    point(page, lambda: late_cell(page), "#tip:not([hidden])")
+    words = page.locator("#tip").inner_text()
+    for _ in range(3):
+        page.evaluate("window.dispatchEvent(new Event('scroll'))")
+        page.locator("#tip").wait_for(state="hidden")
+        point(page, lambda: late_cell(page), "#tip:not([hidden])")
+        assert page.locator("#tip").inner_text() == words
 
 
 def test_dragging_zooms_both_charts(visit):

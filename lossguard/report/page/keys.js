@@ -18,7 +18,7 @@ function wireKeys() {
 
 function leaveCursor() {
   cursor.on = false;
-  $("tip").hidden = true;
+  hideTip();
   placeCursor();
 }
 

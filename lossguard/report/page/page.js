@@ -129,6 +129,12 @@ function showTip([head, ...rest], x, y) {
   box.style.top = Math.max(4, y - box.offsetHeight - 12) + "px";
 }
 
+// The pointer's cell is forgotten as well: Plotly tells of a cell only when it is entered, and the next movement within it shall show it again.
+function hideTip() {
+  $("tip").hidden = true;
+  Plotly.Fx.unhover("heat");
+}
+
 // The rows that hold a number that is not finite, the earliest first.
 function brokenRows(grid, numbers) {
   const C = grid.first.length, found = [];
@@ -199,7 +205,7 @@ function listen(chart) {
   if (chart.id === "heat") {
     chart.on("plotly_hover", tip);
     chart.on("plotly_unhover", () => { $("tip").hidden = true; });
-    window.addEventListener("scroll", () => { if (cursor.on) placeCursor(); else $("tip").hidden = true; }, { passive: true });
+    window.addEventListener("scroll", () => { if (cursor.on) placeCursor(); else hideTip(); }, { passive: true });
   }
   chart.on("plotly_doubleclick", () => zoom("all"));
   chart.on("plotly_click", (event) => {
