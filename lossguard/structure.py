@@ -51,7 +51,7 @@ def stale_statistics(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
     if not left > STALE:
         return None
     because = f"at momentum {number(momentum)}, {left:.0%} of the running statistics are still the initial ones after {history.step + 1} steps"
-    return Cause("batch norm statistics", 0.9, because), [Remedy(f"batch-norm momentum {number(momentum)} -> 0.1", {"momentum": 0.1})]
+    return Cause("batch norm statistics", 0.9, because), [Remedy(f"batch-norm momentum {number(momentum)} -> 0.1", {"norm_momentum": 0.1})]
 
 
 def _dropout(history: History) -> tuple[Cause, Sequence[Remedy]] | None:

@@ -45,16 +45,13 @@ class Watchdog:
         self._told: Stall | None = None  # since the last step
         self._dumps = 0
         self._end = threading.Event()
-        self._thread: threading.Thread | None = None
-        if ranks if wanted is None else wanted is not False:
+        self.on = ranks if wanted is None else wanted is not False
+        if self.on:
             self._main = threading.get_ident()
-            self._thread = threading.Thread(target=_watch, args=(weakref.ref(self), self._end), name="lossguard watchdog", daemon=True)
-            self._thread.start()
+            threading.Thread(target=_watch, args=(weakref.ref(self), self._end), name="lossguard watchdog", daemon=True).start()
 
     def beat(self, step: int) -> None:
-        """A step ends."""
-        if self._thread is None:
-            return
+        """A step ends; to be told where ``on``."""
         now = time.monotonic()
         took, self._last, told = now - self._last, now, self._told
         if self._step >= 0:

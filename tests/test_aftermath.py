@@ -495,7 +495,7 @@ def test_a_device_that_never_answers_does_not_hold_the_exit():
 
     model = nn.Linear(2, 1)
     guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), lag=8)
-    guard._handover._queue.append((0, torch.zeros(1), Never(), ("validation", 0)))
+    guard._handover.waiting.append((0, torch.zeros(1), Never(), ("validation", 0)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         guard.close(patience=0.05)

@@ -27,7 +27,6 @@ SMALL = 16384  # elements of an output that is kept rather than reduced at once
 KEEP = 8 * 2**20  # bytes of outputs kept at most ...
 LARGE_MODEL = 10**8  # ... elements of a model above which the guard holds at most 1 % of its size, and
 KEEP_LITTLE = 2**19  # bytes of outputs that are then kept at most
-MIN_SAMPLES = 8  # rows below which samples say nothing about their spread
 LARGE_SAMPLES = 16  # large outputs of other than activation modules that are sampled, spread over the depth
 MAX_CALLS = 8  # calls of one module told apart in a step
 KNOWN = 256  # sets of sites whose indices are kept as arrays
@@ -76,8 +75,9 @@ class Forward:
         self._arrays: dict[tuple[int, ...], Sites] = {}
         self._plans: dict[tuple[int, ...], tuple[int, list[tuple[signals.Signal, slice | list[int], Sites]]]] = {}
         self._large: list[int] = []  # sites with large outputs that are no activations, as first seen
-        self.covered: set[str] = set()  # modules whose every output went straight into a watched elementwise activation
-        self._last: tuple[str, weakref.ref[Tensor]] | None = None  # the module and output before, while steps are dense
+        self._spread: frozenset[int] = frozenset()  # those of them that are sampled
+        self.covered: set[str] = set()  # modules whose every output went straight into one that shows it
+        self._last: tuple[str, str, weakref.ref[Tensor]] | None = None  # the module before, its class and output, while steps are dense
         self._uncovered: set[str] = set()
         self._conv1d = False  # whether the last shaping module of three dimensions put channels first
 
@@ -95,33 +95,25 @@ class Forward:
         site = self._site(name, kind, output)
         if site is None:
             return None
-        nbytes = output.numel() * output.element_size()
-        if output.numel() <= SMALL and self._bytes + nbytes <= self.room and site.index not in self._at_once:
-            self._kept.append((site, output, output._version))
-            self._bytes += nbytes
-        else:
-            with torch.no_grad():
-                self._take(site, output)
+        self._look(site, output)
         return site
 
-    def keep(self, site: Site, output: Tensor) -> bool:
+    def again(self, site: Site, output: Tensor) -> bool:
         """A shortcut of :meth:`add` for a module known to be called once a step; False if that does not serve."""
-        if output.layout is not torch.strided or output.is_nested or output.is_inference():
+        if output.layout is not torch.strided or output.is_nested or output.is_inference() or site.name in self._calls or not output.numel():
             return False
-        nbytes = output.nbytes
-        if not 0 < output.numel() <= SMALL or self._bytes + nbytes > self.room or site.name in self._calls or site.index in self._at_once:
-            return False
+        self._look(site, output)
         self._calls[site.name] = 1
-        self._kept.append((site, output, output._version))
-        self._bytes += nbytes
         return True
 
     def follow(self, name: str, kind: str, given: object, output: Tensor) -> None:
-        """Learn which modules need no look of their own: what an elementwise activation gives shows what it was given."""
+        """Learn which modules need no look of their own: what follows shows what it was given."""
         if self._last is not None:
-            (self.covered if given is self._last[1]() and kind in outputs.ELEMENTWISE else self._uncovered).add(self._last[0])
+            before, its_kind, its_output = self._last
+            shown = given is its_output() and isinstance(given, Tensor) and outputs.shown_by(its_kind, given, kind)
+            (self.covered if shown else self._uncovered).add(before)
             self.covered -= self._uncovered
-        self._last = name, weakref.ref(output)
+        self._last = name, kind, weakref.ref(output)
 
     def finish(self, row_of: Callable[[torch.device], Row]) -> None:
         """The forward pass is over: reduce what was kept, outputs of one shape together."""
@@ -173,17 +165,25 @@ class Forward:
             self._by_call[name, call] = site
             if output.numel() > SMALL and not _family(kind):
                 self._large.append(site.index)
+                self._spread = frozenset(self._large[:: -(-len(self._large) // LARGE_SAMPLES)])
         return site
+
+    def _look(self, site: Site, output: Tensor) -> None:
+        """Keep a small output, measure a large one."""
+        nbytes = output.numel() * output.element_size()
+        if output.numel() <= SMALL and self._bytes + nbytes <= self.room and site.index not in self._at_once:
+            self._kept.append((site, output, output._version))
+            self._bytes += nbytes
+        else:
+            self._take(site, output.detach())
 
     def _take(self, site: Site, output: Tensor) -> None:
         """A large output: one operation for its norm, one for a sample, one for the peaks of its units."""
         self._norms.append((site, output.numel(), signals.l2(output)))
         family = _family(site.kind)
         taken = _Taken(family, [site], None)
-        spread = self._large[:: max(1, -(-len(self._large) // LARGE_SAMPLES))]
-        if family or site.index in spread or output.numel() <= SMALL:
-            rows = outputs.matrix(output, site.channels_first).unsqueeze(0)
-            taken.samples = outputs.sample(rows).to(torch.float32, copy=True)
+        if family or site.index in self._spread or output.numel() <= SMALL:
+            taken.samples = outputs.few(output, site.channels_first).to(torch.float32, copy=True)
         if family == RELU:
             unit = 1 if site.channels_first else output.dim() - 1
             taken.peaks = output.amax(dim=tuple(d for d in range(output.dim()) if d != unit)).reshape(1, -1)
@@ -248,7 +248,7 @@ class Forward:
             samples = samples.to(torch.float32)
             sites = [site for t, _ in group for site in t.sites]
             for chosen, part, indices in self._measured(sites):
-                if chosen.name in signals.SPREAD and samples.shape[1] < MIN_SAMPLES:
+                if chosen.name in signals.SPREAD and samples.shape[1] < outputs.MIN_SAMPLES:
                     continue
                 those = samples[part] if isinstance(part, slice) else torch.stack([samples[i] for i in part])
                 row_of(samples.device).add(chosen.name.removesuffix("_tanh"), indices, chosen.measure(those))

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossguard.device import signals
+from lossguard.device import outputs, signals
 from lossguard.device.tape import Row, Sites
 
-LOGIT_ROWS = 256  # rows of logits looked at, spread over the batch
+LOGIT_ROWS = 256  # rows of logits looked at at most, spread over the batch
+LOGIT_ELEMENTS, FEW_ROWS = 2**17, 64  # of more logits than these so many rows: six passes over 256 rows of a large vocabulary cost more than all else
 PEAK = "logit_peak"
 SHARED = ("confident_fraction", "log_normalizer")  # what every softmax gives
 # what it gives beside targets: shares and a mean over all rows, from which the host makes those over the rows that count
@@ -30,7 +31,8 @@ def logits_numbers(head: int, logits: Tensor, dim: int, targets: Tensor | None, 
     """The logit signals of one softmax. logits: any shape with the classes in ``dim``; targets: class indices or None."""
     classes = logits.detach().movedim(dim, -1)
     rows = classes.reshape(-1, classes.shape[-1]) if classes.is_contiguous() else classes.flatten(0, -2)
-    stride = max(1, -(-rows.shape[0] // LOGIT_ROWS))
+    most = max(FEW_ROWS, min(LOGIT_ROWS, LOGIT_ELEMENTS // rows.shape[1]))
+    stride = outputs.stride(-(-rows.shape[0] // most), rows.shape[0], most // 2)
     rows = rows[::stride].to(torch.float32)
     site = _site(head)
     labels = None

@@ -6,7 +6,6 @@ Python objects and tensors flow in, views flow out; nothing is computed and noth
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -16,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 SAMPLES, FEATURES = 16, 64  # of an output, for the signals that need no more than a sample
+MIN_SAMPLES = 8  # rows below which samples say nothing about their spread
 
 # Modules that add nothing to what their neighbours show.
 PASSED_OVER = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d,
                nn.MaxPool3d, nn.ZeroPad2d, nn.PixelShuffle, nn.Upsample)  # fmt: skip
 # Activations that give NaN for NaN and whose scale and spread follow those of what they are given.
 ELEMENTWISE = ("ReLU", "ReLU6", "LeakyReLU", "ELU", "GELU", "SiLU", "Mish", "Sigmoid", "Tanh", "Softplus", "Hardswish")
+PRODUCTS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d",
+         "LayerNorm", "RMSNorm")  # fmt: skip
 # Modules after which three-dimensional outputs have their channels in dimension 1, and those after which they are last.
 CHANNELS_FIRST = ("Conv1d", "ConvTranspose1d", "LazyConv1d", "InstanceNorm1d")
 SHAPING = (*CHANNELS_FIRST, "Linear", "LayerNorm", "Embedding", "LSTM", "GRU", "RNN", "MultiheadAttention")
@@ -57,6 +60,17 @@ def addresses(model: nn.Module, modules: Mapping[int, tuple[str, str]]) -> dict[
         if known is not None and first is not None and not nn.parameter.is_lazy(first):
             found.setdefault(first.data_ptr(), []).append(known[0])
     return found
+
+
+def shown_by(kind: str, output: Tensor, following: str) -> bool:
+    """Whether a module that is given this output shows all that is asked of it: what is not finite, and samples that are all alike.
+
+    An elementwise activation does; so does a product behind a norm, whose scale says little, and a norm behind a product, save
+    for float16, in which the product's own scale may come to its end.
+    """
+    if following in ELEMENTWISE:
+        return True
+    return output.dtype != torch.float16 and ((kind in NORMS and following in PRODUCTS) or (kind in PRODUCTS and following in NORMS))
 
 
 def first_tensor(value: Any, depth: int = 0) -> Tensor | None:
@@ -98,20 +112,39 @@ def matrix(x: Tensor, channels_first: bool) -> Tensor:
 
 
 def sample(rows: Tensor) -> Tensor:
-    """At most SAMPLES rows and FEATURES features of each, spread over the whole, a view: (K, R, F) -> (K, r, f).
+    """At most SAMPLES rows and FEATURES features of each, spread over the whole, a view: (K, R, F) -> (K, r, f)."""
+    over_rows, over_features = _strides(rows.shape[1], rows.shape[2])
+    return rows[:, ::over_rows, ::over_features][:, :, :FEATURES]
 
-    Neither stride has a divisor in common with what it strides over, so that it stays neither at one place of all sequences
-    (rows are B*T, and 16 of them would all be their first) nor in one column of a feature map.
-    """
-    r, f = rows.shape[1], rows.shape[2]
-    return rows[:, :: _stride(-(-r // SAMPLES), r), :: _stride(max(1, f // FEATURES), f)][:, :, :FEATURES]
+
+def few(x: Tensor, channels_first: bool) -> Tensor:
+    """:func:`sample` of one output, as :func:`matrix` lays it out, a view: (1, r, f); one operation where the output is contiguous."""
+    if type(x) is not Tensor or not x.is_contiguous() or not x.dim():  # what stands in for a tensor may know no strides
+        return sample(matrix(x, channels_first).unsqueeze(0))
+    return x.as_strided(*_few(x.shape, channels_first))
 
 
 @functools.lru_cache(maxsize=1024)
-def _stride(least: int, over: int) -> int:
-    """The smallest stride from ``least`` on that is coprime with ``over``.
+def _few(shape: tuple[int, ...], channels_first: bool) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Size and strides of the view, where the memory has no gaps."""
+    r = shape[0] if channels_first or len(shape) == 1 else math.prod(shape[:-1])
+    f = math.prod(shape) // r
+    over_rows, over_features = _strides(r, f)
+    return (1, -(-r // over_rows), min(FEATURES, -(-f // over_features))), (r * f, f * over_rows, over_features)
 
-    >>> _stride(160, 2560), _stride(1, 64)
-    (161, 1)
+
+@functools.lru_cache(maxsize=1024)
+def _strides(r: int, f: int) -> tuple[int, int]:
+    return stride(-(-r // SAMPLES), r, MIN_SAMPLES), stride(max(1, f // FEATURES), f, FEATURES // 2)
+
+
+@functools.lru_cache(maxsize=1024)
+def stride(least: int, over: int, fewest: int) -> int:
+    """A stride from ``least`` on that shares as small a divisor as may be with what it strides over, and leaves ``fewest`` of it.
+
+    Rows are B*T, and a stride that T divides would see the same place of each sequence only; features are C*H*W.
+
+    >>> stride(160, 2560, 8), stride(2, 30, 8), stride(1, 64, 32)
+    (161, 2, 1)
     """
-    return next(stride for stride in itertools.count(least) if math.gcd(stride, over) == 1)
+    return min(range(least, max(least, over // fewest) + 1), key=lambda s: (math.gcd(s, over), s))

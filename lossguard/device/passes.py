@@ -50,13 +50,21 @@ class Passes:
         self._head_seen = False
         self._criterion_seen = False  # an nn.CrossEntropyLoss shows logits and targets by itself
         self._first_module = True
+        self._opening = ""  # the module that is called first in a step
+        self._shown: Any = None  # the inputs of this step's batch, as they were shown
+        self._rows: list[int] = []  # how many samples each of its calls was given in this step
+
+    def show(self, inputs: Any, targets: Any) -> None:
+        """The batch of the step that is being recorded."""
+        self._shown, self.targets = inputs, targets if isinstance(targets, Tensor) else None
 
     def begin(self, *, every_module: bool) -> None:
         """A new step starts. every_module: look at modules too whose output shows in the activation that follows."""
         self._dense = every_module
         self.asked = self.modules if every_module else self._needed()
-        self.targets = None
+        self.targets = self._shown = None
         self._head_seen, self._first_module = False, True
+        self._rows.clear()
         self._anchors = {}
         self._inside.clear()
         self._producers.clear()
@@ -68,11 +76,12 @@ class Passes:
         self._few = (-1, {})
         self._ordinary.clear()
 
-    def keeps(self, module: nn.Module, output: Any) -> bool:
-        """Whether this was an ordinary module's call, whose output is kept now: what :meth:`module_called` would do, at a fifth of its price."""
+    def again(self, module: nn.Module, output: Any) -> bool:
+        """Whether this was an ordinary module's call, whose output is looked at now: what :meth:`module_called` would do, at a fifth of its price."""
         site = None if self._dense else self._ordinary.get(id(module))
-        ordinary = site is not None and type(output) is Tensor and module.training and torch.is_grad_enabled() and _task() == -1
-        return ordinary and not self.extras.may_bootstrap and site is not None and self.forward.keep(site, output)
+        if site is None or type(output) is not Tensor or not module.training or self.extras.may_bootstrap:
+            return False
+        return torch.is_grad_enabled() and _task() == -1 and self.forward.again(site, output)
 
     def module_called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward pass of a module that is ``asked`` ended. Recomputations and evaluation are passed over."""
@@ -126,7 +135,7 @@ class Passes:
     # ---- inside
 
     def _needed(self) -> dict[int, tuple[str, str]]:
-        """The modules whose outputs no activation behind them shows."""
+        """The modules whose outputs no module behind them shows."""
         covered = self.forward.covered
         if self._few[0] != len(covered):
             first = self.forward.sites[0].name if self.forward.sites else ""  # what it is given is the input
@@ -145,12 +154,9 @@ class Passes:
             return
         first, self._first_module = self._first_module, False
         if first:
-            leaves = [x for _, x in zip(range(MAX_INPUTS), float_tensors(args), strict=False)]
-            if leaves:
-                self.batch_rows = leaves[0].shape[0] if leaves[0].dim() > 1 else None
-                with torch.no_grad():
-                    norms = [signals.l2(x) for x in leaves]
-                self.row(leaves[0].device).add_scalars("input_rms", np.arange(len(leaves)), norms, np.array([x.numel() ** -0.5 for x in leaves]))
+            self._opening = name
+        if name == self._opening:
+            self._see_input(args)
         if self._dense:
             self.forward.follow(name, kind, args[0] if args else None, tensor)
         site = self.forward.add(name, kind, tensor)
@@ -167,6 +173,34 @@ class Passes:
             self._ordinary[id(module)] = site
         if kind in SOFTMAXES and args and isinstance(args[0], Tensor) and args[0].dim():
             self._softmax_module(site.name, args[0], getattr(module, "dim", -1))
+
+    def _see_input(self, args: tuple[Any, ...]) -> None:
+        """The module that is called first is given something: the batch, a part of it, or a state to act on. Of several the one of most samples counts."""
+        leaves = [x for _, x in zip(range(MAX_INPUTS), float_tensors(args), strict=False)]
+        if not leaves:
+            return
+        rows = leaves[0].shape[0] if leaves[0].dim() > 1 else 1
+        more = not self._rows or rows > max(self._rows)
+        self._rows.append(rows)
+        if not more:
+            return
+        shown = [x for _, x in zip(range(MAX_INPUTS), float_tensors(self._shown), strict=False) if x.device == leaves[0].device]
+        if shown and shown[0].numel() > leaves[0].numel() and (leaves[0].dim() < shown[0].dim() or rows == 1):
+            leaves = shown  # the network sees one place of a sequence at a time, or acts on single states first
+        self.batch_rows = leaves[0].shape[0] if leaves[0].dim() > 1 else None
+        with torch.no_grad():
+            norms = [signals.l2(x) for x in leaves]
+        self.row(leaves[0].device).add_scalars("input_rms", np.arange(len(leaves)), norms, np.array([x.numel() ** -0.5 for x in leaves]))
+
+    @property
+    def acts(self) -> bool:
+        """The network was given single samples besides batches: it acts to get its data."""
+        return 1 in self._rows and max(self._rows) > 1
+
+    @property
+    def in_parts(self) -> bool:
+        """No batch was shown, and the network was given as many samples three times: places of a sequence, perhaps."""
+        return self._shown is None and len(self._rows) > len(set(self._rows)) + 1
 
     def _softmax_module(self, name: str, logits: Tensor, dim: int | None) -> None:
         if name not in self.heads:

@@ -141,6 +141,10 @@ class Recorder:
                 if self.printing and not self.banks[k].sharded:
                     self.banks[k].lay_prints(self.row(self.banks[k].device))
             self.extras.finish(self.facts, self.row)
+            if self.passes.acts:
+                self.facts["acts"] = 1.0
+            if self.passes.in_parts:
+                self.facts["input_in_parts"] = 1.0
             if self.passes.finish(losses):
                 self._plan()
             if self.passes.graph is not None and self.passes.graph.squashed[1]:

@@ -86,7 +86,10 @@ def trainable(model: nn.Module) -> int:
 
 
 def settings(optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """What the groups are set to, as facts: the largest learning rate and decay that are host numbers. A rate of NaN is the largest."""
+    """What the groups are set to, as facts: the largest learning rate, momentum and decay that are host numbers. A rate of NaN is the largest.
+
+    Momentum is the part of the mean of gradients that stays from step to step: Adam's first beta too.
+    """
     groups = [g for o in optimizers for g in o.param_groups]
     facts: dict[str, Any] = {"optimizer_name": type(optimizers[0]).__name__}
     rates = [g["lr"] for g in groups if "lr" in g and not isinstance(g["lr"], Tensor)]
@@ -95,8 +98,9 @@ def settings(optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     decays = [g["weight_decay"] for g in groups if isinstance(g.get("weight_decay"), (int, float)) and g["weight_decay"] > 0]
     if decays:
         decoupled = any(g.get("decoupled_weight_decay") for g in groups) or type(optimizers[0]).__name__.endswith("W")
-        momentum = max((g["momentum"] for g in groups if isinstance(g.get("momentum"), (int, float))), default=0.0)
-        facts.update(weight_decay=max(decays), decay_is_decoupled=1.0 if decoupled else 0.0, momentum=momentum)
+        facts.update(weight_decay=max(decays), decay_is_decoupled=1.0 if decoupled else 0.0)
+    momenta = [g["momentum"] if "momentum" in g else (g.get("betas") or (0.0,))[0] for g in groups]
+    facts["momentum"] = max([m for m in momenta if isinstance(m, (int, float))], default=0.0)
     eps = [g["eps"] for g in groups if isinstance(g.get("eps"), float)]
     if eps:
         facts["adam_eps"] = max(eps)

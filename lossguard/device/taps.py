@@ -80,8 +80,12 @@ class Taps:
             if known is not None:
                 passes.forward.unwatched.add(f"{known[0]}: it ran inside of torch.func (vmap, grad, ...), whose tensors are the transform's own")
         elif known is not None:
-            if not passes.keeps(module, output):
-                self._watch(passes.module_called, module, args, output, part=known[0])
+            try:
+                if passes.again(module, output):
+                    return
+            except Exception:  # the long way fails as well, and is watched
+                pass
+            self._watch(passes.module_called, module, args, output, part=known[0])
         elif type(module) is nn.CrossEntropyLoss:
             self._watch(passes.criterion_called, args, part="CrossEntropyLoss")
         elif isinstance(module, nn.parallel.DistributedDataParallel):

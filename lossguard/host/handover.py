@@ -31,7 +31,7 @@ class Handover:
     def __init__(self, lag: int) -> None:
         self.lag = lag
         self.late = 0
-        self._queue: deque[tuple[int, Tensor | None, Any, Any]] = deque()
+        self.waiting: deque[tuple[int, Tensor | None, Any, Any]] = deque()  # what is under way, oldest first: due, numbers, event, meaning
         self._spare: dict[int, list[Tensor]] = {}
         self._held = 0
 
@@ -39,22 +39,22 @@ class Handover:
         """Enqueue the copy of a contiguous float32 tensor; ``meaning`` comes back with it."""
         if numbers.device.type == "cpu":
             # host memory already; copied so that the device side may reuse its block
-            self._queue.append((step + self.lag, numbers.clone() if self.lag else numbers, None, meaning))
+            self.waiting.append((step + self.lag, numbers.clone() if self.lag else numbers, None, meaning))
         elif numbers.device.type == "meta":
-            self._queue.append((step + self.lag, None, None, meaning))  # no values exist
+            self.waiting.append((step + self.lag, None, None, meaning))  # no values exist
         else:
             mirror = self._mirror(numbers)
             mirror.copy_(numbers, non_blocking=True)
-            self._queue.append((step + self.lag, mirror, _event(numbers.device), meaning))
+            self.waiting.append((step + self.lag, mirror, _event(numbers.device), meaning))
 
     def due(self, step: int) -> bool:
         """Whether something is to be received at ``step``."""
-        return bool(self._queue) and self._queue[0][0] <= step
+        return bool(self.waiting) and self.waiting[0][0] <= step
 
     def receive(self, step: int, *, everything: bool = False) -> Iterator[tuple[Numbers | None, Any]]:
         """What is due at ``step``, oldest first; None for a device without values. ``everything`` may wait for the rest."""
-        while self._queue and (everything or self._queue[0][0] <= step):
-            _, mirror, event, meaning = self._queue.popleft()
+        while self.waiting and (everything or self.waiting[0][0] <= step):
+            _, mirror, event, meaning = self.waiting.popleft()
             if mirror is None:
                 yield None, meaning
                 continue
@@ -68,7 +68,7 @@ class Handover:
 
     def arrived(self, patience: float) -> bool:
         """Whether all that was sent is there, asked for ``patience`` seconds at most; False while a CUDA graph is captured."""
-        events = [event for _, _, event, _ in self._queue if event is not None]
+        events = [event for _, _, event, _ in self.waiting if event is not None]
         if not events:
             return True
         if capturing():
