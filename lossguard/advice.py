@@ -194,10 +194,10 @@ def opposed(history: History) -> bool:
 @once
 def moving_targets(history: History) -> bool:
     """The network makes its own targets, or acts to get its data: in most samples it ran without gradients before it ran for the
-    loss, and that is none of a classifier. What such a loss owes depends on what was learned, so that its level tells little."""
+    loss, or on single states besides batches, and that is none of a classifier. Its level tells little: what it owes depends on what was learned."""
     if history.loss_family not in TO_A_TARGET:
         return False
-    before = history.fact("bootstraps", BOOTSTRAPPED, 0.0)
+    before = np.fmax(history.fact("bootstraps", BOOTSTRAPPED, 0.0), history.fact("acts", BOOTSTRAPPED, 0.0))
     return bool(before.size and before.mean() > 0.5)
 
 

@@ -150,7 +150,8 @@ class Cause:
 CHANGES: dict[str, str] = {
     "lr": "the new learning rate",
     "lr_factor": "factor on a learning rate that is not known or on a schedule, and on all of the schedule",
-    "momentum": "of batch-norm's running statistics",
+    "momentum": "of the optimizer: SGD's momentum, Adam's first beta",
+    "norm_momentum": "of batch-norm's running statistics",
     "max_norm": "value to clip the gradient norm at",
     "head_scale": "factor on the last layer's initial weights",
     "init": "initialisation: he, xavier, default",

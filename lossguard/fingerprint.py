@@ -28,7 +28,7 @@ class Fingerprints:
     """Which batch belongs to the coming step, and whether it is a new one."""
 
     def __init__(self) -> None:
-        self._leaf: Tensor | None = None
+        self.leaf: Tensor | None = None  # a batch that has no number yet
         self._before: weakref.ref[Tensor] | None = None
         self._shown = 0
 
@@ -36,24 +36,19 @@ class Fingerprints:
         """The coming step's inputs. handed: by a loader; else the very object of the time before is used again by design."""
         self._shown += 1
         if (self._shown - 1) % PERIOD >= WINDOW:
-            self._leaf = self._before = None
+            self.leaf = self._before = None
             return
         leaf = next(leaves(inputs), None)
         again = leaf is not None and self._before is not None and self._before() is leaf
         self._before = None if leaf is None else weakref.ref(leaf)
-        self._leaf = None if again and not handed else leaf
-
-    @property
-    def waiting(self) -> bool:
-        """Whether a batch was shown that has no number yet."""
-        return self._leaf is not None
+        self.leaf = None if again and not handed else leaf
 
     def write(self, cell: Tensor, host: npt.NDArray[np.float32] | None, looked: int) -> bool:
         """Put the number into ``cell`` (``host[0]`` where it lies in host memory). looked: how many sums stand there already.
 
         Returns whether the cell holds a fingerprint now.
         """
-        leaf, self._leaf = self._leaf, None
+        leaf, self.leaf = self.leaf, None
         if leaf is None:
             return False
         if host is not None and not looked:

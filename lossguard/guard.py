@@ -178,11 +178,12 @@ class Guard(Configured, Keeper, Teller, Phased):
             warnings.warn(NO_STEP, RuntimeWarning, stacklevel=2)
             return
         now = self.steps
-        self._watchdog.beat(now)
+        if self._watchdog.on:
+            self._watchdog.beat(now)
         if self._quiet and logits is None and self._pulses.quick(loss):
             self._quiet -= 1
             self.steps = now + 1
-            if self._handover.due(now):
+            if self._handover.waiting and self._handover.due(now):
                 self._end(self._receive(now))
             return
         self._check_open()
@@ -212,7 +213,8 @@ class Guard(Configured, Keeper, Teller, Phased):
 
     def batch(self, inputs: Any, targets: Any = None) -> None:
         """Shows the guard the batch of the coming step: a non-finite one is named, labels sharpen the softmax signals."""
-        self._check_open()
+        if self.closed:
+            self._check_open()
         self._show(inputs, targets, handed=False)
 
     def validation(self, loss: Tensor | float, *, accuracy: Tensor | float | None = None, train_accuracy: Tensor | float | None = None) -> None:
@@ -297,11 +299,13 @@ class Guard(Configured, Keeper, Teller, Phased):
 
     def _show(self, inputs: Any, targets: Any, *, handed: bool) -> None:
         self._batches += 1
-        self._recorder.passes.targets = targets if isinstance(targets, Tensor) else None
+        if self._recorder.on:
+            self._recorder.passes.show(inputs, targets)
         self._pulses.show((inputs, targets), handed=handed)
         if self._record:
             self._faults.watch(self._aftermath.show, self.steps, self._batches - 1, (inputs, targets))
-        self._faults.watch(self._locator.show, self.steps, (inputs, targets))
+        if self._locator:
+            self._faults.watch(self._locator.show, self.steps, (inputs, targets))
 
     def _open_step(self) -> None:
         """Decide whether the coming step is sampled, and attach what it needs."""
@@ -311,7 +315,6 @@ class Guard(Configured, Keeper, Teller, Phased):
         self._skipping.begin()
         if not sampled and not self._recorder.on:  # nothing to attach, nothing to take off
             self._taps.listen(bool(self._skipping) or self._recorder.expects_clearing)
-            self._recorder.passes.targets = None
             if not self._taps.listening and not self._locator:
                 self._quiet = self._schedule.next_due(self.steps) - self.steps - 1
             return

@@ -14,6 +14,7 @@ from lossguard.host.history import Array, History
 
 _ATTACH = Remedy("look for detach(), no_grad() or dead units before the loss", {"unfreeze": True})
 Pairs = list[tuple[Cause, Sequence[Remedy]]]
+CLASSIFIES = ("cross_entropy", "binary")  # families of losses whose targets are fixed and whose level at the beginning is that of a guess
 SAMPLES = 20  # newest samples that speak of the present state
 CERTAIN = 0.6  # confidence from which a cause is evidence, and not a guess
 
@@ -90,7 +91,7 @@ def trained_before(history: History) -> bool:
     certain = history.born("confident_fraction")
     first = history.first_losses(20)
     first = first[np.isfinite(first)]
-    classifier = history.loss_family in ("cross_entropy", "binary")
+    classifier = history.loss_family in CLASSIFIES
     return bool((classifier and first.size and first.mean() < KNOWN) or (0 <= head < certain.size and certain[head] >= KNOWING))
 
 
@@ -121,7 +122,9 @@ def unstirred(history: History) -> Cause | None:
         return None  # the window no longer holds the beginning
     each = medians(ratio, able)
     moved = float(np.dot(each, np.diff(np.append(steps, history.step + 1))))  # NaN where a sample has none
-    if not 0 < moved < STIRRED or trained_before(history):
+    gradients = history.last("grad_rms", SAMPLES)
+    driven = not gradients.size or bool((gradients[:, able] > 0).any())  # else no rate is to blame
+    if not 0 < moved < STIRRED or not driven or trained_before(history):
         return None
     return Cause("learning rate too low", 0.7, f"all {history.step + 1} steps together change at most {moved:.1%} of the weights")
 

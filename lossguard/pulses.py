@@ -73,8 +73,9 @@ class Pulses:
 
     def show(self, batch: Any, *, handed: bool = False) -> None:
         """The coming step's batch; its float tensors are summed when the step ends. handed: by a loader, so that it should be new."""
-        self._batch, self._size = batch, samples(batch[0])
-        self._prints.show(batch[0], handed=handed)
+        inputs = batch[0]
+        self._batch, self._size = batch, inputs.shape[0] if type(inputs) is Tensor and inputs.dim() else samples(inputs)
+        self._prints.show(inputs, handed=handed)
 
     def quick(self, loss: object) -> bool:
         """A plain step's loss, where the block is under way and takes a scalar tensor: one copy. False if nothing was
@@ -94,7 +95,9 @@ class Pulses:
         self._printed.append(False)
         self._sizes.append(self._size)
         if self._batch is not None:
-            self._see_batch(pulse, look=host is None)
+            if host is None or self._prints.leaf is not None:
+                self._see_batch(pulse, look=host is None)
+            self._batch, self._size = None, math.nan
         pulse.filled = row + 1
         return True
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lossguard import readings
+from lossguard.advice import informational
 from lossguard.host.history import History
 from lossguard.obstacles import trained_before
 
@@ -51,7 +52,8 @@ class Verdict(str):
 
 def read(history: History) -> Verdict:
     """One of ``too early``, ``not a number``, ``learning``, ``flat``, ``overfitting begins``, ``overfitting``, ``bottleneck``,
-    ``done``, ``oscillating validation``, ``validation mismatch``, ``diverging``; ``validation below training`` stands in ``also``.
+    ``done``, ``oscillating validation``, ``validation mismatch``, ``diverging``, ``no order`` (it rises, as
+    losses of several players or of moving targets may); ``validation below training`` stands in ``also``.
 
     >>> history = History()
     >>> read(history)
@@ -73,6 +75,8 @@ def read(history: History) -> Verdict:
     also = ("validation below training",) if readings.below_training(curves) else ()
     now = float(losses[-readings.LEAST // 2 :].mean())
     word = "diverging" if readings.endless(history) else _word(curves, training, validation, now, trained_before(history))
+    if word == "diverging" and informational(history) and not readings.endless(history):
+        word = "no order"
     return Verdict(word, training=training, validation=validation, best_step=best, also=also)
 
 

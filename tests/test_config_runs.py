@@ -127,7 +127,7 @@ def test_a_switched_off_guard_asks_no_other_rank(off):
         with Guard(model, optimizer, agree=True, stall=True) as guard:
             train(model, optimizer, guard)
             assert guard.safe_to_save(together=True)
-        assert (guard._agreement, guard._unison, guard._watchdog._thread) == (None, None, None)
+        assert (guard._agreement, guard._unison, guard._watchdog.on) == (None, None, False)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -14,7 +14,6 @@ from test_suspects import data, events, first, net, train
 from torch import nn
 
 from lossguard import Guard, Severity, readings
-from lossguard.device import outputs
 from lossguard.host.history import History
 from lossguard.rules import RULES
 from lossguard.rules.suspects import decay, forgets, outweighed
@@ -242,17 +241,6 @@ def test_a_rate_at_which_nothing_can_come_far_is_too_low():
     stands = loss(lambda t, v: 2.1 - 0.0002 * t + 0.01 * np.sin(t))
     assert one("update_ratio_low", both(slow, stands)) == [("update_ratio_low", "learning rate too low")]
     assert one("update_ratio_low", slow) == one("update_ratio_low", stands) == []
-
-
-def test_samples_of_sequences_are_taken_at_all_places():
-    """16 rows of 64 sequences are not all their first places, and the columns of a feature map are not all one: a token that begins every
-    sequence is no collapse."""
-    for batch, length in ((16, 20), (64, 21), (128, 32), (32, 197)):
-        places = torch.arange(length, dtype=torch.float32).repeat(batch).view(1, -1, 1)
-        seen = outputs.sample(places)[0, :, 0].long()
-        assert len(set(seen.tolist())) >= min(length, len(seen)) // 2, (batch, length, seen)
-        columns = outputs.sample(torch.arange(batch * length, dtype=torch.float32).view(1, 1, -1))[0, 0].long() % length
-        assert len(set(columns.tolist())) >= min(length, len(columns)) // 2, (batch, length)
 
 
 # ---- a loss that stands

@@ -235,3 +235,125 @@ def test_a_rate_below_the_range_is_not_said_to_lie_within():
     lines = str(preflight(model, data, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=1e-3)))
     (line,) = [text for text in lines.splitlines() if "learning_rate_range" in text][:1]
     assert "within the good range" not in line
+
+
+# ---- networks that act, sequences seen place by place, optimizers that rest
+
+
+def test_a_network_that_acts_on_single_states_is_judged_by_no_level_of_its_loss():
+    """Values that grow make a loss that grows: of a loop that asks the network for single states between its batches that is information, and
+    the input's scale is that of the batch. The same rise without acting is a warning."""
+    found = {}
+    for acting in (True, False):
+        model = small()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        draw = torch.Generator().manual_seed(0)
+        with Guard(model, optimizer) as guard:
+            for step in range(500):
+                for _ in range(3 * acting):
+                    model(torch.zeros(8)).argmax()
+                x = torch.randn(32, 8, generator=draw)
+                guard.batch(x, x)
+                loss = F.smooth_l1_loss(model(x)[:, 0], torch.full((32,), 0.5 + 1e-2 * step))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                guard.step(loss)
+        found[acting] = {f.diagnosis: f.severity for f in guard.findings}
+        assert guard.history.last("input_rms").min() > 0.8 and guard.history.last("input_rms").max() < 1.2
+    assert found[True]["diverging_loss"] is Severity.INFO and found[False]["diverging_loss"] is Severity.WARNING
+
+
+@pytest.mark.parametrize(
+    ("family", "height", "grave"), [("huber", 3.0, Severity.WARNING), ("huber", 300.0, Severity.HALT), ("cross_entropy", 3.0, Severity.HALT)]
+)
+def test_a_regression_that_stays_above_its_start_halts_only_where_it_is_lost(family, height, grave):
+    """Targets may grow by design: calm updates and a loss of the same magnitude are a warning. A classifier below its start is lost."""
+    edit = both(loss(lambda t, v: 1.0 if t < 50 else height), at("update_norm", ALL, 1e-4))
+    heard = run([RULES["diverging_loss"]()], edit, steps=500, loss_family=family)
+    assert max(f.severity for _, f in heard) is grave
+
+
+class Places(nn.Module):
+    """A network that is given one place of a sequence at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        state = 0.0
+        for place in x.unbind(1):
+            state = torch.tanh(self.into(place) + state)
+        return self.out(state)
+
+
+def test_of_a_sequence_the_whole_is_the_input_and_not_its_first_place():
+    """Where the batch is shown its scale is measured; where it is not, a change of the first place is no cause."""
+    for shown in (True, False):
+        model = Places()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        draw = torch.Generator().manual_seed(0)
+        with Guard(model, optimizer, every=1) as guard:
+            for step in range(120):
+                x = torch.randn(16, 5, 4, generator=draw)
+                x[:, 0] *= 1.0 if step < 100 else 0.01
+                if shown:
+                    guard.batch(x)
+                loss = F.cross_entropy(model(x), torch.zeros(16, dtype=torch.long))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                guard.step(loss)
+        assert not any(cause.name in ("input changed", "odd batch") for cause, _ in suspects(guard.history))
+        assert (guard.history.last("input_rms", 1).item() > 0.5) is shown
+
+
+def test_what_changed_after_the_loss_rose_is_not_its_cause():
+    """A learning rate that is raised later did not make the loss rise now."""
+    history = History()
+    for step in range(40):
+        history.add_sample(Sample(step, {}, {"lr": 0.1 if step < 30 else 1.0}))
+    assert [cause.name for cause, _ in suspects(history)] == ["learning rate too high"] and suspects(history, until=20) == []
+
+
+def test_an_optimizer_that_has_met_its_own_bar_rests():
+    """LBFGS returns at once where the gradient is as small as it was asked for: no weight that it moved before is frozen."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 4, generator=draw)
+    y, model = x @ torch.randn(4, 1, generator=draw), nn.Linear(4, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", tolerance_grad=1e-3)
+    with Guard(model, optimizer) as guard:
+        for _ in range(60):
+
+            def closure():
+                optimizer.zero_grad()
+                loss = F.mse_loss(model(x), y)
+                loss.backward()
+                return loss
+
+            guard.step(optimizer.step(closure))
+    assert "unchanged_weights" not in [f.diagnosis for f in guard.findings]
+
+
+def test_without_any_gradient_no_rate_is_to_blame():
+    """Where weight decay alone moves weights a larger rate would help nothing: the missing gradient is told, and nothing else."""
+    edit = both(times("grad_norm", ALL, 0.0), times("update_norm", ALL, 1e-4), loss(lambda t, v: 2.0))
+    assert one("update_ratio_low", edit) == []
+    assert one("update_ratio_low", both(times("update_norm", ALL, 1e-4), loss(lambda t, v: 2.0))) != []
+
+
+def test_curves_of_two_formulas_are_not_held_against_each_other():
+    """Training below 0 and validation above it, from the first evaluation on: no gap between them is overfitting."""
+    train, val = (lambda t: -11.0 - 2.0 * (1 - decay(t, 0.0, 60))), (lambda t: 2.0 + max(0.0, 1e-3 * (t - 150)))
+    assert "overfitting" not in names(play(train, val, steps=360)[1])
+
+
+def test_several_players_have_no_order():
+    """A loss that rises where two optimizers play against each other is no divergence."""
+    history = History(optimizers=2)
+    for step in range(200):
+        history.add_loss(step, 0.5 + 0.01 * step)
+    assert read(history) == "no order"
+    history.optimizers = 1
+    assert read(history) == "diverging"

@@ -10,9 +10,12 @@ from torch import nn
 
 from lossguard import Guard
 from lossguard.advice import faster, slower, stopped_rate
+from lossguard.device import roles
 from lossguard.findings import Severity
 from lossguard.host.history import History, Param, Sample
+from lossguard.rules.suspects import suspects
 
+EXPLODED = ("update_ratio_high", "oscillating_loss", "diverging_loss", "exploding_gradient", "loss_spike")
 WAYS = torch.randn(16, 4, generator=torch.Generator().manual_seed(7))
 
 
@@ -245,3 +248,20 @@ def test_a_schedule_that_ended_is_named_and_a_small_rate_is_not():
     history = run_of([1e-3], 0.1)
     history.add_sample(Sample(1, {}, {"lr": 1e-9}))
     assert stopped_rate(history) is not None and stopped_rate(run_of([1e-3], 1e-9)) is None
+
+
+def test_a_momentum_that_forgets_too_slowly_is_the_cause_of_swings():
+    """At a momentum of 0.999 the loss swings: the momentum is named, and what it usually is. 0.99, which recipes use, is never named."""
+    named = [f for f in events(train(momentum=0.999, lr=0.05, steps=400)) if f.diagnosis in EXPLODED and f.severity >= Severity.WARNING]
+    assert "oscillating_loss" in [f.diagnosis for f in named]
+    assert {(f.causes[0].name, f.remedies[0].change.get("momentum")) for f in named} == {("momentum too high", 0.9)}
+    assert not any(cause.name == "momentum too high" for f in events(train(momentum=0.99, lr=0.5)) for cause in f.causes)
+
+
+def test_the_first_beta_of_adam_is_its_momentum():
+    """Betas in the wrong order: a mean that lasts 1000 steps."""
+    optimizer = torch.optim.Adam(net().parameters(), betas=(0.999, 0.9))
+    assert roles.settings([optimizer])["momentum"] == 0.999
+    history = History()
+    history.add_sample(Sample(0, {}, roles.settings([optimizer])))
+    assert [cause.name for cause, _ in suspects(history)] == ["momentum too high"]

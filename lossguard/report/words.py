@@ -16,6 +16,7 @@ CURVES = {
     "learning": ("The loss falls", "but"),
     "flat": ("The loss no longer falls", "and"),
     "diverging": ("The loss rises", "and"),
+    "no order": ("The loss rises, as a loss without order may", "and"),
     "overfitting begins": ("The training loss falls, the validation loss no longer", "and"),
     "overfitting": ("The model overfits: the validation loss has turned up", "and"),
     "done": ("Both losses have come down and settled", "but"),
@@ -31,8 +32,8 @@ GOOD = ("learning", "done")  # states that need nobody's attention
 SAME = {"diverging_loss": ("diverging",), "overfitting": ("overfitting", "overfitting begins"), "loss_plateau": ("flat", "bottleneck"),
         "constant_loss": ("flat", "bottleneck"), "learning_bottleneck": ("flat", "bottleneck"), "validation_mismatch": ("validation mismatch",),
         "oscillating_validation": ("oscillating validation",)}  # fmt: skip  # diagnosis -> readings of the curves that say the same
-MENDED = ("learning", "done", "flat", "too early", "overfitting begins", "bottleneck")  # in which what was dealt with is no trouble any more
-QUIET = ("flat", "too early", "bottleneck", "overfitting begins")  # states that a run may rightly end in
+MENDED = ("learning", "done", "flat", "no order", "too early", "overfitting begins", "bottleneck")  # in which what was dealt with is no trouble any more
+QUIET = ("flat", "no order", "too early", "bottleneck", "overfitting begins")  # states that a run may rightly end in
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard.advice import clip_remedy, informational, lr_remedy, matrices, middle, ranked, reach, stretch, typically
+from lossguard.advice import clip_remedy, informational, lr_remedy, matrices, middle, ranked, reach, sound_gradient, stretch, typically
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import History, Mask
 from lossguard.rules.numeric import lasting
@@ -117,11 +117,11 @@ class ClippingDominates:
     @staticmethod
     def _wider(history: History, n: int, site: int, median: float) -> Remedy:
         """A clip value above the one that binds: about the median gradient norm of a calm run, that of now where the run was never calm."""
-        calm, total, kept = clip_remedy(history), history.last("grad_total", n), history.last("clip_coefficient", n)[:, site]
+        total, kept = history.last("grad_total", n), history.last("clip_coefficient", n)[:, site]
         norms = total[:, 0] if total.size else np.full(len(kept), np.nan)
         seen = np.isfinite(norms) & np.isfinite(kept)
-        if not seen.any() or history.optimizers > 1 or float(str(calm.change.get("max_norm", "inf"))) > float(middle((norms * kept)[seen])):
-            return calm
+        if not seen.any() or history.optimizers > 1 or sound_gradient(history) > float(middle((norms * kept)[seen])):
+            return clip_remedy(history)
         value = float(f"{float(middle(norms[seen])):.1g}")
         return Remedy(f"clip the gradient norm at {number(value)}, its median now: {number(median)} times the clip value", {"max_norm": value})
 

@@ -14,6 +14,7 @@ import numpy as np
 from lossguard.advice import clip_remedy, finite_losses, informational, lr_remedy, matrices, middle, ranked, slower, typical
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
+from lossguard.obstacles import CLASSIFIES, speed
 from lossguard.rules import levels
 from lossguard.rules.rule import rule
 from lossguard.rules.suspects import leap, overwritten, rise, suspects, term
@@ -213,7 +214,9 @@ class DivergingLoss:
     """diverging_loss: the loss rises and stays above where it was (survey, diverging_loss).
 
     Law: for 20 steps the mean of 20 losses is above the best such mean so far by max(4 sd, 10 % of it), and above the mean of
-    the first 20 (by 25 % where half of it was never reached), and the median of the newest 20 with it. Halts if that goes on for 300 steps.
+    the first 20 (by 25 % where half of it was never reached), and the median of the newest 20 with it. Halts if that
+    goes on for 300 steps in a classifier; in others if updates change more than 3 % of the weights, too, or the loss is 100 times what it
+    began with: targets of a regression may grow by design.
 
     Why: a learning rate too high; a flipped sign of the loss or of the gradient; dirty labels; batches too small; an unsuitable
     initialisation or structure.
@@ -233,6 +236,8 @@ class DivergingLoss:
     hover: float = 0.25  # of the first mean; our own choice: undeclared adversarial losses wander by 0.12 of it
     sustained: int = 20  # steps; survey
     halt_after: int = 300  # steps above, after which the run is lost; our own choice
+    fast: float = 3e-2  # median update ratio; survey, target band
+    far: float = 100.0  # times the first losses; our own choice
     grace: int = 40  # steps; survey
     patience: int = 1  # answers; `sustained` is the patience
 
@@ -258,10 +263,10 @@ class DivergingLoss:
         return self._finding(history, int(steps[-run]), run, float(means[-1]) * scale, best * scale, limit * scale)
 
     def _finding(self, history: History, step: int, run: int, now: float, best: float, limit: float) -> Finding:
-        severity = Severity.HALT if run >= self.halt_after else Severity.WARNING
+        severity = Severity.HALT if run >= self.halt_after and self._lost(history, now) else Severity.WARNING
         leapt = leap(history, step)
         causes, remedies = ranked([
-            *suspects(history), *([leapt] if leapt else []),
+            *suspects(history, until=step + 2 * self.width), *([leapt] if leapt else []),
             (Cause("learning rate too high", 0.6, f"the loss has been above its start for {run} steps at learning rate {number(history.lr)}"),
              [slower(history), clip_remedy(history)]),
             (Cause("labels or sign of the loss", 0.3, f"it climbs away from its best, {number(best)}"),
@@ -271,3 +276,8 @@ class DivergingLoss:
         evidence = (Evidence("mean of the last losses", now, limit), Evidence("best mean so far", best), lasts)
         severity = Severity.INFO if informational(history) else severity
         return Finding(self.diagnosis, severity, step, "loss", f"{number(best)} -> {number(now)}, above its start for {run} steps", evidence, causes, remedies)
+
+    def _lost(self, history: History, now: float) -> bool:
+        """Nobody could want this: a classifier below its start, updates that rewrite the weights, or a loss of another magnitude."""
+        first = abs(levels.start(history))
+        return history.loss_family in CLASSIFIES or speed(history) > self.fast or not now < self.far * first

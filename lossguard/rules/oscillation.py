@@ -15,6 +15,7 @@ from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, numbe
 from lossguard.host.history import Array, History
 from lossguard.obstacles import speed
 from lossguard.rules.rule import rule
+from lossguard.rules.suspects import momentum
 
 
 @rule
@@ -135,7 +136,9 @@ class OscillatingLoss:
 
     def _finding(self, history: History, step: int, message: str, evidence: tuple[Evidence, ...], because: str,
                  severity: Severity = Severity.WARNING) -> Finding:  # fmt: skip
+        heavy = momentum(history)
         causes, remedies = ranked([
+            *([] if heavy is None else [heavy]),
             (Cause("learning rate too high", 0.7, because), [slower(history), clip_remedy(history)]),
             (Cause("batches too small", 0.3, "each batch pulls elsewhere"), [Remedy("2 to 4 times the batch size, 32 at least", {"batch_size": 32})]),
         ])  # fmt: skip

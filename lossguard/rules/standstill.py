@@ -16,7 +16,7 @@ from lossguard import readings, structure
 from lossguard.advice import HEALTHY, Advice, converged, finite_losses, informational, lr_remedy, middle, ranked
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History
-from lossguard.obstacles import CERTAIN, constant_advice, full_speed_since, plateau_advice, speed, step_size, trained_before
+from lossguard.obstacles import CERTAIN, CLASSIFIES, constant_advice, full_speed_since, plateau_advice, speed, step_size, trained_before
 from lossguard.readings import Curves
 from lossguard.rules.rule import rule
 from lossguard.rules.suspects import decay, forgets
@@ -110,7 +110,7 @@ class LossPlateau:
             return Severity.INFO
         if causes[0].confidence >= CERTAIN:
             return Severity.WARNING
-        classifier = history.loss_family in ("cross_entropy", "binary") and not trained_before(history)
+        classifier = history.loss_family in CLASSIFIES and not trained_before(history)
         return Severity.WARNING if classifier and history.step - since >= self.long else Severity.INFO
 
 
@@ -228,7 +228,8 @@ class LearningBottleneck:
         odd = step_size(history, self.slow, self.fast)
         made = structure.faults(history)
         grave = height > self.high and (odd is not None or made != []) and not informational(history) and not trained_before(history)
-        evidence = (Evidence("training loss over the first losses", height, self.high), Evidence("median update ratio", speed(history)))
+        known = (Evidence("training loss over the first losses", height, self.high), Evidence("median update ratio", speed(history)))
+        evidence = tuple(e for e in known if not math.isnan(e.value))  # a loss that was negative has no height
         causes, remedies = self._advice(history, read, odd, made if grave else [])
         message = f"training stands at {number(float(read.training[-1]))} and validation at {number(float(read.loss[-1]))} for {count} evaluations"
         severity = Severity.WARNING if grave else Severity.INFO

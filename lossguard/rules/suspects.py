@@ -24,6 +24,7 @@ CHANGED = 3.0  # an input's scale over or under its median that is a change; our
 LOUD = 10.0  # root mean square of an input that is not normalised; survey (unnormalized_input: 1e-2 to 1e1)
 BORN_LOUD = 100.0  # first cross entropy that comes from weights of a wrong scale: healthy logits stay below 28 (survey), ln of a million is 14
 HALF = 0.5  # of an update that weight decay makes alone: it is then the larger part
+HEAVY = 0.99  # momentum above which gradients act for more than 100 steps; our own choice, published recipes (nnU-Net's) go up to it
 HELD = 4  # samples in which weights stand still bit for bit although they are updated; our own choice, chance has no part in it
 MOVES = 1e-6  # updates over weights, above which float32 weights must change; its spacing is 6e-8
 FAR = 10.0  # targets over what a fresh head gives, by the first loss; our own choice
@@ -44,15 +45,16 @@ def large_steps(history: History, because: str, confidence: float = 0.9) -> Advi
     return ranked(pairs)
 
 
-def suspects(history: History) -> Suspects:
-    """All causes of too large steps that this run shows."""
+def suspects(history: History, until: float = math.inf) -> Suspects:
+    """All causes of too large steps that this run shows. until: the step of what they may have caused; what changed later did not."""
     if not history.samples:
         return []
     below = readings.downfall(history, FALLING)
     if below is not None and below.now < -abs(below.high) and below.faster > readings.ENDLESS[2] and not informational(history):
         return no_floor(history)
-    looks = (rate, rise, change, overwritten, decay, loud_input, summed, far_targets, loud_weights, term)
-    return [found for found in (look(history) for look in looks) if found is not None]
+    looks = (rate, overwritten, momentum, decay, loud_input, summed, far_targets, loud_weights, term)
+    changes = (rise(history, until), change(history, until))
+    return [found for found in (*changes, *(look(history) for look in looks)) if found is not None]
 
 
 def no_floor(history: History) -> Suspects:
@@ -81,14 +83,14 @@ def rate(history: History) -> tuple[Cause, list[Remedy]] | None:
     return Cause("learning rate is not finite", 0.98, f"the learning rate is {number(value)}"), [fix]
 
 
-def rise(history: History) -> tuple[Cause, list[Remedy]] | None:
+def rise(history: History, until: float = math.inf) -> tuple[Cause, list[Remedy]] | None:
     """The learning rate rose at once, or step by step, and is far above where it was when the run was well."""
     lr = history.fact("lr")
     at = np.flatnonzero(np.isfinite(lr) & (lr > 0))
     if at.size < 2:
         return None
     lr, steps = lr[at], history.steps()[at]
-    leaps = np.flatnonzero((lr[1:] > ROSE * lr[:-1]) & (steps[1:] > steps[-1] - RECENT))
+    leaps = np.flatnonzero((lr[1:] > ROSE * lr[:-1]) & (steps[1:] > steps[-1] - RECENT) & (steps[1:] <= until))
     if leaps.size:
         old, new = float(lr[leaps[-1]]), float(lr[leaps[-1] + 1])
         back = Remedy(f"learning rate {number(new)} -> {number(old)}, as before", {"lr": old})
@@ -99,10 +101,10 @@ def rise(history: History) -> tuple[Cause, list[Remedy]] | None:
     return None
 
 
-def change(history: History) -> tuple[Cause, list[Remedy]] | None:
+def change(history: History, until: float = math.inf) -> tuple[Cause, list[Remedy]] | None:
     """The input's scale left its own past: for one batch, or from some step on."""
     rms = history.last("input_rms")
-    if len(rms) < HELD:
+    if len(rms) < HELD or history.facts().get("input_in_parts"):
         return None
     for leaf in range(rms.shape[1]):
         there = np.isfinite(rms[:, leaf])
@@ -111,7 +113,7 @@ def change(history: History) -> tuple[Cause, list[Remedy]] | None:
             continue
         usual = middle(values)
         odd = np.flatnonzero(~((values < CHANGED * usual) & (values > usual / CHANGED)))
-        odd = odd[steps[odd] > steps[-1] - RECENT]
+        odd = odd[(steps[odd] > steps[-1] - RECENT) & (steps[odd] <= until)]
         if not odd.size or usual <= 0 or 2 * odd.size > values.size:
             continue
         step, now = int(steps[odd[0]]), float(values[odd[0]])
@@ -138,6 +140,17 @@ def overwritten(history: History) -> tuple[Cause, list[Remedy]] | None:
     because = f"{int(back.sum())} matrices are the same bit for bit in {HELD} samples, though each update changes {number(u)} of them"
     look = Remedy(f"find what writes to {name} between steps: a checkpoint that is loaded again, an average that is copied back", {"parameter": name})
     return Cause("weights are overwritten", 0.97, because), [look]
+
+
+def momentum(history: History) -> tuple[Cause, list[Remedy]] | None:
+    """A mean of gradients that forgets so slowly that steps go where the loss no longer falls."""
+    value = float(history.facts().get("momentum") or 0.0)
+    if not HEAVY < value < 1:
+        return None
+    lasts = f"a momentum of {number(value)}: each gradient acts for some {round(1 / (1 - value))} steps"
+    sums = history.facts().get("optimizer_name") == "SGD"
+    because = f"{lasts}, and steps grow to as many times the learning rate" if sums else lasts
+    return Cause("momentum too high", 0.95, because), [Remedy(f"momentum {number(value)} -> 0.9", {"momentum": 0.9})]
 
 
 def forgets(history: History) -> float:

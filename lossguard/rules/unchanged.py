@@ -222,6 +222,8 @@ class UnchangedWeights:
         able = held & history.kinds("matrix", "embedding")
         if not able.any():
             return None
+        if "LBFGS" in str(history.facts().get("optimizer_name")) and self._moved(history, history.samples).any():
+            return None  # it returns at once where its own bar for a minimum is met
         still = zero & able & ~self._others_business(history, n)
         if not still.any() or (history.facts().get("scaler") == 1.0 and bool(zero[held].all())):
             return None

@@ -35,7 +35,7 @@ class UpdateRatioHigh:
     """update_ratio_high: updates rewrite the weights (survey, update_ratio_high (a) and (b)). Matrices that are not zero-born.
 
     Law (b): a weight norm grows more than 10 times within 100 steps, at once and without grace (healthy <= 3.97, faulty 20 to 1e15).
-    Law (a): the median of u = |dw|/|w| over 20 steps is above 0.1, or over 5 samples above 0.5, in a third of the matrices (healthy singles <= 0.19).
+    Law (a): the median of u = |dw|/|w| over 20 steps is above 0.1, or over 5 samples above 0.5, in more than a third of the matrices (healthy singles <= 0.19).
 
     Why: a learning rate 10 to 1000 times too high; no warm-up under Adam; a loss that is summed instead of averaged under SGD; gradients
     that add up.
@@ -129,7 +129,7 @@ class UpdateRatioHigh:
         u = np.where(able, typically(history, "update_ratio", n), np.nan)
         with np.errstate(invalid="ignore"):
             high = u > limit
-        if high.sum() < max(1.0, self.share * able.sum()):
+        if not high.sum() > self.share * able.sum():
             return None
         worst = int(np.nanargmax(np.where(high, u, np.nan)))
         evidence = Evidence(f"median update ratio over {n} samples", float(u[worst]), limit)
@@ -183,6 +183,8 @@ class UpdateRatioLow:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
+        if n and reach(history, "grad_norm", n)[1] == 0.0:
+            return None  # without any gradient only weight decay moves them, and no rate is to blame
         if n and (little := self._little(history)) is not None:
             return little
         if not n or not (reach(history, "update_ratio", n)[0] < self.ratio or reach(history, "rounded_away", n)[1] > 1.0 - self.moved):

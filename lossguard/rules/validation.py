@@ -67,6 +67,8 @@ class Overfitting:
         read = readings.curves(history)
         if len(read) < self.least:
             return None
+        if read.training.max() < 0 < read.loss.min():  # from the first on: they are no losses of one formula
+            return self._accuracies(history, read)
         return self._turned(history, read) or self._drifts(history, read) or self._stands(history, read) or self._accuracies(history, read)
 
     def _turned(self, history: History, read: Curves) -> Finding | None:
@@ -317,8 +319,10 @@ class ValidationBelowTraining:
             return None
         now, train = float(read.loss[-1]), float(read.training[-1])
         evidence = (Evidence("validation loss", now, train - read.share(self.below, train)), Evidence("training loss", train))
+        dropout = float(history.notes.get("largest_dropout") or 0.0)
+        acts = f"a dropout of {number(dropout)} acts in training only" if dropout else f"validation {number(now)} is below training {number(train)}"
         causes, remedies = ranked([
-            (Cause("regularisation in training only", 0.6, f"validation {number(now)} is below training {number(train)}"),
+            (Cause("regularisation in training only", 0.8 if dropout else 0.6, acts),
              [Remedy("compare again with training measured in evaluation mode", {"look_at": 1})]),
             (Cause("an easier validation split, or shared samples", 0.3, "both would look the same"),
              [Remedy("look for samples in both sets, and compare 20 of each", {"look_at": 20})]),
