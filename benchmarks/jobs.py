@@ -143,14 +143,14 @@ class Wide(nn.Module):
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(64, width), nn.Linear(width, CLASSES)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        self.norms, self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers)), nn.LayerNorm(width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Any:
         x = self.first(x)
         for norm, layer in zip(self.norms, self.layers, strict=True):
             x = x + torch.relu(layer(norm(x)))
-        return self.last(x)
+        return self.last(self.norm(x))
 
 
 def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py                                  # the four jobs on one CPU thread, some minutes
     python benchmarks/overhead.py --quick                          # mlp and deep, few rounds: under a minute
-    python benchmarks/overhead.py --every 1 --peers                # every contestant; --watch lossguard,floor for some
+    python benchmarks/overhead.py --every 1 --peers --plot peers.svg   # every contestant; --watch lossguard,floor for some
     python benchmarks/overhead.py --device cuda --jobs gpt2,gpt2-compiled,resnet50,billion
     python benchmarks/overhead.py --readme                         # writes its tables into benchmarks/README.md
 
@@ -36,6 +36,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import plots
 import torch
 from contestants import NAMES, Contestant, Guarded
 from jobs import BATCHES, JOBS, LARGE, Job, build
@@ -47,39 +48,31 @@ READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero
 README = Path(__file__).parent / "README.md"
 
 
-@dataclass
 class Runner:
-    """A job being trained, watched or not."""
+    """A job being trained, watched or not: then by somebody whose methods are empty, so that calling them is nobody's cost."""
 
-    job: Job
-    watch: Contestant | None = None
-    done: int = 0
+    def __init__(self, job: Job, watch: Contestant | None = None) -> None:
+        self.job, self.watch, self.done = job, watch or Contestant(job, 1), 0
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Around steps of this job: outside of it nothing of its watch is in the way of the others."""
-        if self.watch is not None:
-            self.watch.wake()
+        self.watch.wake()
         try:
             yield
         finally:
-            if self.watch is not None:
-                self.watch.rest()
+            self.watch.rest()
 
     def step(self) -> None:
         x, y = self.job.batches[self.done % BATCHES]
         self.done += 1
-        watch = self.watch
-        if watch is not None:
-            watch.shown(x, y)
+        self.watch.shown(x, y)
         loss = self.job.loss(x, y)
         loss.backward()
-        if watch is not None:
-            watch.differentiated()
+        self.watch.differentiated()
         self.job.optimizer.step()
         self.job.optimizer.zero_grad()
-        if watch is not None:
-            watch.stepped(loss)
+        self.watch.stepped(loss)
 
 
 @dataclass
@@ -176,17 +169,15 @@ def measure(name: str, device: str, every: int, rounds: int, watches: Iterable[s
             cost.least_us = 1e6 * must_read(bare.job) / bandwidth(device)
     finally:
         for runner in runners[1:-1]:
-            if runner.watch is not None:
-                runner.watch.close()
+            runner.watch.close()
     return costs
 
 
 def time_rounds(costs: list[Cost], runners: list[Runner], device: str, every: int, rounds: int) -> None:
     steps = every * max(1, round(10 / every))  # whole cycles, about ten steps
     bare_times = []
-    for i in range(rounds):
-        order = range(len(runners)) if i % 2 == 0 else range(len(runners) - 1, -1, -1)
-        took = {k: block(runners[k], steps, device) for k in order}
+    for _ in range(rounds):
+        took = [block(runner, steps, device) for runner in runners]  # always in turn: nobody finds the caches as it left them
         first, last = took[0], took[len(runners) - 1]
         bare_times.append(first)
         for k, cost in enumerate(costs, 1):
@@ -305,7 +296,7 @@ def table(costs: list[Cost], device: str, every: int, rounds: int) -> str:
 def write_readme(text: str, mark: str) -> None:
     """Put the text between its marks in benchmarks/README.md."""
     page = README.read_text(encoding="utf-8")
-    begin, end = f"<!-- {mark}: made by overhead.py -->\n", f"<!-- {mark}: end -->"
+    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
     if begin not in page or end not in page:
         raise SystemExit(f"{README} has no place for {mark!r}; add the lines {begin.strip()!r} and {end!r}")
     before, rest = page.split(begin, 1)
@@ -323,6 +314,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="mlp and deep, fewer rounds")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument("--plot", type=Path, help="draw the ratios here, as SVG; needs matplotlib")
     parser.add_argument("--readme", metavar="MARK", help="write the table into benchmarks/README.md, between the marks of this name")
     options = parser.parse_args(argv)
     options.names = (options.jobs or ("mlp,deep" if options.quick else ",".join(JOBS))).split(",")
@@ -350,6 +342,8 @@ def main(argv: list[str] | None = None) -> int:
         options.markdown.write_text(text, encoding="utf-8")
     if options.readme:
         write_readme(text, options.readme)
+    if options.plot:
+        plots.ledger(costs, options.plot)
     return 1 if any(c.reads > 0 for c in costs if c.name == "lossguard") else 0
 
 
