@@ -41,6 +41,7 @@ DERIVED = {
     "net_update": "L2 norm of the weights at the iteration's end less those before the update", "void_update": "change of weights by a step without gradients",
     "outside_update": "change of parameters that no optimizer holds",
     "squashed": "the activation that feeds a loss on logits, read from the loss's graph",
+    "axis": "the dimension that the softmax before a loss runs over, read from the same", "paired": "outputs that a loss broadcasts, read from the same",
     "label_nll": "mean negative log-likelihood of the labels", "update_ratio": "update norm over weight norm",
 }  # fmt: skip
 

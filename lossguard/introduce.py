@@ -43,7 +43,8 @@ class Introduction:
         if roster.missing and history.notes.get("missing_from_optimizer") == ():
             history.notes["missing_since"] = history.step  # they were thawed, or new, or taken out of their groups
         history.notes.update(missing_from_optimizer=tuple(roster.missing), foreign_in_optimizer=roster.foreign, trainable=len(roster.trained))
-        history.notes.update(loss_is_nonnegative=self._declared or bool(graph and graph.nonnegative), loss_is_safe=bool(graph and graph.safe))
+        history.notes.update(loss_is_nonnegative=self._declared or bool(graph and graph.sign > 0), loss_is_safe=bool(graph and graph.safe))
+        history.notes.update(loss_is_negated=bool(graph and graph.sign < 0))
         history.notes.update(loss_is_summed=bool(graph and graph.summed), loss_is_mean=bool(graph and graph.averaged))
         history.notes.update(softmax_is_masked=bool(graph and graph.masked))
         history.notes.update(linear_chain=graph.linear_chain if graph else ("", ""), head=str(graph.head or "") if graph else "")

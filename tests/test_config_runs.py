@@ -12,7 +12,6 @@ import sys
 import textwrap
 import threading
 import weakref
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -34,13 +33,6 @@ def quiet(monkeypatch):
     for name in [*os.environ]:
         if name.startswith("LOSSGUARD"):
             monkeypatch.delenv(name)
-
-
-@pytest.fixture(autouse=True)
-def nobody_else(monkeypatch):
-    """A guard that another test forgot keeps the process's hook in place where code was compiled under it: not counted here."""
-    monkeypatch.setattr(nn.modules.module, "_global_forward_hooks", OrderedDict())
-    monkeypatch.setattr(listening, "_attached", set())  # else it comes back with the next guard that ends
 
 
 @pytest.fixture

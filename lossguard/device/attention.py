@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossguard.device.graph import VIEWS
 from lossguard.device.tape import Row, Sites
 from lossguard.device.tape import Scale as Scales
+from lossguard.device.views import VIEWS
 
 ROWS = 64  # queries, and keys, of one sequence that are looked at
 LOOKS = 2  # sampled steps without an attention after which none is looked for

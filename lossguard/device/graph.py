@@ -7,7 +7,6 @@ Nodes are read, none is kept: activations stay free to go.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,34 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Shape = tuple[int, ...]
+from lossguard.device import criterion
+from lossguard.device.criterion import FAMILIES, SOFTMAXES
+from lossguard.device.views import RESHAPES, VIEWS, Shape, before, below, given_shape, kind, saved, shape
+
 MAX_NODES = 50_000  # nodes walked at most, once: about 2 us each
 
-FAMILIES = {
-    "NllLossBackward0": "cross_entropy", "NllLoss2DBackward0": "cross_entropy", "NllLossNdBackward0": "cross_entropy",
-    "BinaryCrossEntropyBackward0": "binary", "BinaryCrossEntropyWithLogitsBackward0": "binary", "MseLossBackward0": "mse",
-    "SmoothL1LossBackward0": "huber", "HuberLossBackward0": "huber", "KlDivBackward0": "kl", "CtcLossBackward0": "ctc",
-}  # fmt: skip
-SOFTMAXES = ("LogSoftmaxBackward0", "SoftmaxBackward0")
-# Nodes that only re-shape, select or re-type what passes through them.
-VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "TransposeBackward", "PermuteBackward", "SliceBackward", "SelectBackward",
-         "SqueezeBackward", "UnsqueezeBackward", "CloneBackward", "ToCopyBackward", "AsStridedBackward", "TBackward", "IndexBackward", "ExpandBackward",
-         "ViewBackward0", "ContiguousBackward", "DivBackward", "MulBackward")  # fmt: skip
-# Nodes that keep the sign of the losses that pass through them; a product does not (policy gradients).
-KEEP_SIGN = ("MeanBackward", "SumBackward", "AddBackward", "DivBackward", "ViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward",
-             "CloneBackward", "ToCopyBackward", "StackBackward", "CatBackward", "SelectBackward", "UnbindBackward")  # fmt: skip
 NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0", "NativeLayerNormBackward0", "NativeGroupNormBackward0")
 BATCH_NORMS = NORMS[:3]
 LINEAR = ("AddmmBackward0", "ConvolutionBackward0", "LinearBackward0")
-SAFE = ("cross_entropy", "mse", "huber", "binary")
-SCALINGS = ("DivBackward", "MulBackward", "MeanBackward", "SumBackward")  # of a loss that was reduced or scaled
 MEAN, SUM = 1, 2  # torch's numbers for reduction="mean" and "sum"
-LOGIT_LOSSES = {
-    "NllLossBackward0": "cross entropy", "NllLoss2DBackward0": "cross entropy", "NllLossNdBackward0": "cross entropy",
-    "BinaryCrossEntropyWithLogitsBackward0": "binary cross entropy with logits",
-}  # fmt: skip
-SQUASHING = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid"}
-RESHAPES = (*VIEWS[:7], "ToCopyBackward")  # and casts, as autocast puts them between a softmax and the loss
 RELUS = ("ReluBackward0", "ThresholdBackward0", "HardtanhBackward0")
 OPAQUE = {"CompiledFunctionBackward": "compiled", "CheckpointFunctionBackward": "reentrant checkpoint"}
 
@@ -52,13 +33,15 @@ class GraphFacts:
     """What the graph says. Producers are named by the keys of the mapping given to :func:`read`."""
 
     loss_family: str = "unknown"
-    nonnegative: bool = False  # the loss is a mean or a sum of losses of these families and nothing else, so that it cannot be negative
+    sign: int = 0  # 1: the loss is a mean or a sum of losses of these families and nothing else, so that it cannot be negative; -1: it is minus such losses
     head: Any = None  # the producer of the logits, None if it was not found
     head_dim: int = -1  # the class dimension there
     relu_parameters: list[int] = field(default_factory=list)  # ids of the 1-d parameters right before a ReLU that no hook saw
     cancelled: set[int] = field(default_factory=set)  # ids of biases that only feed a batch-norm
     safe: bool = False  # the loss itself, or all of its terms, is a built-in loss that is finite for all finite outputs
     squashed: tuple[str, str, str, int] = ("", "", "", 0)  # module, activation, loss that holds one itself, size of the softmax's dimension
+    axis: tuple[int, int, int] = (0, 0, 0)  # a log-softmax that does not run over the classes: its dimension, the size there, the classes
+    paired: tuple[Shape, int] = ((), 0)  # shape of outputs that a distance broadcasts against all targets, and how many there are
     attentions: int = 0  # fused attentions
     summed: bool = False  # a built-in loss adds its samples up, and nothing behind it divides the sum (by a count of tokens, say)
     averaged: bool = False  # the loss is the mean of one built-in loss and nothing else
@@ -66,6 +49,11 @@ class GraphFacts:
     linear_chain: tuple[str, str] = ("", "")  # two linear layers, by their modules, with nothing but a view between them
     leaves: set[int] = field(default_factory=set)  # ids of the parameters that the loss depends on
     opaque: set[str] = field(default_factory=set)  # regions that cannot be read, such as "compiled"
+
+    def faults(self) -> dict[str, Any]:
+        """What is wrong at the loss itself, for the samples' facts: nothing, in nearly every run."""
+        found = {"squashed": (self.squashed, self.squashed[1]), "axis": (self.axis, self.axis[1]), "paired": (self.paired, self.paired[1])}
+        return {name: fact for name, (fact, there) in found.items() if there}
 
 
 def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collection[Any] = (), inside: Sequence[tuple[Any, Shape]] = ()) -> GraphFacts:
@@ -77,8 +65,9 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
     for root in roots:
         if facts.head is None:
             _read_head(root, producers, facts, inside)
-    facts.nonnegative = bool(roots) and len(roots) == len(losses) and all(_keeps_sign(root) for root in roots)
-    facts.safe = safe(losses)
+    facts.sign = criterion.sign(losses)
+    facts.safe = criterion.safe(losses)
+    facts.paired = next((found for found in map(criterion.paired, roots) if found[1]), facts.paired)
     facts.averaged = len(roots) == len(losses) == 1 and roots[0].name() in FAMILIES and getattr(roots[0], "_saved_reduction", None) == MEAN
     seen, queue, divided = set(roots), deque(roots), False
     while queue and len(seen) < MAX_NODES:
@@ -92,7 +81,9 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
             facts.loss_family = FAMILIES[name]
             facts.summed = getattr(node, "_saved_reduction", None) == SUM and not divided
         if not facts.squashed[1]:
-            facts.squashed = _squashed(node, producers)
+            facts.squashed = criterion.squashed(node, producers)
+        if not facts.axis[1]:
+            facts.axis = criterion.wrong_axis(node)
         facts.masked = facts.masked or (name == SOFTMAXES[1] and _is_masked(node))
         facts.attentions += name.startswith("ScaledDotProduct")
         if name in LINEAR and not facts.linear_chain[0]:
@@ -110,86 +101,15 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
     return facts
 
 
-def _squashed(node: Any, producers: Mapping[Any, Any]) -> tuple[str, str, str, int]:
-    """A loss on logits that is given what a softmax or a sigmoid made, with nothing but views between; empty for any other node."""
-    loss, over, size = LOGIT_LOSSES.get(node.name(), ""), node, 0
-    if loss == "cross entropy":
-        over = _behind_views(node)
-        if over is None or over.name() != SOFTMAXES[0]:
-            return "", "", "", 0
-        size = _input_size(over)
-    made = _behind_views(over) if loss else None
-    kind = SQUASHING.get(made.name(), "") if made is not None else ""
-    if not kind or (kind == "softmax" and size and _input_size(made) != size):
-        return "", "", "", 0
-    return str(producers.get(made, "")), kind, loss, size
-
-
-def _behind_views(node: Any) -> Any:
-    """What feeds a node, through what only re-shapes."""
-    for _ in range(5):
-        node = node.next_functions[0][0] if node.next_functions else None
-        if node is None or not node.name().rstrip("0123456789").startswith(RESHAPES):
-            return node
-    return None
-
-
-def _input_size(softmax: Any) -> int:
-    """The size of the dimension that a softmax runs over."""
-    shape = _shape(softmax)
-    return shape[_saved(softmax, "_saved_dim")] if shape else 1
-
-
 def _is_masked(node: Any) -> bool:
     """Right before it, but for views and a scale, something was filled or chosen by a mask, or added."""
     for _ in range(4):
-        node = node.next_functions[0][0] if node.next_functions else None
+        node = below(node)
         if node is None or node.name().startswith(("MaskedFill", "Where")):
             return node is not None
-        if not node.name().rstrip("0123456789").startswith(VIEWS):
+        if not kind(node).startswith(VIEWS):
             return False
     return False
-
-
-def _keeps_sign(root: Any, most: int = 256) -> bool:
-    """Only nodes that keep the sign stand between the root and losses of known families."""
-    seen, queue = {root}, deque([root])
-    while queue and len(seen) < most:
-        node = queue.popleft()
-        if node.name() in FAMILIES:
-            continue
-        below = [child for child, _ in node.next_functions if child is not None]
-        if not node.name().rstrip("0123456789").startswith(KEEP_SIGN) or not below:
-            return False
-        queue.extend(child for child in below if child not in seen)
-        seen.update(below)
-    return not queue
-
-
-def safe(losses: Sequence[Tensor]) -> bool:
-    """Whether each term is a built-in loss, perhaps reduced or scaled, that is finite for all finite outputs."""
-    nodes = [_unscaled(loss.grad_fn) for loss in losses if loss.grad_fn is not None]
-    return nodes != [] and all(FAMILIES.get(n.name()) in SAFE and (not n.name().startswith("NllLoss") or _of_softmax(n)) for n in nodes)
-
-
-def _of_softmax(node: Any) -> bool:
-    """Whether it is given log-probabilities by torch's own log_softmax."""
-    for _ in range(4):
-        node = node.next_functions[0][0] if node.next_functions else None
-        if node is None or not node.name().rstrip("0123456789").startswith(VIEWS):
-            break
-    name: str = "" if node is None else node.name()
-    return name.startswith(SOFTMAXES[0])
-
-
-def _unscaled(node: Any) -> Any:
-    """Behind a loss's reduction and scaling."""
-    for _ in range(4):
-        below = [child for child, _ in node.next_functions if child is not None]
-        if not node.name().startswith(SCALINGS) or len(below) != 1:
-            break
-        node = below[0]
-    return node
 
 
 def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts, inside: Sequence[tuple[Any, Shape]]) -> None:
@@ -212,51 +132,20 @@ def _read_head(root: Any, producers: Mapping[Any, Any], facts: GraphFacts, insid
 
 def _through_views(softmax: Any, producers: Mapping[Any, Any], inside: Sequence[tuple[Any, Shape]]) -> tuple[Any, int] | None:
     """The producer of a softmax's logits, and which dimension of its output the softmax runs over."""
-    dim, node = _saved(softmax, "_saved_dim"), softmax
+    dim, node = saved(softmax, "_saved_dim"), softmax
     for _ in range(32):
-        below, output = node.next_functions[0] if node.next_functions else (None, 0)
-        if below is None or not (node is softmax or hasattr(node, "_input_metadata")):
+        source, sizes = below(node), given_shape(node)
+        if source is None or not (node is softmax or hasattr(node, "_input_metadata")):
             return None  # nothing behind it, or a torch that does not tell the shapes of views
-        shape = tuple(below._input_metadata[output].shape)
-        moved = dim if node is softmax else _before(node, dim, _shape(node), shape)
+        moved = dim if node is softmax else before(node, dim, shape(node), sizes)
         if moved is None:
             return None
-        node, dim = below, moved
+        node, dim = source, moved
         if node in producers:
             return producers[node], dim
-        if not node.name().rstrip("0123456789").startswith(VIEWS):
-            return next(((key, dim) for key, given in reversed(inside) if given == shape), None)  # what compiled code gave
+        if not kind(node).startswith(VIEWS):
+            return next(((key, dim) for key, given in reversed(inside) if given == sizes), None)  # what compiled code gave
     return None
-
-
-def _before(node: Any, dim: int, after: tuple[int, ...], before: tuple[int, ...]) -> int | None:
-    """Where a dimension of a view's result lies in the view's source; None if it has no one place there."""
-    name = node.name()
-    dim %= len(after)
-    if name.startswith("Transpose"):
-        swap = (_saved(node, "_saved_dim0") % len(after), _saved(node, "_saved_dim1") % len(after))
-        return swap[1 - swap.index(dim)] if dim in swap else dim
-    if name.startswith("TBackward"):
-        return len(after) - 1 - dim
-    if name.startswith("Permute"):
-        return _signed(node._saved_dims[dim]) % len(after)
-    if len(after) == len(before) and not name.startswith(("View", "UnsafeView", "ReshapeAlias")):
-        return dim if before[dim] == after[dim] else None
-    inner = math.prod(after[dim + 1 :])
-    return next((d for d, size in enumerate(before) if size == after[dim] and math.prod(before[d + 1 :]) == inner), None)
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    """The shape of what a node gave."""
-    return tuple(node._input_metadata[0].shape)
-
-
-def _saved(node: Any, name: str) -> int:
-    return _signed(getattr(node, name))
-
-
-def _signed(dim: int) -> int:
-    return dim - 2**64 if dim > 2**63 else dim
 
 
 def _parameters(node: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.device import graph, roles
+from lossguard.device import criterion, roles
 from lossguard.device.bank import Bank
 from lossguard.device.clearing import Clearing
 from lossguard.device.extras import Extras
@@ -147,9 +147,9 @@ class Recorder:
                 self.facts["input_in_parts"] = 1.0
             if self.passes.finish(losses):
                 self._plan()
-            if self.passes.graph is not None and self.passes.graph.squashed[1]:
-                self.facts["squashed"] = self.passes.graph.squashed
-            self.facts.update({"loss_is_safe": graph.safe(losses)} if "forced" in self.facts else {})
+            if self.passes.graph is not None:
+                self.facts.update(self.passes.graph.faults())
+            self.facts.update({"loss_is_safe": criterion.safe(losses)} if "forced" in self.facts else {})
         self.facts.setdefault("stepped", 0.0)
         return [row.lay_down() for row in self._rows.values()]
 

@@ -19,6 +19,7 @@ from lossguard.findings import Cause, Evidence, Finding, Remedy, number
 from lossguard.preflight.bench import Bench
 from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
 from lossguard.preflight.listen import BINARY, CLASSIFIES, REGRESSES, LossCall, total_of
+from lossguard.rules.outputs import broadcast
 
 Advice = list[tuple[Cause, list[Remedy]]]
 PIXEL = 255.0  # the largest value of an 8-bit pixel
@@ -234,12 +235,10 @@ class InvalidLabels:
         return self._broadcast(outputs, targets)
 
     def _broadcast(self, outputs: Tensor, targets: Tensor) -> Finding:
-        shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
         wide = math.prod(torch.broadcast_shapes(outputs.shape, targets.shape))  # type: ignore[no-untyped-call]
         evidence = [Evidence("pairs compared", wide, max(outputs.numel(), targets.numel()))]
-        cause = Cause("shapes are broadcast", 0.95, f"{shapes}: each output is compared with other samples' targets")
         message = "outputs and targets have different shapes"
-        return finding(self.diagnosis, "targets", message, evidence, [(cause, [Remedy("use targets.view_as(outputs)", {"labels": "repair"})])])
+        return finding(self.diagnosis, "targets", message, evidence, [broadcast(tuple(outputs.shape), tuple(targets.shape))])
 
     def _ignored(self, bench: Bench, heard: list[LossCall]) -> Finding | None:
         """Nothing left to learn from."""

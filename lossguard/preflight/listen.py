@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lossguard.device.graph import VIEWS
+from lossguard.device.views import VIEWS
 
 LOSSES: dict[Any, str] = {
     F.cross_entropy: "cross_entropy", F.nll_loss: "nll", F.binary_cross_entropy: "bce", F.binary_cross_entropy_with_logits: "bce_logits",

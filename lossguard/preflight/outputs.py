@@ -13,6 +13,7 @@ from lossguard.preflight.bench import Bench
 from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
 from lossguard.preflight.labels import calls
 from lossguard.preflight.listen import CLASSIFIES, REGRESSES, LossCall
+from lossguard.rules.outputs import WRONG_AXIS
 
 # What an activation lets through: its autograd name -> (lowest, highest) value.
 RANGES = {
@@ -26,7 +27,6 @@ RANGES = {
     "Exp": (0.0, math.inf),
     "Hardsigmoid": (0.0, 1.0),
 }
-WRONG_AXIS = "softmax over the wrong axis"
 SAYS = {"Relu": "ReLU", "LogSoftmax": "log-softmax", "Hardtanh": "hardtanh"}
 
 

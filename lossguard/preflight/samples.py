@@ -11,8 +11,8 @@ from torch import Tensor
 from lossguard.findings import Cause, Evidence, Remedy
 from lossguard.preflight.bench import Bench
 from lossguard.preflight.check import Answer, check, failed, finding, passed, unknown
-from lossguard.preflight.outputs import WRONG_AXIS
 from lossguard.preflight.take import chosen, sizes, tensors
+from lossguard.rules.outputs import WRONG_AXIS
 
 LEAST = 3  # samples: one that is exchanged, one in its place, one that is watched
 

@@ -22,17 +22,19 @@ class NegativeLoss:
 
     Law: the loss is below -1e-6 of its size, and it is known to be a cross entropy, a binary cross entropy, a squared, absolute or
     Huber error, a CTC loss or a KL divergence and nothing else: declared as ``loss_family``, or read from the graph of the loss. Law
-    (mirrored), for any other loss beside labels that were shown: over 10 samples and more it is the labels' negative
-    log-likelihood times one and the same negative number. Law (bottomless), beside labels of which some are no class (padding) in 10
-    samples: the loss is further below 0 than it ever was above, and has fallen faster in each third of the run than in the one before. Law
-    (endless): it is 100 times as far below 0 as it ever was above, and fell 1.5 times as far in each third of the run as in the one before.
+    (negated): the graph shows such losses under a minus sign and nothing else, weighted perhaps, and the last 10 losses are in the mean
+    1.5 times as far below 0 as the first 10. Law (mirrored), for any other loss beside labels that were shown: over 10 samples and more
+    it is the labels' negative log-likelihood times one and the same negative number. Law (bottomless), beside labels of which some are
+    no class (padding) in 10 samples: the loss is further below 0 than it ever was above, and has fallen faster in each third of the run
+    than in the one before. Law (endless): it is 100 times as far below 0 as it ever was above, and fell 1.5 times as far in each third of
+    the run as in the one before.
 
     Why: targets out of range (-1 used as padding, 0 to 255 instead of 0 to 1); ``nll_loss`` on probabilities or logits instead of
     log-probabilities; unnormalised distributions in a divergence; a minus sign too many; negative sample weights.
     Do: check that targets lie in [0, 1] (binary) or are class numbers; feed ``log_softmax`` to ``nll_loss``, or logits to
     ``cross_entropy``; normalise both sides of a divergence to sum 1; weights of 0 or more.
-    False alarm: unlearning by gradient ascent is the mirrored law by design: mute it. Gaussian likelihoods, ELBO, policy gradients,
-    adversarial, cosine and contrastive losses may be negative: they are not of these families, and none of the last three laws holds for
+    False alarm: unlearning by gradient ascent is the negated and the mirrored law by design: mute it. Gaussian likelihoods, ELBO, policy gradients,
+    adversarial, cosine and contrastive losses may be negative: they are not of these families, and none of the other laws holds for
     them, since a likelihood falls ever slower. Rounding stays within the limit.
     """
 
@@ -41,6 +43,8 @@ class NegativeLoss:
     slow: ClassVar[bool] = True
     rounding: float = 1e-6  # of max(1, |median of the losses|); survey
     families: tuple[str, ...] = ("cross_entropy", "binary", "mse", "l1", "huber", "ctc", "kl")  # losses that are never negative; survey
+    negated: float = 1.5  # times as far below 0 as at first; our own choice: a network that only guesses stays where it is
+    mean: int = 10  # losses in such a mean; our own choice
     mirrored: int = 10  # samples in which loss and log-likelihood are compared; our own choice
     same: float = 0.01  # of their ratio: its whole range, about rounding in half precision; our own choice
     varied: float = 0.05  # of the log-likelihood: its range in them is larger, so that a constant loss proves nothing; our own choice
@@ -56,7 +60,7 @@ class NegativeLoss:
             newest = history.losses(1)
             if not newest.size or not newest[0] < 0 or informational(history):
                 return None
-            return self._mirrored(history) or self._bottomless(history) or self._endless(history)
+            return self._negated(history) or self._mirrored(history) or self._bottomless(history) or self._endless(history)
         losses = history.losses()
         fresh = losses[-history.fresh_losses :] if history.fresh_losses else losses[:0]
         if not fresh.size or not np.nanmin(fresh, initial=0.0) < -self.rounding:
@@ -71,6 +75,20 @@ class NegativeLoss:
         severity = Severity.INFO if informational(history) else Severity.WARNING
         message = f"it is {number(value)}, and a loss of the family {history.loss_family} cannot be below 0"
         return Finding(self.diagnosis, severity, step, "loss", message, (Evidence("loss", value, limit),), causes, remedies)
+
+    def _negated(self, history: History) -> Finding | None:
+        """Law (negated)."""
+        first, newest = history.first_losses(self.mean), history.losses(self.mean)
+        if not history.notes.get("loss_is_negated") or history.first_step != 0 or history.losses().size < 2 * self.mean or "acts" in history.facts():
+            return None
+        began, now = float(first.mean()), float(newest.mean())
+        if not now < self.negated * min(began, 0.0):
+            return None
+        cause = Cause("sign of the loss", 0.9, "so says its graph: losses that are never negative, under a minus sign")
+        causes, remedies = ranked([(cause, [Remedy("turn the sign of the loss", {"sign": -1.0})])])
+        evidence = (Evidence(f"mean of the last {self.mean} losses", now, self.negated * min(began, 0.0)), Evidence(f"of the first {self.mean}", began))
+        message = f"it is {number(now)}, below 0 and falling: losses that are to be small are subtracted"
+        return Finding(self.diagnosis, Severity.WARNING, int(history.loss_steps()[-1]), "loss", message, evidence, causes, remedies)
 
     def _mirrored(self, history: History) -> Finding | None:
         """The loss is the labels' log-likelihood itself: the sign that makes a network unlearn."""
