@@ -669,7 +669,7 @@ def float_labels():
 def broadcast():
     x = torch.randn(300, 8)
     model = mlp(8, 1)
-    return model, loader(x, x[:, 0]), nn.MSELoss(), adam(model), {}
+    return model, loader(x, 2 * x[:, 0]), nn.MSELoss(), adam(model), {}
 
 
 def signs():
@@ -722,7 +722,7 @@ def no_log_softmax():
 def relu_regression():
     x = torch.randn(300, 8)
     model = nn.Sequential(mlp(8, 1), nn.ReLU())
-    return model, loader(x, x[:, :1]), nn.MSELoss(), adam(model), {}
+    return model, loader(x, 2 * x[:, :1]), nn.MSELoss(), adam(model), {}
 
 
 def all_zero():
@@ -832,7 +832,7 @@ def paired_by_hand():
     """A loss written by hand over outputs (N, 1) and targets (N,)."""
     x = torch.randn(300, 8)
     model = mlp(8, 1)
-    return model, loader(x, x[:, 0]), lambda out, y: ((out - y) ** 2).mean(), adam(model), {}
+    return model, loader(x, 2 * x[:, 0]), lambda out, y: ((out - y) ** 2).mean(), adam(model), {}
 
 
 def masks_of_255():
@@ -845,7 +845,14 @@ def wrong_axis():
     return with_digits(nn.Sequential(mlp(64, 10), nn.LogSoftmax(0)), nn.NLLLoss())
 
 
+def left_in():
+    """The class stands among the features."""
+    x, y = digits()
+    model = mlp(64, 10)
+    return model, loader(torch.cat([x[:, :40], y[:, None] / 10.0, x[:, 41:]], dim=1), y / 10.0), lambda out, y: F.mse_loss(out[:, 0], y), adam(model), {}
+
+
 ILL += [
-    (paired_by_hand, "invalid_labels", "shapes are broadcast"), (masks_of_255, "invalid_labels", "targets are no probabilities"),
+    (left_in, "target_leak", "a feature is the target"), (paired_by_hand, "invalid_labels", "shapes are broadcast"), (masks_of_255, "invalid_labels", "targets are no probabilities"),
     (wrong_axis, "wrong_output_activation", "softmax over the wrong axis"),
 ]  # fmt: skip

@@ -57,7 +57,7 @@ EXPECTED = {
         needs=("sklearn", "lightning|pytorch_lightning"),
     ),
     "plain_loop.py": Example("update_ratio_high", ill=("--lr", "5")),
-    "preflight_digits.py": Example("unnormalized_input", ("13 checks.*: no findings", "wrong_output_activation +output: softmax")),
+    "preflight_digits.py": Example("unnormalized_input", ("14 checks.*: no findings", "wrong_output_activation +output: softmax")),
     "tracker.py": Example("update_ratio_high", (r"\d+ scalars in all\n[\s\S]*bytes in", "bytes in")),
     "transformers_trainer.py": Example("update_ratio_high", (r"evaluation loss [01]\.", ""), needs=("transformers", "accelerate")),
 }

@@ -146,9 +146,9 @@ def test_a_printed_preflight_has_one_line_per_check():
     """The text has a head, one line for each check, and then the findings."""
     result = flown(preflight_tasks.pixels)
     lines = str(result).splitlines()
-    assert "13 checks" in lines[0] and "1 finding" in lines[0]
-    assert [line.replace("cannot tell", "cannot-tell").split()[1] for line in lines[1:14]] == list(result.answers)
-    assert lines[14] == "lossguard: warning unnormalized_input before the first step"
+    assert "14 checks" in lines[0] and "1 finding" in lines[0]
+    assert [line.replace("cannot tell", "cannot-tell").split()[1] for line in lines[1:15]] == list(result.answers)
+    assert lines[15] == "lossguard: warning unnormalized_input before the first step"
     assert 'silence: preflight(..., mute={"unnormalized_input"})' in str(result)
 
 

@@ -23,7 +23,7 @@ PER_UNIT = ("activation_rms", "sample_variance", "zero_fraction", "dead_fraction
 PER_HEAD = ("logit_peak", "confident_fraction", "log_normalizer", "confident_wrong", "label_nll")
 FEW = ("loss", "validation", "input_rms", "clip_coefficient", "consecutive_skips", "total_skips", "frozen_update", "net_update", "void_update",
        "outside_update", "weight_print")  # fmt: skip
-SIGNALS = {*FEW, "squashed", "grad_rms", "grad_total", "update_ratio", *PER_PARAMETER, *PER_UNIT, *PER_HEAD}
+SIGNALS = {*FEW, "squashed", "axis", "paired", "grad_rms", "grad_total", "update_ratio", *PER_PARAMETER, *PER_UNIT, *PER_HEAD}
 
 PARAMS = [
     Param("embed.weight", 32000, "embedding", module="Embedding"),
@@ -215,6 +215,7 @@ ILL: dict[str, tuple[Edit, int, int, str, Severity]] = {
     "constant_loss": (loss(lambda t, v: 87.33654), 0, 20, "loss", Severity.WARNING),
     "loss_plateau": (both(loss(lambda t, v: 2.3 + 0.05 * np.sin(t)), times("update_norm", ALL, 2e-3)), 0, 150, "loss", Severity.WARNING),
     "oscillating_loss": (both(loss(lambda t, v: 1 + 0.4 * (-1) ** t, since=20), times("update_norm", ALL, 25.0)), 20, 240, "loss", Severity.WARNING),
+    "invalid_labels": (fact("paired", ((8, 1), 8)), 0, 0, "targets", Severity.WARNING),
     "wrong_output_activation": (fact("squashed", ("head", "softmax", "cross entropy", 10)), 0, 0, "head", Severity.WARNING),
     "negative_loss": (loss(lambda t, v: -0.02, since=70), 70, 0, "loss", Severity.WARNING),
     "overfitting": (validation(lambda t, v: v + 0.004 * max(0, t - 120)), 120, 140, "validation", Severity.WARNING),
@@ -262,6 +263,7 @@ NEAR: dict[str, Edit] = {
     # the last fifth of a long warm-up, and a fall of 3 % within much noise
     "loss_plateau": both(loss(lambda t, v: 2.3 * (1 - 3e-4 * t) * v / (0.5 + 1.8 * np.exp(-t / 60)))),
     "oscillating_loss": both(loss(lambda t, v: (0.5 + 1.8 * np.exp(-t / 60)) * (1 + 0.3 * ((t * 7919) % 13 - 6) / 6)), times("update_norm", ALL, 25.0)),
+    "invalid_labels": fact("paired", ((), 0)),
     "wrong_output_activation": fact("squashed", ("", "", "", 0)),
     "negative_loss": loss(lambda t, v: -1e-8),
     "overfitting": validation(lambda t, v: v + 0.0003 * max(0, t - 120)),

@@ -30,6 +30,7 @@ ORDER = (
     "poor_initialization",
     "unchanged_weights",
     "cross_sample_leak",
+    "target_leak",
     "unshuffled_data",
     "initial_loss_off",
     "validation_mismatch",
