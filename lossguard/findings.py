@@ -159,7 +159,7 @@ CHANGES: dict[str, str] = {
     "bias": "initial bias",
     "activation": "relu, leaky_relu, gelu",
     "output_activation": "what stands before the loss: none, log_softmax",
-    "add": "a part to add: normalization, residual",
+    "add": "a part to add: normalization, residual, balance",
     "normalize_input": "True",
     "standardize_targets": "True",
     "zero_grad": "True: clear before each backward",

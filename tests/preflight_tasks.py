@@ -853,6 +853,7 @@ def left_in():
 
 
 ILL += [
-    (left_in, "target_leak", "a feature is the target"), (paired_by_hand, "invalid_labels", "shapes are broadcast"), (masks_of_255, "invalid_labels", "targets are no probabilities"),
+    (left_in, "target_leak", "a feature is the target"),
+    (paired_by_hand, "invalid_labels", "shapes are broadcast"), (masks_of_255, "invalid_labels", "targets are no probabilities"),
     (wrong_axis, "wrong_output_activation", "softmax over the wrong axis"),
 ]  # fmt: skip

@@ -357,3 +357,56 @@ def test_several_players_have_no_order():
     assert read(history) == "no order"
     history.optimizers = 1
     assert read(history) == "diverging"
+
+
+# ---- curricula and routers
+
+
+@pytest.mark.parametrize(("grows", "heard"), [(True, Severity.INFO), (False, Severity.WARNING)])
+def test_a_curriculum_of_longer_samples_is_information(grows, heard):
+    """A loss that climbs above its start while sequences grow longer than they were at its best; with sequences of one length it is an alarm."""
+    torch.manual_seed(0)
+    cell, head = nn.GRUCell(2, 8), nn.Linear(8, 1)
+    model = nn.ModuleDict({"cell": cell, "head": head})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Guard(model, optimizer, halt=None) as guard:
+        for step in range(160):
+            x = torch.randn(16, 4 + 4 * (step // 40) if grows else 8, 2)
+            state = torch.zeros(16, 8)
+            for t in range(x.shape[1]):
+                state = cell(x[:, t], state)
+            loss = F.mse_loss(head(state).squeeze(-1), (1 + 2 * (step // 40)) * torch.randn(16))  # harder as it goes, either way
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step(loss)
+    found = [f.severity for f in guard.findings if f.diagnosis == "diverging_loss"]
+    assert found == [heard], guard.findings
+    assert guard.history.fact("sample_elements")[[0, -1]].tolist() == ([4 * 8, 16 * 8] if grows else [64, 64])
+
+
+class Routed(nn.Module):
+    """Each sample goes to the expert of the largest score; the last one has a bias that no score overcomes."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts, self.head = nn.Linear(8, 4), nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU()) for _ in range(4)), nn.Linear(16, 3)
+        self.gate.bias.data[:] = torch.tensor([0.0, 0.0, 0.0, -50.0])
+
+    def forward(self, x):
+        scores = self.gate(x).softmax(1)
+        best, chosen = scores.max(1)
+        out = torch.zeros(len(x), 16)
+        for k, expert in enumerate(self.experts):
+            rows = torch.nonzero(chosen == k)[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]) * best[rows, None])
+        return self.head(out)
+
+
+def test_an_expert_that_nothing_is_routed_to_is_named_as_such():
+    """It is not detached from the loss: the router never chooses it."""
+    guard = trained(F.cross_entropy, model=Routed(), steps=300)
+    (found,) = [f for f in guard.findings if f.diagnosis == "unchanged_weights"]
+    assert found.where.startswith("experts.3") and found.causes[0].name == "nothing is routed to it"
+    assert "router" in found.remedies[0].text

@@ -65,6 +65,7 @@ class Passes:
         self.targets = self._shown = None
         self._head_seen, self._first_module = False, True
         self._rows.clear()
+        self.elements = 0
         self._anchors = {}
         self._inside.clear()
         self._producers.clear()
@@ -156,6 +157,7 @@ class Passes:
         if first:
             self._opening = name
         if name == self._opening:
+            self.elements += tensor.numel() // max(1, tensor.shape[0] if tensor.dim() else 1)
             self._see_input(args)
         if self._dense:
             self.forward.follow(name, kind, args[0] if args else None, tensor)

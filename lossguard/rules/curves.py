@@ -223,8 +223,9 @@ class DivergingLoss:
     Do: divide the learning rate by 10 and warm up over 100 steps or more; clip the gradient norm; check the sign of the loss; look at 20
     samples with their labels; batches of 32 or more.
     False alarm: losses without order (several optimizers, adversarial, reinforcement, declared or by the names of the loss's terms: a
-    policy and its critic, a generator and its discriminator) are information only. A curriculum that grows
-    harder, or a term whose weight grows (KL annealing), rises by design: ``DivergingLoss(rise=1.0)`` or mute it.
+    policy and its critic, a generator and its discriminator) are information only; so is a curriculum whose samples are larger than any was
+    when the loss was at its best. One that grows harder at the same size, or a term whose weight grows (KL annealing), rises by
+    design: ``DivergingLoss(rise=1.0)`` or mute it.
     """
 
     diagnosis: ClassVar[str] = "diverging_loss"
@@ -238,6 +239,7 @@ class DivergingLoss:
     halt_after: int = 300  # steps above, after which the run is lost; our own choice
     fast: float = 3e-2  # median update ratio; survey, target band
     far: float = 100.0  # times the first losses; our own choice
+    samples: int = 3  # newest sampled steps whose samples are compared with those at the best; our own choice
     grace: int = 40  # steps; survey
     patience: int = 1  # answers; `sustained` is the patience
 
@@ -260,9 +262,10 @@ class DivergingLoss:
             return None  # a few spikes raise a mean for as long as it holds them
         below = np.flatnonzero(~above)
         run = above.size - (int(below[-1]) + 1 if below.size else 0)
-        return self._finding(history, int(steps[-run]), run, float(means[-1]) * scale, best * scale, limit * scale)
+        best_step = int(steps[best_at + self.width - 1])
+        return self._finding(history, int(steps[-run]), run, float(means[-1]) * scale, best * scale, limit * scale, best_step)
 
-    def _finding(self, history: History, step: int, run: int, now: float, best: float, limit: float) -> Finding:
+    def _finding(self, history: History, step: int, run: int, now: float, best: float, limit: float, best_step: int) -> Finding:
         severity = Severity.HALT if run >= self.halt_after and self._lost(history, now) else Severity.WARNING
         leapt = leap(history, step)
         causes, remedies = ranked([
@@ -274,8 +277,14 @@ class DivergingLoss:
         ])  # fmt: skip
         lasts = Evidence("steps above its start", float(run), float(self.sustained))
         evidence = (Evidence("mean of the last losses", now, limit), Evidence("best mean so far", best), lasts)
-        severity = Severity.INFO if informational(history) else severity
+        severity = Severity.INFO if informational(history) or self._harder(history, best_step) else severity
         return Finding(self.diagnosis, severity, step, "loss", f"{number(best)} -> {number(now)}, above its start for {run} steps", evidence, causes, remedies)
+
+    def _harder(self, history: History, best_step: int) -> bool:
+        """A curriculum: each sample has become larger than any was until the loss was at its best."""
+        size, steps = history.fact("sample_elements"), history.steps()
+        before, after = size[steps <= best_step], size[-self.samples :]
+        return bool(before.size and after.size and after.min() > before.max())
 
     def _lost(self, history: History, now: float) -> bool:
         """Nobody could want this: a classifier below its start, updates that rewrite the weights, or a loss of another magnitude."""

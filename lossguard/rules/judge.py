@@ -55,7 +55,15 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "negative_loss": (*_DIVERGENCE, "update_ratio_high", "overfitting"),  # a loss without a floor is followed downwards for ever
     "invalid_labels": ("collapsed_activation", "vanishing_gradient", "oscillating_loss", *_STANDSTILL, *_BEFORE),
     "unnormalized_input": ("poor_initialization", "unchanged_weights", *_BEFORE),
-    "wrong_output_activation": ("unchanged_weights", "vanishing_gradient", "update_ratio_low", "saturated_softmax", *_STANDSTILL, *_BEFORE),
+    "wrong_output_activation": (
+        "unchanged_weights",
+        "vanishing_gradient",
+        "update_ratio_low",
+        "saturated_softmax",
+        "validation_mismatch",
+        *_STANDSTILL,
+        *_BEFORE,
+    ),
     "cross_sample_leak": ("cannot_overfit_batch",),
     "initial_loss_off": ("cannot_overfit_batch",),
 }

@@ -305,6 +305,9 @@ class UnchangedWeights:
         if set(sites.tolist()) <= set(history.facts().get("resting") or ()):
             remedy = Remedy(f"give the group of {name} its learning rate back, or set requires_grad_(False)", {"unfreeze": True, "parameter": name})
             return Cause("learning rate is zero", 0.9, f"the learning rate of the group of {name} is 0"), remedy
+        if passed_over(history, int(sites[0]), n):
+            remedy = Remedy("keep all parts in use: a balancing loss or noise for the router, or drop those that are never chosen", {"add": "balance"})
+            return Cause("nothing is routed to it", 0.85, f"the module of {name} has not run in {n} samples, and others like it have"), remedy
         if without_gradient(history)[sites[0]]:
             remedy = Remedy(f"look for detach(), no_grad() or an unused branch after {name}", {"unfreeze": True, "parameter": name})
             return Cause("detached from the loss", 0.8, f"the gradient of {name} is None"), remedy
