@@ -410,3 +410,36 @@ def test_an_expert_that_nothing_is_routed_to_is_named_as_such():
     (found,) = [f for f in guard.findings if f.diagnosis == "unchanged_weights"]
     assert found.where.startswith("experts.3") and found.causes[0].name == "nothing is routed to it"
     assert "router" in found.remedies[0].text
+
+
+# ---- a code that tells nothing
+
+
+def variational(weight, rises=False):
+    """A variational autoencoder on points of two kinds, its terms told by name; the guard."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 8))
+    model = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    centres = 2 * torch.randn(5, 8)
+    with Guard(model, optimizer, halt=None) as guard:
+        for step in range(600):
+            x = centres[torch.randint(5, (32,))] + 0.3 * torch.randn(32, 8)
+            mean, spread = encoder(x).chunk(2, dim=1)
+            out = decoder(mean + torch.randn_like(mean) * (spread / 2).exp())
+            divergence = -0.5 * (1 + spread - mean.square() - spread.exp()).sum(1).mean()
+            terms = {"reconstruction": (out - x).square().sum(1).mean(), "kl": weight * (min(1.0, step / 400) if rises else 1.0) * divergence}
+            sum(terms.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step(terms)
+    return guard
+
+
+def test_a_posterior_that_collapses_is_named():
+    """A divergence that outweighs the reconstruction empties the code. At its usual weight, and at one that rises from 0, nothing is said."""
+    (found,) = [f for f in variational(20.0).findings if f.severity >= Severity.WARNING and f.diagnosis == "collapsed_activation"]
+    assert (found.where, found.causes[0].name) == ("term 'kl'", "posterior collapse")
+    assert "tenth of the divergence's weight" in found.remedies[0].text
+    for healthy in (variational(1.0), variational(1.0, rises=True), variational(0.01)):
+        assert alarms(healthy) == []

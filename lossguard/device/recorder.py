@@ -142,7 +142,7 @@ class Recorder:
                     self.banks[k].lay_prints(self.row(self.banks[k].device))
             self.extras.finish(self.facts, self.row)
             if self.passes.elements:
-                self.facts["sample_elements"] = float(self.passes.elements)
+                self.facts["sample_elements"] = self.passes.elements
             if self.passes.acts:
                 self.facts["acts"] = 1.0
             if self.passes.in_parts:

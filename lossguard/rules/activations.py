@@ -27,6 +27,7 @@ from lossguard.advice import (
 from lossguard.findings import Cause, Evidence, Finding, Remedy, Severity, number
 from lossguard.host.history import Array, History, Mask, Unit
 from lossguard.obstacles import FAST
+from lossguard.rules.latents import posterior
 from lossguard.rules.rule import rule
 from lossguard.rules.suspects import outweighed
 
@@ -207,11 +208,13 @@ class CollapsedActivation:
     Law: between-sample variance over second moment < 1e-6 (error), or < 1e-5 after step 100 (warning), for 20 steps. Healthy >= 7e-4.
     Layers that are followed by one that tells samples apart (positional streams, residual branches) do not count. Law (agreed), a
     warning: the last module runs more than once in a step, the loss is a distance and has come down to 1 %, its outputs are no larger than
-    at first, and their variance is below 7e-4 and 1 % of the first one: two views were brought together by making all samples the same.
+    at first, and their variance is below 7e-4 and 1 % of the first one: two views were brought together by making all samples the same. Law
+    (posterior), a warning: of terms told by name the divergence ("kl") is, in the mean of 50 losses and of the 50 before, below 5e-3 of
+    the reconstruction ("rec...") and below a tenth of its own largest such mean, and does not rise: the code of all samples is the prior.
 
     Why: dead, saturated or constant weights in or before the layer; a learning rate that drove the network there; identical inputs.
     Do: look at one batch; initialise at random (He for ReLU, Xavier else), never by zeros or a constant; divide the learning rate by
-    10; a normalisation between the layers; a term that holds samples apart, where views are only drawn together.
+    10; a normalisation between the layers; a term that holds samples apart, where views are only drawn together; a smaller weight of the divergence.
     False alarm: a head born at zero gives one output at first: 20 steps of grace. A regression towards targets far from 0 has a small
     variance beside its mean: two layers must agree there. A run whose loss has halved is judged by the last law only.
     """
@@ -227,6 +230,9 @@ class CollapsedActivation:
     alike: float = 7e-4  # of the second moment: outputs that are compared with one another, after they were different; survey, the healthy end
     kept: float = 0.01  # of their first such variance; our own choice, healthy runs keep 0.025 and more
     agreed: float = 0.01  # of the first losses: the loss that is solved so; our own choice
+    code: float = 5e-3  # divergence over reconstruction: a code that tells nothing; our own choice, healthy ones keep 0.02 and more
+    emptied: float = 0.1  # of the divergence's largest mean: it was there and went; our own choice
+    mean: int = 50  # losses in such a mean; our own choice
     learning: float = 0.5  # loss over the first loss below which the network evidently tells samples apart; our own choice
     grace: int = 20  # steps; zero-initialised heads give identical outputs at first
     patience: int = 1  # samples; the span is the patience
@@ -234,8 +240,9 @@ class CollapsedActivation:
     def check(self, history: History) -> Finding | None:
         """The law of the class docstring, on the newest data."""
         n = stretch(history, self.span, self.least)
-        if not n or not reach(history, "sample_variance", n)[0] < self.alike:
-            return None
+        found = self._posterior(history)
+        if found is not None or not n or not reach(history, "sample_variance", n)[0] < self.alike:
+            return found
         if fallen(history) < self.learning:
             return self._agreed(history, n)
         if not reach(history, "sample_variance", n)[0] < self.mild:
@@ -283,6 +290,16 @@ class CollapsedActivation:
             return None
         because = f"its first outputs were different ({number(float(born[first]))}), and the steps before changed up to {number(fastest)} of the weights"
         return Cause("learning rate too high", 0.7, because), [slower(history)]
+
+    def _posterior(self, history: History) -> Finding | None:
+        """Law (posterior)."""
+        read = posterior(history, self.mean)
+        if read is None or not read.now < min(self.code * read.beside, self.emptied * read.most):
+            return None
+        causes, remedies = ranked([read.cause])
+        evidence = (Evidence("divergence over reconstruction", read.now / read.beside, self.code), Evidence("divergence", read.now, self.emptied * read.most))
+        message = "the latent code is the prior for every sample: what is decoded does not depend on what was encoded"
+        return Finding(self.diagnosis, Severity.WARNING, history.step, f"term {read.divergence!r}", message, evidence, causes, remedies)
 
     def _agreed(self, history: History, n: int) -> Finding | None:
         """Law (agreed)."""

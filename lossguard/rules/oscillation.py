@@ -152,7 +152,8 @@ class OscillatingValidation:
     """oscillating_validation: validation swings up and down (survey, oscillating_validation).
 
     Law: of the last 6 changes from one evaluation to the next, 4 are opposite to the one before, both larger than 10 % of the loss
-    and than 5 % of what the run has learned. Information while the newest 3 evaluations have a best that is 10 % below all before them.
+    and than 5 % of what the run has learned. Information while the newest 3 evaluations have a best that is 10 % below all before them,
+    unless batch-norm's statistics are known to be stale.
 
     Why: a validation set that is small or drawn anew each time; a learning rate too high; batches too small, above all under
     batch-norm, whose momentum may also be so small that evaluation runs on the statistics it began with; a loss that a few samples dominate.
@@ -195,7 +196,7 @@ class OscillatingValidation:
         ])  # fmt: skip
         before = float(read.loss[: -self.newest].min())
         better = float(newest[-self.newest :].min()) < before - read.share(self.swing, before)
-        severity = Severity.INFO if informational(history) or better else Severity.WARNING
+        severity = Severity.INFO if informational(history) or (better and stale is None) else Severity.WARNING
         evidence = (Evidence("opposite large changes of the last 6", float(count), float(self.times)), Evidence("lowest", low), Evidence("highest", high))
         message = f"validation swings between {number(low)} and {number(high)}"
         return Finding(self.diagnosis, severity, int(read.steps[-readings.SWINGS[1]]), "validation loss", message, evidence, causes, remedies)
