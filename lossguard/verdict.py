@@ -74,8 +74,9 @@ def read(history: History) -> Verdict:
     training, validation = readings.trend(losses), readings.direction(curves)
     also = ("validation below training",) if readings.below_training(curves) else ()
     now = float(losses[-readings.LEAST // 2 :].mean())
-    word = "diverging" if readings.endless(history) else _word(curves, training, validation, now, trained_before(history))
-    if word == "diverging" and informational(history) and not readings.endless(history):
+    endless = readings.endless(history)
+    word = "diverging" if endless else _word(curves, training, validation, now, trained_before(history))
+    if word == "diverging" and informational(history) and not endless:
         word = "no order"
     return Verdict(word, training=training, validation=validation, best_step=best, also=also)
 
