@@ -102,16 +102,17 @@ class TargetLeak:
         tables = [(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == 2 and x.shape[1] > 1]
         if not tables or len(tables) < len(pairs) or any(y.numel() != len(x) for x, y in tables) or len({x.shape[1] for x, _ in tables}) > 1:
             return None
-        x, y = torch.cat([x for x, _ in tables]), torch.cat([y.reshape(-1) for _, y in tables])
-        if len(y) < self.rows or bool((y == y[0]).all()):
-            return None
-        same = (x.double() == y.double()[:, None]).all(dim=0)
-        if not bool(same.any()):
+        rows = sum(len(x) for x, _ in tables)
+        targets = torch.cat([y.reshape(-1) for _, y in tables])
+        same = torch.ones(tables[0][0].shape[1], dtype=torch.bool, device=targets.device)
+        for x, y in tables:
+            same &= (x == (y.to(x.dtype) if x.is_floating_point() else y).reshape(-1, 1)).all(dim=0)
+        if rows < self.rows or bool((targets == targets[0]).all()) or not bool(same.any()):
             return None
         at = int(same.nonzero()[0])
-        cause = Cause(COLUMN, 0.95, f"column {at} of the input equals the target in all {len(y)} rows that were looked at")
+        cause = Cause(COLUMN, 0.95, f"column {at} of the input equals the target in all {rows} rows that were looked at")
         remedy = Remedy(f"drop column {at} of the input", {"drop_column": at})
-        return finding(self.diagnosis, f"column {at}", "the input holds the target", [Evidence("rows in which it does", float(len(y)))], [(cause, [remedy])])
+        return finding(self.diagnosis, f"column {at}", "the input holds the target", [Evidence("rows in which it does", float(rows))], [(cause, [remedy])])
 
     def _series(self, bench: Bench, call: LossCall) -> list[_Series]:
         """Where in the batch the targets stand; where they could stand at several distances, nothing is claimed."""
