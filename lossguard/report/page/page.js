@@ -129,10 +129,10 @@ function showTip([head, ...rest], x, y) {
   box.style.top = Math.max(4, y - box.offsetHeight - 12) + "px";
 }
 
-// The pointer's cell is forgotten as well: Plotly tells of a cell only when it is entered, and the next movement within it shall show it again.
+// The pointer's cell is forgotten as well: Plotly tells of a cell only when it is entered, and the next movement within it shall show it again. Before the first drawing there is none.
 function hideTip() {
   $("tip").hidden = true;
-  Plotly.Fx.unhover("heat");
+  if ($("heat").data) Plotly.Fx.unhover("heat");
 }
 
 // The rows that hold a number that is not finite, the earliest first.
