@@ -145,6 +145,8 @@ ONE, TWO = (lambda out: F.cross_entropy(out[:, :3], torch.zeros(N, dtype=torch.l
     [
         (lambda out: ONE(out), 1),
         (lambda out: (ONE(out) + TWO(out)) / 2, 1),
+        (lambda out: 0.5 * ONE(out) + TWO(out), 0),  # 0.5 may have been -0.5
+        (lambda out: TWO(out) - (-ONE(out)), 0),  # right, but a difference
         (lambda out: -ONE(out), -1),
         (lambda out: -(0.5 * ONE(out) + 2 * TWO(out)), -1),
         (lambda out: -(0.5 * ONE(out)) - TWO(out), -1),
@@ -182,3 +184,17 @@ def test_a_minus_before_weighted_terms_is_named_early():
     first = next(f for f in guard.findings if f.severity >= Severity.WARNING)
     assert (first.diagnosis, first.causes[0].name) == ("negative_loss", "sign of the loss")
     assert "under a minus sign" in first.causes[0].because and first.step < 40
+
+
+def test_a_divergence_of_probabilities_is_named():
+    """kl_div takes log-probabilities: given what a softmax made it is named, also where a distillation weighs it beside a cross entropy."""
+    torch.manual_seed(0)
+    told = torch.randn(16, 3).softmax(1)
+
+    def distilled(prepare):
+        return trained(lambda out, y: 0.7 * 4.0 * F.kl_div(prepare(out / 2), told, reduction="batchmean") + 0.3 * F.cross_entropy(out, y))
+
+    assert alarms(distilled(lambda z: F.softmax(z, 1)))[0] == ("wrong_output_activation", "softmax before a KL divergence")
+    assert alarms(distilled(lambda z: F.log_softmax(z, 1))) == []
+    assert alarms(trained(lambda out, y: F.kl_div(F.log_softmax(out, 1), told.log(), log_target=True, reduction="batchmean"))) == []
+    assert alarms(trained(lambda out, y: (1 - F.one_hot(y, 3) * F.softmax(out, 1)).mean())) == []  # an expected error, written by hand

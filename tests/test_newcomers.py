@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_beginnings import small
 from test_curves import decay, names, play
 from test_evidence import CLASSIFIER, one
-from test_rules import ALL, at, both, fact, loss, run, times, validation
+from test_rules import ALL, ILL, at, both, fact, loss, run, times, validation
 from torch import nn
 
 from lossguard import Guard, Severity, preflight, readings
@@ -443,3 +443,31 @@ def test_a_posterior_that_collapses_is_named():
     assert "tenth of the divergence's weight" in found.remedies[0].text
     for healthy in (variational(1.0), variational(1.0, rises=True), variational(0.01)):
         assert alarms(healthy) == []
+
+
+# ---- dead units and frozen layers, by their cause
+
+
+def test_layers_that_are_frozen_by_mistake_are_named_where_nothing_is_learned():
+    """A classifier whose loss stands at that of a guess while most of its weights are frozen: they are the cause; not so where they are free."""
+
+    def causes(frozen):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
+        model[0].requires_grad_(not frozen)
+        found = [f for f in trained(F.cross_entropy, model=model, steps=300, lr=1e-4).findings if f.diagnosis == "loss_plateau"]
+        return [(f.severity, f.causes[0].name) for f in found]
+
+    assert causes(True) == [(Severity.WARNING, "frozen by mistake")]
+    assert "frozen by mistake" not in [name for _, name in causes(False)]
+
+
+@pytest.mark.parametrize(
+    ("notes", "edit", "cause"),
+    [({"largest_dropout": 0.95}, None, "dropout too high"), ({}, both(fact("weight_decay", 50.0), fact("decay_is_decoupled", 1.0)), "weight decay too high")],
+)
+def test_dead_units_have_the_cause_that_the_run_shows(notes, edit, cause):
+    """A dropout that leaves nothing, or a decay that makes the updates, comes before the learning rate."""
+    ill = ILL["dead_relu"][0]
+    found = [f for _, f in run([RULES["dead_relu"]()], ill if edit is None else both(ill, edit), notes=notes)]
+    assert found and found[-1].causes[0].name == cause

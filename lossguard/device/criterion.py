@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from lossguard.device.views import VIEWS, Shape, before, behind, below, given_shape, kind, saved, shape
+from lossguard.device.views import RESHAPES, VIEWS, Shape, before, behind, below, given_shape, kind, saved, shape
 
 FAMILIES = {
     "NllLossBackward0": "cross_entropy", "NllLoss2DBackward0": "cross_entropy", "NllLossNdBackward0": "cross_entropy",
@@ -28,22 +29,38 @@ LOGIT_LOSSES = {
     "BinaryCrossEntropyWithLogitsBackward0": "binary cross entropy with logits",
 }  # fmt: skip
 SQUASHING = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid"}
+NOT_SQUASHED = ("", "", "", 0)
+DIVERGENCE = "KL divergence"
 MOST = 256  # nodes; the loss's own are few
 
 
 def squashed(node: Any, producers: Mapping[Any, Any]) -> tuple[str, str, str, int]:
-    """A loss on logits that is given what a softmax or a sigmoid made, with nothing but views between; empty for any other node."""
+    """A loss on logits, or on log-probabilities, that is given what a softmax or a sigmoid made, with nothing but views between; empty for any other node."""
+    if kind(node).startswith("SubBackward"):
+        made = _diverging(node)
+        return NOT_SQUASHED if made is None else (str(producers.get(made, "")), "softmax", DIVERGENCE, _softmax_size(made))
     loss, over, size = LOGIT_LOSSES.get(node.name(), ""), node, 0
     if loss == "cross entropy":
         over = behind(node)
         if over is None or over.name() != SOFTMAXES[0]:
-            return "", "", "", 0
+            return NOT_SQUASHED
         size = _softmax_size(over)
     made = behind(over) if loss else None
     name = SQUASHING.get(made.name(), "") if made is not None else ""
     if not name or (name == "softmax" and size and _softmax_size(made) != size):
-        return "", "", "", 0
+        return NOT_SQUASHED
     return str(producers.get(made, "")), name, loss, size
+
+
+def _diverging(node: Any) -> Any:
+    """The softmax behind a constant less the product of a constant and it: t log t - t * input, as torch writes a divergence out; else None."""
+    product = node.next_functions[1][0] if len(node.next_functions) == 2 and node.next_functions[0][0] is None else None
+    if product is None or not kind(product).startswith("MulBackward"):
+        return None
+    given = [child for child, _ in product.next_functions if child is not None]
+    made = given[0] if len(given) == 1 else None
+    made = behind(made) if made is not None and kind(made).startswith(RESHAPES) else made
+    return made if made is not None and made.name() == SOFTMAXES[1] else None
 
 
 def _softmax_size(softmax: Any) -> int:
@@ -115,50 +132,50 @@ def _spread(node: Any, source: Any, output: int) -> tuple[Shape, int]:
 
 
 def sign(losses: Sequence[Tensor]) -> int:
-    """1: sums, means and quotients of losses of known families and nothing else, so that it is never negative. -1: all of them under a minus sign,
-    weighted perhaps. 0: anything else."""
-    roots = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-    if not roots or len(roots) < len(losses):
+    """1: sums, means and quotients of losses of known families and nothing else, so that it is never negative. -1: all of them under a
+    minus sign, weighted perhaps. 0: anything else."""
+    read = [_terms(loss.grad_fn) for loss in losses]
+    known = [terms for terms in read if terms is not None]
+    if not known or len(known) < len(read):
         return 0
-    if all(_keeps_sign(root) for root in roots):
+    signs, families = {way for terms in known for _, way in terms.losses}, {family for terms in known for family, _ in terms.losses}
+    if signs == {1} and not any(terms.shifted or terms.weighted for terms in known):
         return 1
-    return -1 if all(_negated(root) for root in roots) else 0
+    return -1 if signs == {-1} and families <= set(MINIMISED) else 0
 
 
-def _keeps_sign(root: Any) -> bool:
-    """Only nodes that keep the sign stand between the root and losses of known families."""
-    seen, queue = {root}, deque([root])
-    while queue and len(seen) < MOST:
-        node = queue.popleft()
-        if node.name() in FAMILIES:
-            continue
-        children = [child for child, _ in node.next_functions if child is not None]
-        if not kind(node).startswith(KEEP_SIGN) or not children:
-            return False
-        queue.extend(child for child in children if child not in seen)
-        seen.update(children)
-    return not queue
+@dataclass
+class _Terms:
+    """The losses that a root adds up: (family, 1 or -1 where it is subtracted); whether numbers weigh them, and whether they are parts of a difference."""
+
+    losses: set[tuple[str, int]] = field(default_factory=set)
+    weighted: bool = False
+    shifted: bool = False
 
 
-def _negated(root: Any) -> bool:
-    """Every loss below is of a family that is minimised, and is subtracted."""
-    queue: deque[tuple[Any, int]] = deque([(root, 1)])
-    left = MOST
+def _terms(root: Any) -> _Terms | None:
+    """Down to losses of known families; None where anything else stands between."""
+    found, queue, left = _Terms(), deque([(root, 1)]), MOST
     while queue and left:
         (node, way), left = queue.popleft(), left - 1
-        name = kind(node)
+        if node is None:
+            return None
         if node.name() in FAMILIES:
-            if way > 0 or FAMILIES[node.name()] not in MINIMISED:
-                return False
+            found.losses.add((FAMILIES[node.name()], way))
             continue
-        if not name.startswith((*KEEP_SIGN, "NegBackward", "RsubBackward", "SubBackward")) and not _weighs(node):
-            return False
+        name = kind(node)
+        if _weighs(node):
+            found.weighted = True
+        elif name.startswith(("SubBackward", "RsubBackward")):
+            found.shifted = True
+        elif not name.startswith((*KEEP_SIGN, "NegBackward")):
+            return None
         way = -way if name.startswith(("NegBackward", "RsubBackward")) else way
         ways = [(child, -way if k and name.startswith("SubBackward") else way) for k, (child, _) in enumerate(node.next_functions) if child is not None]
         if not ways:
-            return False
+            return None
         queue.extend(ways)
-    return not queue
+    return None if queue else found
 
 
 def _weighs(node: Any) -> bool:

@@ -39,7 +39,7 @@ class GraphFacts:
     relu_parameters: list[int] = field(default_factory=list)  # ids of the 1-d parameters right before a ReLU that no hook saw
     cancelled: set[int] = field(default_factory=set)  # ids of biases that only feed a batch-norm
     safe: bool = False  # the loss itself, or all of its terms, is a built-in loss that is finite for all finite outputs
-    squashed: tuple[str, str, str, int] = ("", "", "", 0)  # module, activation, loss that holds one itself, size of the softmax's dimension
+    squashed: tuple[str, str, str, int] = criterion.NOT_SQUASHED  # module, activation, loss that holds one itself, size of the softmax's dimension
     axis: tuple[int, int, int] = (0, 0, 0)  # a log-softmax that does not run over the classes: its dimension, the size there, the classes
     paired: tuple[Shape, int] = ((), 0)  # shape of outputs that a distance broadcasts against all targets, and how many there are
     attentions: int = 0  # fused attentions

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lossguard import readings
+from lossguard import readings, structure
 from lossguard.advice import (
     TO_A_TARGET,
     converged,
@@ -29,7 +29,7 @@ from lossguard.host.history import Array, History, Mask, Unit
 from lossguard.obstacles import FAST
 from lossguard.rules.latents import posterior
 from lossguard.rules.rule import rule
-from lossguard.rules.suspects import outweighed
+from lossguard.rules.suspects import decay, outweighed
 
 _GATES = ("gate", "attn", "attention", "glu", "excite", "lstm", "gru")  # parts of a module's name that say: rails are its working points
 _RAILS = ("Sigmoid", "Tanh", "Softmax", "Hardsigmoid", "Hardtanh", "Softsign", "LogSigmoid")
@@ -121,11 +121,11 @@ class DeadRelu:
         unit, share = units[root], float(dead[root])
         many = f"{round(share * unit.width)} of {unit.width} units" if unit.width else f"{share:.0%} of the units"
         first = history.born("zero_fraction")[root] if root < history.born("zero_fraction").size else np.nan
-        term = outweighed(history)
+        known = [found for found in (outweighed(history), decay(history), structure.dropout(history)) if found is not None]
         born = bool(first >= self.born * (share + 0.5 * (1 - share)))  # units that live are silent half of the time
         began = f"{first:.0%} of its outputs were 0 in the first batch" if np.isfinite(first) else "its first outputs were not seen"
         causes, remedies = ranked([
-            *([] if term is None else [term]),
+            *known,
             (Cause("bias or initialisation", 0.8 if born else 0.3, began),
              [Remedy(f"set the bias before {unit.name} to 0 and initialise its weights by He", {"bias": 0.0, "init": "he"})]),
             (Cause("learning rate too high", 0.2 if born else 0.6, f"{many} of {unit.name} were pushed below zero for every sample"),

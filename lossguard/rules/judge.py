@@ -71,6 +71,11 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
 ONLY_IF: dict[tuple[str, str], Callable[[Finding, Finding], bool]] = {
     # a loss scale that collapses ends in gradients that stay non-finite: the skips before them are no consequence
     ("nonfinite_gradient", "skipped_steps"): lambda root, late: late.step > root.step,
+    # a latent code that was emptied is no layer that collapsed
+    **{
+        (root, "collapsed_activation"): lambda _, late: late.causes[:1] == () or late.causes[0].name != "posterior collapse"
+        for root in ("dead_relu", "vanishing_gradient", "saturated_activation", "skipped_steps")
+    },
     # no layer tells samples apart, not even the first: a unit silent for one sample is silent for all
     ("collapsed_activation", "dead_relu"): lambda root, _: root.causes[:1] != () and root.causes[0].name == "constant weights or identical inputs",
     # dead units read from the rows of gradients: where gradients vanish, rows are 0 for that reason

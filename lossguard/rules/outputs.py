@@ -28,7 +28,8 @@ class SquashedLogits:
     Law: in the graph behind the first recorded loss a softmax or a sigmoid feeds ``cross_entropy`` or
     ``binary_cross_entropy_with_logits``, with nothing but views between. Exact; no number decides. The loss squashes once more, so that
     it cannot fall below ln(1 + (C - 1) / e) for C classes, and its gradients are those of outputs between 0 and 1. Law (axis): the
-    softmax before ``nll_loss`` runs over another dimension than the classes, of another size.
+    softmax before ``nll_loss`` runs over another dimension than the classes, of another size. Law (divergence): ``kl_div``, which takes
+    log-probabilities for its input, is given what a softmax made: such a loss is below 0 and has its least value elsewhere.
 
     Why: a last activation that the loss already holds; a head copied from code whose loss took probabilities; ``softmax`` without a
         ``dim``, which takes the first dimension of three.
@@ -48,6 +49,8 @@ class SquashedLogits:
         where, activation, loss, classes = history.facts().get("squashed", ("", "", "", 0))
         if not activation:
             return self._axis(history)
+        if loss == "KL divergence":
+            return self._divergence(history, where)
         evidence = [Evidence("least loss that such outputs reach", math.log1p((classes - 1) / math.e))] if classes > 1 else []
         short = "cross entropy" if classes else "BCE with logits"
         remedy = Remedy(f"remove the {activation}: the loss holds {'a softmax' if classes else 'a sigmoid'} of its own", {"output_activation": "none"})
@@ -55,6 +58,13 @@ class SquashedLogits:
         message = f"the {loss} takes logits and is given what a {activation} made"
         step = int(history.steps(1)[0])
         return Finding(self.diagnosis, Severity.WARNING, step, where or "output", message, tuple(evidence), causes, remedies)
+
+    def _divergence(self, history: History, where: str) -> Finding:
+        """Law (divergence)."""
+        remedy = Remedy("log_softmax in the place of the softmax", {"output_activation": "log_softmax"})
+        causes, remedies = ranked([(Cause("softmax before a KL divergence", 0.9, "so says the graph of the loss"), [remedy])])
+        message = "the KL divergence takes log-probabilities and is given what a softmax made"
+        return Finding(self.diagnosis, Severity.WARNING, int(history.steps(1)[0]), where or "output", message, (), causes, remedies)
 
     def _axis(self, history: History) -> Finding | None:
         """Law (axis)."""
