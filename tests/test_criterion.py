@@ -35,6 +35,8 @@ PAIRED = [
     lambda p, y: torch.sqrt(((p - y) ** 2).mean()),
     lambda p, y: 0.5 * (p - y).square().mean() + 1e-4 * p.square().sum(),
     lambda p, y: torch.linalg.vector_norm(p - y),
+    lambda p, y: -(y * F.logsigmoid(p) + (1 - y) * F.logsigmoid(-p)).mean(),  # a binary cross entropy by hand
+    lambda p, y: -(p * y).sum(),  # a policy gradient
 ]
 
 
@@ -61,6 +63,9 @@ def test_outputs_that_meet_every_target_are_seen(column, loss):
         lambda p, y: torch.exp(-((p - y) ** 2)).mean(),  # a kernel
         lambda p, y: ((p - y[:3]) ** 2).mean(),  # quantile levels, support points
         lambda p, y: ((p - y.mean()) ** 2).mean(),
+        lambda p, y: -(y * F.logsigmoid(p.squeeze(-1))).mean(),
+        lambda p, y: (p * y[None, :3]).mean(),
+        lambda p, y: (p @ y[None, :]).mean(),  # an outer product
         lambda p, y: ((p.expand(N, 5) - y[:5]) ** 2).mean(),
     ],
 )

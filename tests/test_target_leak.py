@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lossguard import preflight
-from lossguard.preflight.targets import COLUMN, FUTURE, TWICE, UNSHIFTED
+from lossguard.preflight.targets import COLUMN, FUTURE, MIXED, TWICE, UNSHIFTED
 
 VOCABULARY = 12
 OTHERS = ("initial_loss_off", "cannot_overfit_batch", "validation_mismatch", "learning_rate_range", "class_imbalance", "unshuffled_data", "unnormalized_input",
@@ -111,6 +111,13 @@ def test_a_shift_inside_of_the_model_is_followed(given):
     assert cause(preflight(Attention(causal=False), batches, shifting, **words)) == [("target_leak", FUTURE)]
 
 
+@pytest.mark.parametrize("turn", [lambda out: out.transpose(0, 1), lambda out: out.transpose(0, 1).contiguous().view(out.shape)])
+def test_samples_and_places_that_are_mixed_are_named(turn):
+    """Logits that are turned before they are held against the targets: outputs meet other samples' targets, and no mask is to blame."""
+    result = fly(Attention(), text()[NEXT[0]], text()[NEXT[1]], lambda out, y: flat(turn(out).contiguous(), y))
+    assert cause(result) == [("target_leak", MIXED)] and "transpose" in result[0].remedies[0].text
+
+
 def test_masked_tokens_are_no_leak():
     """A model that looks both ways is asked for a few tokens that were hidden from it, the rest being ignored."""
     tokens, hidden = text(), torch.rand(48, 11, generator=torch.Generator().manual_seed(1)) < 0.2
@@ -150,3 +157,22 @@ def test_a_random_model_cannot_be_told():
 
     result = fly(Random(), text()[NEXT[0]], text()[NEXT[1]])
     assert result.answers["target_leak"] == "cannot tell" and "random" in result.reasons["target_leak"]
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, x, z):
+        return self.one(x) + self.two(z)
+
+
+def test_a_model_of_two_inputs_is_given_both():
+    """Batches of ((x, z), y) are unpacked for a model that asks for two; of (x, z, y) the answer says how to tell."""
+    draw = torch.Generator().manual_seed(0)
+    x, z, y = torch.randn(96, 4, generator=draw), torch.randn(96, 2, generator=draw), torch.randint(3, (96,), generator=draw)
+    batches = [((x[k : k + 16], z[k : k + 16]), y[k : k + 16]) for k in range(0, 96, 16)]
+    assert preflight(TwoInputs(), batches, nn.CrossEntropyLoss()).answers["initial_loss_off"] == "pass"
+    result = preflight(TwoInputs(), [(*inputs, targets) for inputs, targets in batches], nn.CrossEntropyLoss())
+    assert "forward=lambda model, batch" in result.reasons["initial_loss_off"] and "cannot tell" in str(result).splitlines()[0]

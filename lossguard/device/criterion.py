@@ -96,9 +96,9 @@ def wrong_axis(node: Any) -> tuple[int, int, int]:
 
 
 def paired(root: Any) -> tuple[Shape, int]:
-    """A distance in which each of n outputs was broadcast against each of n targets: (shape of the outputs, n); ((), 0) if there is none.
+    """A distance, or a product, in which each of n outputs was broadcast against each of n targets: (shape of the outputs, n); ((), 0) if there is none.
 
-    Between the root and the difference stand only reductions, weighted sums of terms and one power: a matrix of pairs that is weighted, masked or
+    Between the root and it stand only reductions, weighted sums of terms and one power: a matrix of pairs that is weighted, masked or
     chosen from is meant to be one. So is one whose sides were given their dimensions on purpose.
     """
     seen, queue = {root}, deque([(root, False)])
@@ -110,6 +110,11 @@ def paired(root: Any) -> tuple[Shape, int]:
                 found = _spread(node, source, output)
                 if found[1]:
                     return found
+        elif not measured and name.startswith("MulBackward") and shape(node):  # n log-likelihoods by n targets, or by n advantages
+            found = next((_spread(node, source, output) for source, output in node.next_functions if source is not None), ((), 0))
+            if found[1]:
+                return found
+            continue
         elif name.startswith(DISTANCES):
             measured = True
         elif measured or not (name.startswith((*KEEP_SIGN, "SqrtBackward", "NegBackward")) or _weighs(node)):

@@ -7,6 +7,7 @@ where a model cannot be copied it runs on the original, under a keeper that puts
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +36,22 @@ Forward = Callable[[Any, Any], tuple[Any, Any]]
 
 
 def default_forward(model: Any, batch: Any) -> tuple[Any, Any]:
-    """``(model(batch[0]), batch[1])``, with the batch on the model's device."""
+    """``(model(batch[0]), batch[1])``, with the batch on the model's device; ``model(*batch[0])`` where that is a tuple and the model asks for as many."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if not isinstance(batch, (list, tuple)) or len(batch) < 2:
         raise ValueError(f"a batch is a {type(batch).__name__}, expected (inputs, targets); say how to use it: forward=lambda model, batch: (outputs, targets)")
     inputs, targets = (mapped(part, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf) for part in batch[:2])
-    return model(inputs), targets
+    several = isinstance(inputs, (list, tuple)) and 1 < len(inputs) == _asked_for(model)
+    return (model(*inputs) if several else model(inputs)), targets
+
+
+def _asked_for(model: Any) -> int:
+    """How many arguments the model cannot do without; 0 if it does not say."""
+    try:
+        given = inspect.signature(model.forward).parameters.values()
+    except (AttributeError, TypeError, ValueError):
+        return 0
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in given)
 
 
 @dataclass
@@ -254,7 +265,8 @@ class Bench:
         """Why there is no first loss."""
         if not self.kept:
             return self.sample.stopped or "there were no batches"
-        return f"the first batch could not be run: {self.passes[0].error}"
+        hint = "; say how to use a batch: forward=lambda model, batch: (outputs, targets)" if self.forward is default_forward else ""
+        return f"the first batch could not be run: {self.passes[0].error}{hint}"
 
     @property
     def pretrained(self) -> bool:

@@ -58,7 +58,9 @@ class Preflight(list[Finding]):
 
     def __str__(self) -> str:
         width = max(map(len, self.answers), default=0)
+        blind = sum(answer == "cannot tell" for answer in self.answers.values())
         head = f"lossguard: preflight, {len(self.answers)} checks in {self.seconds:.1f} s: {len(self) or 'no'} finding{'s' if len(self) != 1 else ''}"
+        head += f", {blind} cannot tell" if blind > len(self.answers) / 2 else ""
         lines = [f"  {self.answers[name]:<11}  {name:<{width}}  {_short(self.reasons[name])}" for name in self.answers]
         return "\n".join([head, *lines, *map(str, self)])
 

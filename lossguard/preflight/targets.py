@@ -18,6 +18,7 @@ from lossguard.preflight.listen import CLASSIFIES, REGRESSES, LossCall
 from lossguard.preflight.take import mapped, tensors
 
 FUTURE, UNSHIFTED, TWICE, COLUMN = "the future is seen", "targets are not shifted", "targets are shifted twice", "a feature is the target"
+MIXED = "samples and places are mixed"
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class _Series:
 class TargetLeak:
     """target_leak: the model sees what it is asked for.
 
-    Sequences whose targets are values of the input some places on: single places of the input are exchanged, in eval mode and without
-    dropout, and the outputs whose target stood there must stay as they are. Tables: no column of the input is the target itself.
+    Sequences whose targets are values of the input some places on: single places of every second sample are exchanged, in eval mode and
+    without dropout, and the outputs whose target stood there must stay as they are, and so must all of the other samples. Tables: no column
+    of the input is the target itself.
 
     Why: an attention without its causal mask; a bidirectional recurrence that is asked for the next value; targets that are the tokens
-        themselves, not the next ones, or that are shifted by the loop and once more by the model; a target that was left among the features.
+        themselves, not the next ones, or that are shifted by the loop and once more by the model; a transpose that takes (batch, places)
+        for (places, batch); a target that was left among the features.
     Do: ``is_causal=True`` or a mask; inputs ``tokens[:, :-1]`` and targets ``tokens[:, 1:]``, and labels as they are for a model that shifts
         them itself; drop the column. Such a loss falls fast and to nearly nothing, and what was learned is worth nothing.
     False alarm: an autoencoder of tokens is asked for what it sees, and looks both ways: silent. A model that looks back only and is asked for
@@ -67,10 +70,10 @@ class TargetLeak:
             return failed(column)
         reasons = []
         for series in self._series(bench, call):
-            seen, both_ways = self._exchanged(bench, series)
+            seen, both_ways, others = self._exchanged(bench, series)
             if seen is None:
                 return unknown("the model is random in eval mode, or its outputs change their shape")
-            fault = self._fault(series, seen, both_ways)
+            fault = self._mixed(others) if others > self.leak else self._fault(series, seen, both_ways)
             if fault is not None:
                 return failed(fault)
             reasons.append(
@@ -95,6 +98,14 @@ class TargetLeak:
             because = f"target t is value t + 2 of {series.name or 'the input'}, and the value between is never asked for"
             return finding(self.diagnosis, "targets", "the targets stand two places on, not one", evidence[1:], [(Cause(TWICE, 0.8, because), [fix])])
         return None
+
+    def _mixed(self, others: float) -> Finding:
+        """others: how far outputs move of samples in which nothing was exchanged."""
+        because = f"exchanging values of every second sample moves outputs of the others by {others:.1g} of their scale"
+        fix = Remedy("look for a transpose or a view that takes (batch, places) for (places, batch)", {"batch_first": True})
+        evidence = [Evidence("change of other samples' outputs over the outputs' scale", others, self.leak)]
+        message = "outputs are held against the targets of other samples, or are made of them"
+        return finding(self.diagnosis, "model", message, evidence, [(Cause(MIXED, 0.95, because), [fix])])
 
     def _column(self, bench: Bench) -> Finding | None:
         """A column of a table that is the target, in all batches that were kept."""
@@ -130,23 +141,26 @@ class TargetLeak:
                     found.append(_Series(name, values, column, fits[0]))
         return found[: self.most]
 
-    def _exchanged(self, bench: Bench, series: _Series) -> tuple[float | None, bool]:
-        """How far the outputs move whose target is exchanged, over the scale of all; and whether any output moves that stands before."""
+    def _exchanged(self, bench: Bench, series: _Series) -> tuple[float | None, bool, float]:
+        """How far the outputs move whose target is exchanged, over the scale of all; whether any output moves that stands before; and how far those
+        of other samples do. Every second sample is exchanged."""
         with bench.twin() as twin:
             base, again = (_logits(twin.try_run(bench.kept[0], mode="eval", quiet=True).call, len(series.values)) for _ in range(2))
             if base is None or again is None or not torch.equal(base, again) or not bool(torch.isfinite(base).all()):
-                return None, False
+                return None, False, 0.0
             scale = max(float(base.square().mean().sqrt()), 1e-12)
             last = min(base.shape[1] - 1, series.values.shape[1] - 1 - series.ahead)
-            moved, before = 0.0, 0.0
+            moved, before, others = 0.0, 0.0, 0.0
             for k in range(1, self.tried + 1):
                 place = max(1, last * k // (self.tried + 1))  # of the output; its target stands ahead
                 changed = _logits(twin.try_run(_other(bench.kept[0], series, place + series.ahead), mode="eval", quiet=True).call, len(base))
                 if changed is None or changed.shape != base.shape:
-                    return None, False
-                far = (changed - base).abs().amax(dim=2).median(dim=0).values / scale
+                    return None, False, 0.0
+                each = (changed - base).abs().amax(dim=2) / scale
+                far = each[::2].median(dim=0).values
                 moved, before = max(moved, float(far[place])), max(before, float(far[: place + min(series.ahead, 1)].max()))
-        return moved, before > self.leak
+                others = max(others, float(each[1::2].max())) if len(each) > 1 else 0.0
+        return moved, before > self.leak, others
 
 
 def _columns(tensor: Tensor) -> Iterator[tuple[int | None, Tensor]]:
@@ -187,9 +201,9 @@ def _share(values: Tensor, targets: Tensor, valid: Tensor, ahead: int) -> float:
 
 
 def _other(batch: object, series: _Series, place: int) -> object:
-    """The batch with another value at one place of every sample: the next of those that occur, or a number further on."""
+    """The batch with another value at one place of every second sample: the next of those that occur, or a number further on."""
     known = torch.unique(series.values)
-    old = series.values[:, place]
+    old = series.values[::2, place]
     new = known[(torch.searchsorted(known, old.contiguous()) + 1) % len(known)]
 
     def exchange(leaf: object) -> object:
@@ -199,7 +213,7 @@ def _other(batch: object, series: _Series, place: int) -> object:
         if column is None or column.shape != series.values.shape or not torch.equal(column, series.values):
             return leaf
         leaf = leaf.clone()
-        (leaf if series.column is None else leaf[:, :, series.column])[:, place] = new
+        (leaf if series.column is None else leaf[:, :, series.column])[::2, place] = new
         return leaf
 
     return mapped(batch, exchange)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from lossguard.advice import (
     lr_remedy,
     matrices,
     medians,
+    middle,
     newest,
     ranked,
     reach,
@@ -32,6 +34,7 @@ from lossguard.rules.rule import rule
 from lossguard.rules.suspects import decay, outweighed
 
 _GATES = ("gate", "attn", "attention", "glu", "excite", "lstm", "gru")  # parts of a module's name that say: rails are its working points
+UNLEARNED = 0.9  # loss over the first loss, above which next to nothing was learned
 _RAILS = ("Sigmoid", "Tanh", "Softmax", "Hardsigmoid", "Hardtanh", "Softsign", "LogSigmoid")
 
 
@@ -122,14 +125,20 @@ class DeadRelu:
         many = f"{round(share * unit.width)} of {unit.width} units" if unit.width else f"{share:.0%} of the units"
         first = history.born("zero_fraction")[root] if root < history.born("zero_fraction").size else np.nan
         known = [found for found in (outweighed(history), decay(history), structure.dropout(history)) if found is not None]
+        ratio = history.last("update_ratio")
+        each = [middle(row[matrices(history)]) for row in ratio] if ratio.size and matrices(history).any() else []
+        fast = max((u for u in each if np.isfinite(u)), default=math.nan)
+        rate = f"updates changed up to {number(fast)} of the weights" if np.isfinite(fast) else f"{many} of {unit.name} were pushed below zero"
+        unlearned = self._unlearned(history)
         born = bool(first >= self.born * (share + 0.5 * (1 - share)))  # units that live are silent half of the time
         began = f"{first:.0%} of its outputs were 0 in the first batch" if np.isfinite(first) else "its first outputs were not seen"
         causes, remedies = ranked([
             *known,
             (Cause("bias or initialisation", 0.8 if born else 0.3, began),
              [Remedy(f"set the bias before {unit.name} to 0 and initialise its weights by He", {"bias": 0.0, "init": "he"})]),
-            (Cause("learning rate too high", 0.2 if born else 0.6, f"{many} of {unit.name} were pushed below zero for every sample"),
+            (Cause("learning rate too high", 0.2 if born else 0.6 if fast > FAST else 0.4, rate),
              [lr_remedy(history, 0.1), Remedy(f"use LeakyReLU(0.01) for {unit.name}", {"activation": "leaky_relu"})]),
+            *([] if born or not unlearned else [unlearned]),
         ])  # fmt: skip
         others = listing(units[i].name for i in np.flatnonzero(sick) if i != root)
         message = f"{many} are silent for every sample of the last window" + (f"; also {others}" if others else "")
@@ -139,6 +148,15 @@ class DeadRelu:
             severity = Severity.INFO
         evidence = (Evidence("share of silent units", share, self._limit(unit.width)),)
         return Finding(self.diagnosis, severity, int(when[root]), f"{unit.name} ({unit.kind})", message, evidence, causes, remedies)
+
+    @staticmethod
+    def _unlearned(history: History) -> tuple[Cause, list[Remedy]] | None:
+        """Nothing was learned though the weights move: units that tell nothing of the targets are let go."""
+        fell = fallen(history)
+        if not fell > UNLEARNED or history.step < DeadRelu.trial // 2:
+            return None
+        look = Remedy("look at 20 samples and their labels by eye, and try to overfit one batch", {"look_at": 20})
+        return Cause("labels or targets do not belong to the inputs", 0.5, f"the loss is {fell:.0%} of what it was at first"), [look]
 
 
 @rule

@@ -43,7 +43,8 @@ class LossSpike:
     Why: an odd or corrupt batch; a learning rate near the edge of stability; second moments of Adam that lag behind (beta2 0.999).
     Do: look at the batch of that step; clip the gradient norm at its healthy median; learning rate divided by 10, or a longer warm-up;
     beta2 0.95; in long runs go back about 100 steps and skip 200 batches.
-    False alarm: heavy tails and spikes below 20 % of the first losses do not count, below 50 % they are information; so are other
+    False alarm: heavy tails and spikes below 20 % of the first losses do not count, below 50 % they are information; so are those
+    of a loss below 0, the likelihood of a density, which has no bound for single samples, if it is as before at once; and other
     data or another task, which are learned as the first were. Batches of very different length do count: average the
     loss per token, or ``LossSpike(sigmas=12)``.
     """
@@ -170,7 +171,7 @@ class LossSpike:
         pairs.append((odd, [Remedy(f"look at the batch of step {step}", {"batch_of_step": step}), clip_remedy(history)]))
         pairs.append((Cause("learning rate too high", 0.4, f"at learning rate {number(history.lr)}"), [lr_remedy(history, 0.1)]))
         causes, remedies = ranked(pairs)
-        slight = past.min() > 0 and now < self.slight * levels.start(history) and not stays
+        slight = not stays and np.isfinite(now) and ((past.min() > 0 and now < self.slight * levels.start(history)) or past.max() < 0)
         severity = Severity.INFO if informational(history) or slight or anew else Severity.WARNING
         evidence = (Evidence("loss", now), Evidence("median of its past", median), Evidence("robust deviations above it", z, self.sigmas))
         message = f"{number(median)} -> {number(now)} in one step" + (f", and it stays near {number(after)}" if stays else "")

@@ -83,9 +83,9 @@ class SquashedLogits:
 class PairedTargets:
     """invalid_labels: each output is compared with the targets of all samples (survey, invalid_labels).
 
-    Law: in the graph behind the first recorded loss a squared, absolute or Huber error is taken of n x n differences, which n outputs of
-    shape (n,) or (n, 1) and n constant targets of the other shape gave when they were broadcast. Exact; no number decides. Such a loss is
-    least where every output is the mean of all targets.
+    Law: in the graph behind the first recorded loss a squared, absolute or Huber error, or a mean or a sum, is taken of n x n
+    differences or products, which n outputs of shape (n,) or (n, 1) and n constant targets of the other shape gave when they were
+    broadcast. Exact; no number decides. Such a loss is least where every output answers to the mean of all targets.
 
     Why: a head with one output gives (n, 1), and the targets of a loader are (n,); a missing squeeze.
     Do: bring both to one shape: ``outputs.squeeze(-1)``, or ``targets.view_as(outputs)``.
