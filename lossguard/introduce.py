@@ -53,8 +53,8 @@ class Introduction:
         history.notes.update(largest_dropout=max(dropouts, default=0.0))
         norms = [m for m in self._recorder.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats]
         history.notes.update(least_norm_momentum=min((float(m.momentum) for m in norms if m.momentum is not None), default=None))
-        sizes = [(_numel(p), p.requires_grad) for p in self._recorder.model.parameters()]
-        history.notes.update(frozen_share=sum(n for n, trained in sizes if not trained) / max(1, sum(n for n, _ in sizes)))
+        frozen = [not p.requires_grad for p in self._recorder.model.parameters()]
+        history.notes.update(frozen_share=sum(frozen) / max(1, len(frozen)))
         own = {id(p) for p in self._recorder.model.parameters()}
         history.notes.update(loss_of_others=bool(graph and not own.issuperset(graph.leaves) and own & graph.leaves))
         if graph and not self._declared and graph.loss_family != "unknown":

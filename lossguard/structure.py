@@ -16,7 +16,7 @@ Pairs = list[tuple[Cause, Sequence[Remedy]]]
 STRONG = 0.85  # dropout probability above which a layer is nearly always lost; our own choice: published recipes stay at 0.8 or below
 STALE = 0.5  # of batch-norm's running statistics that are still those of the first step: evaluation then uses made-up ones for the most part
 USUAL = 0.5  # of Srivastava et al. 2014, for hidden layers
-FROZEN = 0.5  # share of the model's weights; our own choice
+FROZEN = 0.5  # share of the model's parameter tensors, from which on; our own choice
 NEAR = 0.9  # of the cross entropy of a guess; our own choice
 NARROW = 1  # units of a layer through which three classes or more cannot be told apart by a linear head
 HIDDEN = ("Linear", "Conv")  # parts of the names of module classes that make a layer
@@ -66,11 +66,11 @@ def dropout(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
 
 
 def _frozen(history: History) -> tuple[Cause, Sequence[Remedy]] | None:
-    """Most weights are declared frozen, and the loss stands no lower than that of a guess: what is frozen was never trained."""
+    """Half of the layers or more are declared frozen, and the loss stands no lower than that of a guess: what is frozen was never trained."""
     share, guess, first = float(history.notes.get("frozen_share") or 0.0), chance(history), history.first_losses(1)
-    if not share > FROZEN or not first.size or not first[0] > NEAR * guess:
+    if not share >= FROZEN or not first.size or not first[0] > NEAR * guess:
         return None
-    because = f"{share:.0%} of the model's weights do not require a gradient"
+    because = f"{share:.0%} of the model's parameter tensors do not require a gradient"
     return Cause("frozen by mistake", 0.7, because), [Remedy("set requires_grad_(True) on what was not trained before", {"unfreeze": True})]
 
 

@@ -282,8 +282,7 @@ class CollapsedActivation:
         unit, value = unit_at(history, first), float(typically(history, "sample_variance", n)[first])
         pairs = [(Cause("dead, saturated or constant weights", 0.6, f"samples differ before {unit.name} and not after"),
                   [Remedy(f"initialise {unit.name} at random (He for ReLU, Xavier else)", {"init": "he"}), lr_remedy(history, 0.1)])]  # fmt: skip
-        why = self._since(history, n, first)
-        pairs += [why] if why is not None else []
+        pairs += [why for why in (self._since(history, n, first), decay(history)) if why is not None]
         if not varied.size:
             pairs = [(Cause("constant weights or identical inputs", 0.6, "no measured layer tells samples apart"),
                       [Remedy(f"look at one batch, and initialise {unit.name} at random", {"init": "he"})])]  # fmt: skip
