@@ -202,4 +202,5 @@ def test_a_divergence_of_probabilities_is_named():
     assert alarms(distilled(lambda z: F.softmax(z, 1)))[0] == ("wrong_output_activation", "softmax before a KL divergence")
     assert alarms(distilled(lambda z: F.log_softmax(z, 1))) == []
     assert alarms(trained(lambda out, y: F.kl_div(F.log_softmax(out, 1), told.log(), log_target=True, reduction="batchmean"))) == []
+    assert alarms(trained(lambda out, y: ((told - 2.0 * F.softmax(out, 1)) ** 2).mean())) == []
     assert alarms(trained(lambda out, y: (1 - F.one_hot(y, 3) * F.softmax(out, 1)).mean())) == []  # an expected error, written by hand

@@ -35,10 +35,7 @@ MOST = 256  # nodes; the loss's own are few
 
 
 def squashed(node: Any, producers: Mapping[Any, Any]) -> tuple[str, str, str, int]:
-    """A loss on logits, or on log-probabilities, that is given what a softmax or a sigmoid made, with nothing but views between; empty for any other node."""
-    if kind(node).startswith("SubBackward"):
-        made = _diverging(node)
-        return NOT_SQUASHED if made is None else (str(producers.get(made, "")), "softmax", DIVERGENCE, _softmax_size(made))
+    """A loss on logits that is given what a softmax or a sigmoid made, with nothing but views between; empty for any other node."""
     loss, over, size = LOGIT_LOSSES.get(node.name(), ""), node, 0
     if loss == "cross entropy":
         over = behind(node)
@@ -52,7 +49,23 @@ def squashed(node: Any, producers: Mapping[Any, Any]) -> tuple[str, str, str, in
     return str(producers.get(made, "")), name, loss, size
 
 
-def _diverging(node: Any) -> Any:
+def diverging(root: Any, producers: Mapping[Any, Any]) -> tuple[str, str, str, int]:
+    """The same of a divergence, which takes log-probabilities: between the root and it only sums, means and weights stand."""
+    seen, queue = {root}, deque([root])
+    while queue and len(seen) < MOST:
+        node = queue.popleft()
+        if kind(node).startswith("SubBackward"):
+            made = _softmax_of(node)
+            if made is not None:
+                return str(producers.get(made, "")), "softmax", DIVERGENCE, _softmax_size(made)
+        elif kind(node).startswith(KEEP_SIGN) or _weighs(node):
+            children = [child for child, _ in node.next_functions if child is not None and child not in seen]
+            seen.update(children)
+            queue.extend(children)
+    return NOT_SQUASHED
+
+
+def _softmax_of(node: Any) -> Any:
     """The softmax behind a constant less the product of a constant and it: t log t - t * input, as torch writes a divergence out; else None."""
     product = node.next_functions[1][0] if len(node.next_functions) == 2 and node.next_functions[0][0] is None else None
     if product is None or not kind(product).startswith("MulBackward"):

@@ -67,6 +67,7 @@ def read(losses: Sequence[Tensor], producers: Mapping[Any, Any], hooked: Collect
             _read_head(root, producers, facts, inside)
     facts.sign = criterion.sign(losses)
     facts.safe = criterion.safe(losses)
+    facts.squashed = next((found for found in (criterion.diverging(root, producers) for root in roots) if found[1]), facts.squashed)
     facts.paired = next((found for found in map(criterion.paired, roots) if found[1]), facts.paired)
     facts.averaged = len(roots) == len(losses) == 1 and roots[0].name() in FAMILIES and getattr(roots[0], "_saved_reduction", None) == MEAN
     seen, queue, divided = set(roots), deque(roots), False

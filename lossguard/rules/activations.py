@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +16,6 @@ from lossguard.advice import (
     lr_remedy,
     matrices,
     medians,
-    middle,
     newest,
     ranked,
     reach,
@@ -126,9 +124,9 @@ class DeadRelu:
         first = history.born("zero_fraction")[root] if root < history.born("zero_fraction").size else np.nan
         known = [found for found in (outweighed(history), decay(history), structure.dropout(history)) if found is not None]
         ratio = history.last("update_ratio")
-        each = [middle(row[matrices(history)]) for row in ratio] if ratio.size and matrices(history).any() else []
-        fast = max((u for u in each if np.isfinite(u)), default=math.nan)
-        rate = f"updates changed up to {number(fast)} of the weights" if np.isfinite(fast) else f"{many} of {unit.name} were pushed below zero"
+        each = medians(ratio, matrices(history)) if ratio.size and matrices(history).any() else np.empty(0)
+        fast = float(np.max(each, initial=0.0, where=np.isfinite(each)))
+        rate = f"updates changed up to {number(fast)} of the weights" if fast > 0 else f"{many} of {unit.name} were pushed below zero"
         unlearned = self._unlearned(history)
         born = bool(first >= self.born * (share + 0.5 * (1 - share)))  # units that live are silent half of the time
         began = f"{first:.0%} of its outputs were 0 in the first batch" if np.isfinite(first) else "its first outputs were not seen"
