@@ -57,6 +57,7 @@ def test_outputs_that_meet_every_target_are_seen(column, loss):
         lambda p, y: F.mse_loss(p.squeeze(-1), y),
         lambda p, y: ((p - y[:, None]) ** 2).mean(),
         lambda p, y: ((p - p.T) ** 2).mean(),  # all pairs of outputs
+        lambda p, y: 2 * (p - y[None, :]).abs().mean() - (p - p.T).abs().mean(),  # an energy distance
         lambda p, y: ((p.squeeze(-1).unsqueeze(1) - y) ** 2).mean(),  # a dimension given on purpose
         lambda p, y: (((p - y) ** 2) * torch.softmax(-((p - y).detach() ** 2), dim=1)).sum(),  # a transport cost
         lambda p, y: torch.relu(1 - (p - y)).mean(),  # ranking

@@ -89,8 +89,9 @@ class PairedTargets:
 
     Why: a head with one output gives (n, 1), and the targets of a loader are (n,); a missing squeeze.
     Do: bring both to one shape: ``outputs.squeeze(-1)``, or ``targets.view_as(outputs)``.
-    False alarm: none known. Pairs by design, as in optimal transport, ranking or kernel distances, are weighted, masked or given their dimensions by
-        an ``unsqueeze``, and are not counted; compiled losses are not read. The check before the first step knows more faults of labels.
+    False alarm: a mean distance over all pairs that is meant, and written as (n, 1) less (1, n) with nothing beside it: mute it. Pairs in an energy
+        distance, optimal transport, ranking or kernels stand in differences, are weighted, masked or given their dimensions by an
+        ``unsqueeze``, and are not counted; compiled losses are not read. The check before the first step knows more faults of labels.
     """
 
     diagnosis: ClassVar[str] = "invalid_labels"
